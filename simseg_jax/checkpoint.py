@@ -1,0 +1,171 @@
+"""Orbax checkpoints of a run, and a trained model for inference out of one.
+
+WORKDIR/checkpoints/<step> holds `params`, `optimizer` (moments and step) and `data` (the state of
+the input iterator), with the resolved configuration as metadata; WORKDIR/tokenizer the vocabulary.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from simseg_jax import config as config_lib
+from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.errors import UserError
+from simseg_jax.models.simseg import init_params, make_model
+from simseg_jax.sharding import make_mesh, state_sharding
+
+TOKENIZER = "tokenizer"
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for pending writes on exit."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self.directory = workdir.absolute() / "checkpoints"
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._checkpointer.latest.step if self._checkpointer.latest else None
+
+    def save(self, step: int, state: dict, data, config: ConfigDict) -> None:
+        """Writes in the background; arrays and iterator state are captured before it returns."""
+        self._checkpointer.save_checkpointables_async(
+            step,
+            {
+                "params": state["params"],
+                "optimizer": {"opt": state["opt"], "step": state["step"]},
+                "data": data,
+            },
+            force=True,
+            custom_metadata={"config": config.to_dict()},
+        )
+
+    def path(self, step: int) -> Path:
+        """Folder of one step."""
+        return self.directory / str(step)
+
+
+def restore_state(directory: Path, step: int, abstract_state: dict, data, config: ConfigDict):
+    """State of `directory`/<step> with the shardings of `abstract_state`; sets `data` in place."""
+    path = directory / str(step)
+    saved = saved_config(path)
+    for key, value in _flat(config.model.to_dict()):
+        old = dict(_flat(saved.model.to_dict())).get(key)
+        if old != value:
+            raise UserError(
+                f"The checkpoint {path} has model.{key}={old!r}, the configuration {value!r}: "
+                "set it back or choose another --workdir."
+            )
+    loaded = _load(
+        path,
+        {
+            "params": abstract_state["params"],
+            "optimizer": {"opt": abstract_state["opt"], "step": abstract_state["step"]},
+            "data": data,
+        },
+    )
+    return {"params": loaded["params"], **loaded["optimizer"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """What inference needs of a checkpoint; everything is in it, nothing is asked of the user."""
+
+    config: ConfigDict
+    step: int
+    graphdef: nnx.GraphDef
+    params: Any
+    encoder: TextEncoder
+    mesh: Mesh
+
+
+def load_model(workdir: str | Path, step: int | None = None, dtype=None) -> TrainedModel:
+    """The parameters of a run (its newest step by default), replicated over all devices.
+
+    dtype: compute type, by default what `compute_dtype` chooses for the run's configuration.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+    steps = completed_steps(workdir)
+    if not steps:
+        raise UserError(
+            f"No finished checkpoint under {workdir / 'checkpoints'}: give the --workdir of a run."
+        )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}, only {steps}.")
+    path = workdir / "checkpoints" / str(step)
+    config = saved_config(path)
+    tokenizer = load_tokenizer(str(workdir / TOKENIZER))
+    architecture = config_lib.model_config(config, len(tokenizer))
+    mesh = make_mesh()
+    shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
+    shapes = with_sharding(shapes, state_sharding(shapes, mesh))
+    params = _load(path, {"params": shapes})["params"]
+    graphdef = make_model(architecture, dtype or config_lib.compute_dtype(config))
+    encoder = TextEncoder(tokenizer, config.data.max_length)
+    return TrainedModel(config, step, graphdef, params, encoder, mesh)
+
+
+def completed_steps(workdir: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending; folders of interrupted writes do not count."""
+    directory = workdir / "checkpoints"
+    folders = directory.iterdir() if directory.is_dir() else ()
+    steps = [int(f.name) for f in folders if f.name.isdigit() and ocp.is_orbax_checkpoint(f)]
+    return sorted(steps)
+
+
+def saved_config(path: Path) -> ConfigDict:
+    """The resolved configuration stored with a checkpoint."""
+    try:
+        metadata = ocp.checkpointables_metadata(path).custom_metadata
+        return config_lib.from_dict(metadata["config"])
+    except (OSError, KeyError, TypeError, ValueError, ocp.errors.InvalidLayoutError) as error:
+        raise UserError(_damaged(path, error)) from error
+
+
+def with_sharding(shapes, shardings):
+    """Shape structs that carry shardings: what a restore fills."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def _load(path: Path, abstract: dict) -> dict:
+    try:
+        return ocp.load_checkpointables(path, abstract)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
+        raise UserError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return (
+        f"The checkpoint {path} cannot be read ({type(error).__name__}: {reason}). If it is "
+        "incomplete, move it away: the next older one is used then."
+    )
+
+
+def _flat(tree: dict, prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

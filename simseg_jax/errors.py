@@ -1,0 +1,21 @@
+"""The one exception for mistakes a user can mend, and how the command lines report it."""
+
+import functools
+import sys
+
+
+class UserError(Exception):
+    """Bad input or configuration: the message is one clear sentence that says what to do."""
+
+
+def report_user_errors(main):
+    """Wraps a command's main function: a `UserError` ends it with its message, no traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+    return wrapped

@@ -1,0 +1,55 @@
+"""The training command: `python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes`."""
+
+import argparse
+import time
+
+import jax
+
+from simseg_jax.config import describe, load_config
+from simseg_jax.errors import report_user_errors
+from simseg_jax.train import train
+
+EPILOG = """examples:
+  python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes
+  python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/mean --config.model.pool=mean
+  python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/f8k --config.data.root=DIR
+
+The same command continues an interrupted run from its newest checkpoint. Configuration keys, each
+with its default (the files in configs/ change some):
+"""
+
+
+@report_user_errors
+def main() -> None:
+    """Parses the command line, trains, prints where the results are."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simseg_jax.main",
+        description="Trains a segmenter from image-caption pairs and evaluates it.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG + describe(),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="configuration file, see configs/")
+    parser.add_argument("--workdir", required=True, help="folder for everything the run writes")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of a TPU pod, SLURM job or MPI launch first",
+    )
+    args, overrides = parser.parse_known_args()
+    if args.distributed:
+        jax.distributed.initialize()
+    config = load_config(args.config, overrides)
+    began = time.monotonic()
+    results = train(config, args.workdir)
+    if jax.process_index() == 0:
+        scores = [f"{k} {v:.4f}" for k, v in results.items() if k.endswith("/miou")]
+        seconds = time.monotonic() - began
+        print(
+            f"Done in {seconds:.0f} s. {', '.join(scores) or 'No evaluation'}. "
+            f"Checkpoints, metrics.jsonl, config.json and pictures are in {args.workdir}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Segmentation metrics in plain NumPy."""
+
+import numpy as np
+
+
+def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+    """Pixel counts int64 [classes, classes], rows truth, columns prediction; truth 255 is ignored.
+
+    Summable over images. Other labels outside [0, classes) are an error in the data.
+    """
+    valid = truth != 255
+    truth, prediction = truth[valid].astype(np.int64), prediction[valid].astype(np.int64)
+    for name, labels in (("truth", truth), ("prediction", prediction)):
+        if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(f"{name} has label {labels.max()}, but there are {classes} classes.")
+    counts = np.bincount(truth * classes + prediction, minlength=classes**2)
+    return counts.reshape(classes, classes)
+
+
+def class_iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union per class, float64; NaN for classes neither present nor predicted."""
+    intersection = np.diagonal(confusion).astype(np.float64)
+    union = confusion.sum(axis=0) + confusion.sum(axis=1) - intersection
+    with np.errstate(invalid="ignore"):
+        return intersection / union
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean of the defined class IoUs, a fraction."""
+    return float(np.nanmean(class_iou(confusion)))

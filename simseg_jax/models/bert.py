@@ -1,0 +1,108 @@
+"""BERT encoder (post-norm, no pooler), parameter names as in Hugging Face's `BertModel`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simseg_jax.models.layers import attention, dropout, linear
+from simseg_jax.sharding import constrain_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Architecture of the text encoder. `dropout` acts on embeddings, attention and residuals."""
+
+    vocab_size: int
+    max_positions: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    dropout: float = 0.1
+
+    @classmethod
+    def base(cls) -> "BertConfig":
+        """BERT-base, uncased vocabulary: the paper's text encoder."""
+        return cls(
+            vocab_size=30522, max_positions=512, width=768, depth=12, heads=12, mlp_width=3072
+        )
+
+
+INIT = nnx.initializers.normal(0.02)
+
+
+def layer_norm(config: BertConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(config.width, epsilon=1e-12, dtype=dtype, rngs=rngs)
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
+        def table(rows: int) -> nnx.Embed:
+            return nnx.Embed(rows, config.width, embedding_init=INIT, dtype=dtype, rngs=rngs)
+
+        self.word_embeddings = table(config.vocab_size)
+        self.position_embeddings = table(config.max_positions)
+        self.token_type_embeddings = table(2)
+        self.LayerNorm = layer_norm(config, dtype, rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = self.word_embeddings(ids) + self.token_type_embeddings(jnp.zeros_like(ids))
+        x = x + self.position_embeddings(jnp.arange(ids.shape[1]))
+        return self.LayerNorm(x)
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
+        self.heads = config.heads
+        self.dropout = config.dropout
+
+        def dense(width_in: int, width_out: int) -> nnx.Linear:
+            return linear(width_in, width_out, INIT, dtype, rngs)
+
+        self.query = dense(config.width, config.width)
+        self.key = dense(config.width, config.width)
+        self.value = dense(config.width, config.width)
+        self.attention_output = dense(config.width, config.width)
+        self.attention_norm = layer_norm(config, dtype, rngs)
+        self.intermediate = dense(config.width, config.mlp_width)
+        self.output = dense(config.mlp_width, config.width)
+        self.output_norm = layer_norm(config, dtype, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
+        batch, tokens, width = x.shape
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(batch, tokens, self.heads, width // self.heads)
+
+        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        out = attention(q, k, v, mask[:, None, None, :], self.dropout, keys[0])
+        out = self.attention_output(out.reshape(batch, tokens, width))
+        x = self.attention_norm(x + dropout(out, self.dropout, keys[1]))
+        out = self.output(jax.nn.gelu(self.intermediate(x), approximate=False))
+        x = self.output_norm(x + dropout(out, self.dropout, keys[2]))
+        return constrain_batch(x)
+
+
+class Bert(nnx.Module):
+    """ids [B, T] int, mask [B, T] bool (False = padding) -> tokens [B, T, width].
+
+    `key` switches dropout on; None is evaluation. Padding is masked as attention key, yet its own
+    outputs are returned as well.
+    """
+
+    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
+        self.dropout = config.dropout
+        self.embeddings = Embeddings(config, dtype, rngs)
+        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.depth)])
+
+    def __call__(self, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        mask = mask.astype(bool)
+        count = len(self.layers)
+        keys = [None] * (count + 1) if key is None else list(jax.random.split(key, count + 1))
+        x = constrain_batch(dropout(self.embeddings(ids), self.dropout, keys[count]))
+        for layer, layer_key in zip(self.layers, keys, strict=False):
+            x = layer(x, mask, layer_key)
+        return x

@@ -1,0 +1,123 @@
+"""The two towers: encoder, projection of every token, pooling, L2 normalisation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simseg_jax.models.bert import Bert, BertConfig
+from simseg_jax.models.layers import torch_linear_init
+from simseg_jax.models.pooling import mean_pool, top_m_pool
+from simseg_jax.models.vit import ViT, ViTConfig
+from simseg_jax.sharding import constrain_batch
+
+POOLS = ("loda", "mean", "cls")
+
+
+@dataclasses.dataclass(frozen=True)
+class SimSegConfig:
+    """Architecture of the whole model.
+
+    pool: "loda" (top-M per channel), "mean" (dense alignment) or "cls" (the CLS tokens, as CLIP).
+    m_image, m_text: M^I and M^T in training. mask_padding: keep [PAD] out of the text pooling while
+    training; the authors let it compete.
+    """
+
+    image: ViTConfig
+    text: BertConfig
+    embed_dim: int = 512
+    pool: str = "loda"
+    m_image: int = 5
+    m_text: int = 5
+    mask_padding: bool = False
+    temperature: float = 0.07
+
+
+class Projection(nnx.Module):
+    """Linear without bias; products in `dtype`, sums and result in float32 for the pooling."""
+
+    def __init__(self, width: int, embed_dim: int, dtype, rngs: nnx.Rngs):
+        init = torch_linear_init()
+        self.kernel = nnx.Param(init(rngs.params(), (width, embed_dim), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+
+
+class SimSeg(nnx.Module):
+    """Image and text encoders that meet in one embedding space."""
+
+    def __init__(self, config: SimSegConfig, dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.image_encoder = ViT(config.image, dtype, rngs)
+        self.text_encoder = Bert(config.text, dtype, rngs)
+        self.image_projection = Projection(config.image.width, config.embed_dim, dtype, rngs)
+        self.text_projection = Projection(config.text.width, config.embed_dim, dtype, rngs)
+        self.temperature = nnx.Param(jnp.float32(config.temperature))
+
+    def encode_image(self, images: jax.Array, m: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """Normalised images [B, H, W, 3] -> (embedding [B, D], projected patches [B, N, D]).
+
+        The embedding has unit length, the patches do not. m: M^I, by default that of training.
+        """
+        tokens = self.image_projection(self.image_encoder(images))
+        patches = constrain_batch(tokens[:, 1:])
+        if self.config.pool == "cls":
+            pooled = tokens[:, 0]
+        elif self.config.pool == "mean":
+            pooled = mean_pool(patches)
+        else:
+            pooled = top_m_pool(patches, m or self.config.m_image)
+        return constrain_batch(l2_normalize(pooled)), patches
+
+    def encode_text(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        m: int | None = None,
+        mask_padding: bool | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Token ids and padding mask [B, T] -> unit-length embeddings [B, D].
+
+        m (M^T) and mask_padding default to the training values; key switches dropout on.
+        """
+        tokens = constrain_batch(self.text_projection(self.text_encoder(ids, mask, key)))
+        masked = self.config.mask_padding if mask_padding is None else mask_padding
+        pool_mask = mask if masked else None
+        if self.config.pool == "cls":
+            pooled = tokens[:, 0]
+        elif self.config.pool == "mean":
+            pooled = mean_pool(tokens, pool_mask)
+        else:
+            pooled = top_m_pool(tokens, m or self.config.m_text, pool_mask)
+        return constrain_batch(l2_normalize(pooled))
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """x / (|x| + 1e-8) over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
+
+
+def make_model(config: SimSegConfig, dtype=jnp.float32) -> nnx.GraphDef:
+    """The model's structure without parameters; `nnx.merge(graphdef, params)` makes it callable."""
+    abstract = nnx.eval_shape(lambda: SimSeg(config, dtype, nnx.Rngs(0)))
+    graphdef, _ = nnx.split(abstract, nnx.Param)
+    return graphdef
+
+
+def init_params(config: SimSegConfig, key: jax.Array) -> dict:
+    """Random float32 parameters as a nested dict with string keys. Traceable: jit it to shard."""
+    _, state = nnx.split(SimSeg(config, jnp.float32, nnx.Rngs(key)), nnx.Param)
+    return _string_keys(nnx.to_pure_dict(state))
+
+
+def _string_keys(tree):
+    # Lists of blocks come out with integer keys, which checkpoints and path rules spell as strings.
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): _string_keys(value) for key, value in tree.items()}

@@ -1,0 +1,129 @@
+"""Vision Transformer encoder (pre-norm), parameter names as in timm's `VisionTransformer`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from simseg_jax.models.layers import attention, linear, torch_linear_init
+from simseg_jax.sharding import constrain_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Architecture of the image encoder. Sizes in pixels (image, patch) or channels."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+
+    @classmethod
+    def s16(cls) -> "ViTConfig":
+        """ViT-S/16 at 224: the paper's image encoder."""
+        return cls(image_size=224, patch_size=16, width=384, depth=12, heads=6, mlp_width=1536)
+
+    @classmethod
+    def b16(cls) -> "ViTConfig":
+        """ViT-B/16 at 224."""
+        return cls(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+        self.heads = config.heads
+        init = nnx.initializers.truncated_normal(0.02)
+        self.qkv = linear(config.width, 3 * config.width, init, dtype, rngs)
+        self.proj = linear(config.width, config.width, init, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return self.proj(out.reshape(batch, tokens, width))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.truncated_normal(0.02)
+        self.fc1 = linear(config.width, config.mlp_width, init, dtype, rngs)
+        self.fc2 = linear(config.mlp_width, config.width, init, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, dtype, rngs)
+        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(config, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return constrain_batch(x)
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches -> tokens: the strided convolution written as one matrix product."""
+
+    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+        self.patch_size = config.patch_size
+        inputs = 3 * config.patch_size**2
+        self.proj = linear(inputs, config.width, torch_linear_init(), dtype, rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        batch, height, width, channels = images.shape
+        p = self.patch_size
+        x = images.reshape(batch, height // p, p, width // p, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
+        return self.proj(x)
+
+
+class ViT(nnx.Module):
+    """images [B, H, W, 3] (float, normalised) -> tokens [B, 1 + (H/p)(W/p), width], CLS first.
+
+    H and W may be any multiple of the patch size: the position embedding is resized.
+    """
+
+    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+        self.grid = config.image_size // config.patch_size
+        self.patch_embed = PatchEmbed(config, dtype, rngs)
+        self.cls_token = nnx.Param(1e-6 * jax.random.normal(rngs.params(), (1, 1, config.width)))
+        shape = (1, 1 + self.grid**2, config.width)
+        self.pos_embed = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, shape))
+        self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.depth)])
+        self.norm = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        p = self.patch_embed.patch_size
+        grid = (images.shape[1] // p, images.shape[2] // p)
+        x = self.patch_embed(images.astype(self.dtype))
+        cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
+        positions = resize_position_embedding(self.pos_embed[...], grid).astype(x.dtype)
+        x = constrain_batch(jnp.concatenate([cls, x], axis=1) + positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def resize_position_embedding(embedding: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """[1, 1 + g*g, width] -> [1, 1 + grid[0]*grid[1], width].
+
+    Bicubic as PyTorch interpolates (align_corners=False, no antialiasing); CLS is left as it is.
+    """
+    side = round((embedding.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return embedding
+    width = embedding.shape[2]
+    patches = embedding[:, 1:].reshape(1, side, side, width)
+    patches = jax.image.resize(
+        patches, (1, *grid, width), method="bicubic-pytorch", antialias=False
+    )
+    return jnp.concatenate([embedding[:, :1], patches.reshape(1, -1, width)], axis=1)

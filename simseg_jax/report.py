@@ -1,0 +1,96 @@
+"""Metrics of a run: progress bar, metrics.jsonl and TensorBoard. Only process 0 writes."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+
+class Reporter:
+    """Writes WORKDIR/metrics.jsonl (one object per line) and WORKDIR/tensorboard.
+
+    A context manager. After a resume the lines beyond the restored step are dropped, so that the
+    file reads like that of an uninterrupted run.
+    """
+
+    def __init__(self, workdir: Path, start: int, steps: int, batch_size: int):
+        self.enabled = jax.process_index() == 0
+        self.batch_size = batch_size
+        self.last_step, self.last_time = start, time.monotonic()
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.enabled,
+            smoothing=0.1,
+            # A log file gets a line now and then, a terminal a moving bar.
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        if not self.enabled:
+            return
+        # Imported late: reading a configuration or segmenting images never needs it.
+        from tensorboardX import SummaryWriter
+
+        self.path = workdir / "metrics.jsonl"
+        lines = _lines_until(self.path, start)
+        self.path.write_text("".join(lines), encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.bar.close()
+        if self.enabled:
+            self.file.close()
+            self.tensorboard.close()
+
+    def train(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of training up to `step`; adds the pairs per second since the last call."""
+        now = time.monotonic()
+        pairs = (step - self.last_step) * self.batch_size
+        speed = pairs / max(now - self.last_time, 1e-9)
+        self.last_step, self.last_time = step, now
+        self.write(step, {**metrics, "pairs_per_second": speed})
+        self.bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
+            f"tau {metrics['temperature']:.4f}, {speed:,.0f} pairs/s",
+            refresh=False,
+        )
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl and the same numbers to TensorBoard."""
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def pause(self) -> None:
+        """Leaves time spent outside training steps out of the pairs per second."""
+        self.last_time = time.monotonic()
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        if self.enabled:
+            tqdm.write(message)
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # A line that a killed process left half written.
+    return kept

@@ -1,0 +1,83 @@
+"""Device mesh, batch sharding and the two parameter rules (replicate, FSDP).
+
+The mesh has two axes, `data` and `fsdp`. The batch is split over both; with fsdp > 1 every large
+parameter (and its optimiser moments) is also split over `fsdp`. All functions run under plain
+`jax.jit`: XLA inserts the collectives.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from simseg_jax.errors import UserError
+
+BATCH = P(("data", "fsdp"))
+# Below this many elements gathering a parameter costs more than holding it everywhere.
+MIN_SHARDED_SIZE = 2**14
+
+
+def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp) mesh over all devices, `fsdp` of them sharing one copy of the parameters."""
+    devices = devices or jax.devices()
+    if fsdp < 1 or len(devices) % fsdp:
+        raise UserError(
+            f"mesh.fsdp={fsdp} must divide the number of devices, which is {len(devices)}."
+        )
+    # Explicit axes (JAX's default) would ask every module for sharding annotations.
+    auto = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over every device."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def state_sharding(state, mesh: Mesh):
+    """A `NamedSharding` per leaf of `state` (arrays or shape structs).
+
+    With fsdp > 1 the longest dimension that fsdp divides is split; small or indivisible leaves are
+    replicated. Optimiser moments have their parameter's shape, hence its sharding.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(leaf) -> NamedSharding:
+        divisible = [i for i, n in enumerate(leaf.shape) if n % fsdp == 0]
+        if fsdp == 1 or leaf.size < MIN_SHARDED_SIZE or not divisible:
+            return replicated(mesh)
+        axis = max(divisible, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, P(*(["fsdp" if i == axis else None for i in range(leaf.ndim)])))
+
+    return jax.tree.map(rule, state)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Pins the leading axis of an activation to the batch axes of the mesh in context, if any.
+
+    Without it XLA may propagate an FSDP weight's sharding into the features of the activations.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def to_global_batch(batch, mesh: Mesh):
+    """This process's part of a batch (dict of NumPy arrays) -> global arrays over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def local_rows(x: jax.Array | np.ndarray) -> np.ndarray:
+    """This process's rows of an array (of a NumPy array: all) sharded over the batch, in order."""
+    if isinstance(x, np.ndarray) or x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

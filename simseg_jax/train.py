@@ -1,0 +1,267 @@
+"""The training run, top to bottom: mesh, data, model, state, restore, evaluators, loop."""
+
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from simseg_jax import config as config_lib
+from simseg_jax.checkpoint import (
+    TOKENIZER,
+    Checkpoints,
+    completed_steps,
+    restore_state,
+    with_sharding,
+)
+from simseg_jax.data.augment import normalize
+from simseg_jax.data.pipeline import train_iterator
+from simseg_jax.data.sources import training_source
+from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.errors import UserError
+from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.loss import contrastive_loss
+from simseg_jax.models.simseg import init_params, make_model
+from simseg_jax.optim import adamw, cosine_schedule
+from simseg_jax.report import Reporter
+from simseg_jax.sharding import batch_sharding, make_mesh, state_sharding, to_global_batch
+from simseg_jax.visualize import write_contact_sheet
+
+
+def make_update(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, seed: int
+) -> Callable:
+    """update(state, batch) -> (state, metrics): one pure training step.
+
+    state: {"params", "opt", "step"}; batch: {"image": uint8 [B, H, W, 3], "ids": int32 [B, T],
+    "mask": bool [B, T]}. Dropout follows from (seed, step) alone.
+    """
+
+    def loss_of(params, batch, key):
+        model = nnx.merge(graphdef, params)
+        images, _ = model.encode_image(normalize(batch["image"]))
+        texts = model.encode_text(batch["ids"], batch["mask"], key=key)
+        return contrastive_loss(images, texts, model.temperature[...])
+
+    def update(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, metrics), gradients = value_and_grad(state["params"], batch, key)
+        updates, opt = optimizer.update(gradients, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics |= {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+
+    return update
+
+
+def make_optimizer(config: ConfigDict, steps: int, params):
+    """(optimiser, learning-rate schedule) of `config.optim` for a run of `steps`."""
+    optim = config.optim
+    warmup = round(optim.warmup * steps)
+    schedule = cosine_schedule(optim.lr, steps, warmup, optim.final_lr)
+    optimizer = adamw(
+        schedule,
+        params,
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip_norm=optim.clip_norm,
+        lr_rules=optim.lr_rules,
+        decay_rules=optim.decay_rules,
+    )
+    return optimizer, schedule
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Trains, checkpoints and evaluates; returns the last evaluation's numbers.
+
+    Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+    main_process = jax.process_index() == 0
+
+    # ---- mesh
+    mesh = make_mesh(config.mesh.fsdp)
+    if config.batch_size % mesh.size:
+        raise UserError(
+            f"batch_size={config.batch_size} must be a multiple of the {mesh.size} devices."
+        )
+
+    # ---- data
+    source = training_source(config.data)
+    tokenizer = load_tokenizer(config.data.vocab)
+    encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
+    data = train_iterator(
+        source,
+        config.data,
+        image_size=config.model.image.image_size,
+        batch_size=config.batch_size,
+        encoder=encoder,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    steps = config.steps
+    if config.epochs > 0:
+        steps = max(1, round(config.epochs * len(source) / config.batch_size))
+
+    # ---- model, optimiser, state
+    architecture = config_lib.model_config(config, len(tokenizer))
+    graphdef = make_model(architecture, config_lib.compute_dtype(config))
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(lambda: init_params(architecture, key))
+    optimizer, schedule = make_optimizer(config, steps, shapes)
+
+    def init_state():
+        params = init_params(architecture, key)
+        return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0)}
+
+    state_shapes = jax.eval_shape(init_state)
+    shardings = state_sharding(state_shapes, mesh)
+    update = jax.jit(
+        make_update(graphdef, optimizer, config.seed),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+
+    # ---- evaluators: built before training, so that a missing file is found now
+    evaluators = {
+        f"seg/{name}": SegmentationEvaluator(graphdef, mesh, encoder, settings)
+        for name, settings in config.evals.seg.items()
+    }
+
+    # ---- restore
+    if main_process:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(workdir / TOKENIZER)
+    restorable = _newest_checkpoint(workdir, config.checkpoint.resume)
+    if restorable:
+        abstract = with_sharding(state_shapes, shardings)
+        state = restore_state(*restorable, abstract, data, config)
+    else:
+        state = jax.jit(init_state, out_shardings=shardings)()
+    start = int(state["step"])
+
+    # ---- loop
+    results: dict[str, float] = {}
+    stop = StopSignal()
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+        Reporter(workdir, start, steps, config.batch_size) as reporter,
+        stop,
+    ):
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        reporter.say(
+            f"{count:,} parameters, {len(source):,} images, {steps:,} steps of "
+            f"{config.batch_size} pairs on {mesh.size} {jax.devices()[0].platform} device(s)"
+            + (f", continuing at step {start:,} of {restorable[0]}" if restorable else "")
+        )
+        pending = None
+        for step in range(start, steps + 1):
+            resumed = step == start and restorable
+            last = step == steps
+            stopping = stop.requested(step)
+            every = config.checkpoint.every
+            save = not resumed and (last or stopping or (step > start and step % every == 0))
+            if pending and (save or last):
+                _log(reporter, pending, schedule, checkpoints, force=True)
+                pending = None
+            due = config.eval_every and step > 0 and step % config.eval_every == 0
+            if last or (due and not resumed and not stopping):
+                results = evaluate(evaluators, state["params"], reporter, step)
+            if save:
+                # Before the next batch is taken: the iterator's state belongs to this step.
+                checkpoints.save(step, state, data, config)
+                reporter.pause()
+            if last or stopping:
+                break
+            batch = to_global_batch(next(data), mesh)
+            state, metrics = update(state, batch)
+            if pending:
+                _log(reporter, pending, schedule, checkpoints, config.log_every)
+            pending = (step + 1, metrics)
+        if stopping and not last:
+            reporter.say(f"Stopped by a signal at step {step}; the same command continues.")
+            return results
+        if config.pictures and evaluators:
+            path = write_contact_sheet(workdir, evaluators, state["params"], config.pictures)
+            reporter.say(f"Pictures: {path}")
+    return results
+
+
+def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[str, float]:
+    """Runs every evaluator; reports and returns {"seg/<set>/miou": fraction, ...}."""
+    results = {}
+    for prefix, evaluator in evaluators.items():
+        results |= {f"{prefix}/{name}": value for name, value in evaluator.run(params)}
+        reporter.say(f"step {step}: {prefix}/miou {results[f'{prefix}/miou']:.4f}")
+    if results:
+        reporter.write(step, results)
+    reporter.pause()
+    return results
+
+
+class StopSignal:
+    """Turns the first SIGTERM or Ctrl-C into a request to save and stop; a second one kills."""
+
+    def __init__(self):
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame) -> None:
+        self.received = True
+        signal.signal(number, self.previous[number])
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop before `step`; with several processes all of them agree."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received
+
+
+def _newest_checkpoint(workdir: Path, resume: str) -> tuple[Path, int] | None:
+    steps = completed_steps(workdir)
+    if steps:
+        return workdir / "checkpoints", steps[-1]
+    if not resume:
+        return None
+    other = Path(resume).expanduser().absolute()
+    steps = completed_steps(other)
+    if not steps:
+        raise UserError(f"checkpoint.resume={resume!r} holds no finished checkpoint.")
+    return other / "checkpoints", steps[-1]
+
+
+def _log(reporter, pending, schedule, checkpoints, log_every: int = 1, force: bool = False) -> None:
+    step, metrics = pending
+    loss = float(metrics["loss"])
+    if not math.isfinite(loss):
+        newest = checkpoints.latest
+        good = f"The last good checkpoint is {checkpoints.path(newest)}" if newest else "None saved"
+        raise UserError(
+            f"The loss became {loss} at step {step}. {good}; continue from it with a lower "
+            "optim.lr or with optim.clip_norm=1.0."
+        )
+    if reporter.enabled:
+        reporter.bar.update(step - reporter.bar.n)
+    if force or step % log_every == 0:
+        values = {name: float(value) for name, value in metrics.items()}
+        reporter.train(step, {**values, "lr": float(schedule(step - 1))})

@@ -1,0 +1,129 @@
+"""Pictures of results: index-mask palette, overlays with legend, similarity maps, contact sheet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from simseg_jax.data.augment import decode_image
+from simseg_jax.masks.postprocess import resize_nearest
+
+CELL = 128  # side of a picture on a contact sheet
+TEXT_HEIGHT = 15
+# Dark blue, teal, green, yellow: increasing lightness, readable without colour vision.
+HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+
+def palette(count: int = 256) -> np.ndarray:
+    """The PASCAL VOC colour of every label: uint8 [count, 3]; 0 is black."""
+    colours = np.zeros((count, 3), np.uint8)
+    labels = np.arange(count)
+    for bit in range(8):
+        for channel in range(3):
+            value = ((labels >> (3 * bit + channel)) & 1) << (7 - bit)
+            colours[:, channel] |= value.astype(np.uint8)
+    return colours
+
+
+def index_png(mask: np.ndarray) -> Image.Image:
+    """Index mask [H, W] with labels below 256 -> a palette image whose pixel values are labels."""
+    image = Image.fromarray(mask.astype(np.uint8), mode=None)
+    image.putpalette(palette().tobytes())
+    return image
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, strength: float = 0.6) -> np.ndarray:
+    """uint8 [H, W, 3] with the colour of every label over it; label 0 is left as it is."""
+    blended = (1 - strength) * image + strength * palette()[mask.astype(np.uint8)]
+    return np.where(mask[:, :, None] > 0, blended, image).astype(np.uint8)
+
+
+def heat_map(values: np.ndarray) -> np.ndarray:
+    """float [h, w] -> uint8 [h, w, 3], the smallest value dark, the largest yellow."""
+    spread = float(np.ptp(values))
+    unit = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
+    anchors = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(unit, anchors, [colour[i] for colour in HEAT]) for i in range(3)]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def legend(labels: Sequence[tuple[int, str]], width: int) -> Image.Image:
+    """A strip `width` pixels wide with a colour square and a name for every (label, name)."""
+    size = 18
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    places, x, y = [], 4, 4
+    for label, name in labels:
+        extent = size + round(measure.textlength(name, font=_font())) + 12
+        if x > 4 and x + extent > width:
+            x, y = 4, y + size
+        places.append((x, y, label, name))
+        x += extent
+    strip = Image.new("RGB", (width, y + size + 2), "white")
+    draw = ImageDraw.Draw(strip)
+    for x, y, label, name in places:
+        colour = tuple(int(c) for c in palette()[label])
+        draw.rectangle((x, y + 1, x + 11, y + 12), fill=colour, outline="black")
+        draw.text((x + size - 2, y), name, fill="black", font=_font())
+    return strip
+
+
+def stack(images: Sequence[Image.Image]) -> Image.Image:
+    """Images one below the other, flush left, on white."""
+    width, height = max(i.width for i in images), sum(i.height for i in images)
+    sheet = Image.new("RGB", (width, height), "white")
+    y = 0
+    for image in images:
+        sheet.paste(image, (0, y))
+        y += image.height
+    return sheet
+
+
+def write_contact_sheet(workdir: Path, evaluators: dict, params, count: int) -> Path:
+    """WORKDIR/pictures/<set>.png: one row per image of every segmentation benchmark.
+
+    A row shows the image, s^I2I (patches against the image's own embedding), s^T2I of the best
+    classes with their scores, the prediction and the ground truth; the caption stands above.
+    """
+    folder = workdir / "pictures"
+    for prefix, evaluator in evaluators.items():
+        rows = []
+        for examples, masks, response in evaluator.predictions(params, count=count):
+            for i, example in enumerate(examples):
+                answer = type(response)(*(field[i] for field in response))
+                rows.append(_row(example, masks[i], answer, evaluator.class_names))
+        shown = sorted({label for row in rows for label in row[1]})
+        names = [(label, evaluator.class_names[label]) for label in shown]
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures = [row[0] for row in rows]
+            pictures.append(legend(names, max(row.width for row in pictures)))
+            stack(pictures).save(folder / f"{prefix.split('/')[-1]}.png")
+    return folder
+
+
+def _row(example: dict, mask: np.ndarray, response, names) -> tuple[Image.Image, set[int]]:
+    truth = example["mask"]
+    image = np.asarray(decode_image(example["image"], example["name"]))
+    prediction = resize_nearest(mask, *truth.shape)
+    cells = [("image", image), ("s^I2I", heat_map(response.self_similarity))]
+    for place, label in enumerate(response.classes):
+        mark = " *" if response.drawn[place] else ""
+        title = f"{names[label]} {response.scores[label]:.2f}{mark}"
+        cells.append((title, heat_map(response.similarity[place])))
+    cells.append((f"prediction (> {response.threshold:.2f})", overlay(image, prediction, 0.75)))
+    cells.append(("ground truth", overlay(image, np.where(truth == 255, 0, truth), 0.75)))
+    row = Image.new("RGB", (len(cells) * (CELL + 4), CELL + 2 * TEXT_HEIGHT + 8), "white")
+    draw = ImageDraw.Draw(row)
+    draw.text((2, 2), example.get("caption", example["name"]), fill="black", font=_font())
+    for place, (title, picture) in enumerate(cells):
+        x = place * (CELL + 4)
+        draw.text((x + 2, 2 + TEXT_HEIGHT), title, fill="black", font=_font(11))
+        cell = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST)
+        row.paste(cell, (x, 4 + 2 * TEXT_HEIGHT))
+    return row, set(np.unique(prediction)) | set(np.unique(truth)) - {0, 255}
+
+
+def _font(size: int = 12) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,37 @@
+"""Test set-up: 8 fake CPU devices, float32 products, warnings as errors (pyproject.toml)."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from simseg_jax.models.convert import load_authors_checkpoint
+from simseg_jax.models.simseg import make_model
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which pytest never parses.
+
+GOLDENS = Path(__file__).parent / "goldens"
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reference outputs of the authors' code (see tests/goldens/README.md)."""
+    return dict(np.load(GOLDENS / "reference.npz"))
+
+
+@pytest.fixture(scope="session")
+def golden_model():
+    """(config, graphdef, params) of the authors' miniature model behind the reference outputs."""
+    config, params = load_authors_checkpoint(GOLDENS / "model.pth", image_heads=3, text_heads=2)
+    return config, make_model(config), params
