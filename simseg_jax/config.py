@@ -109,6 +109,7 @@ SEGMENTATION_KEYS = {
     "sigma_weight": (1.0, "threshold = mean + sigma_weight * standard deviation of those"),
     "candidates": (5, "classes an image can show at most"),
     "refine": ("none", "none: p > 0.5; pydensecrf: dense CRF (extra `crf`)"),
+    "closing": (7, "side in pixels of the square that closes small holes; 1: none"),
     "batch_size": (32, "images per batch over all devices"),
 }
 

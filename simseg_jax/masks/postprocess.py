@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CLOSING = 7  # side of the square structuring element in pixels
-
-
 def adaptive_threshold(scores: jax.Array, top_k: int, sigma_weight: float) -> jax.Array:
     """Mean plus sigma_weight standard deviations (unbiased) of the top-k scores: [B, C] -> [B]."""
     top, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
@@ -39,9 +36,12 @@ def upsample(maps: jax.Array, factor: int) -> jax.Array:
     return jnp.repeat(jnp.repeat(maps, factor, axis=-2), factor, axis=-1)
 
 
-def closing(masks: jax.Array) -> jax.Array:
-    """One 7x7 dilation, then one 7x7 erosion of boolean [..., H, W]; outside counts for neither."""
-    window = (1,) * (masks.ndim - 2) + (CLOSING, CLOSING)
+def closing(masks: jax.Array, side: int = 7) -> jax.Array:
+    """One dilation, then one erosion of boolean [..., H, W] by a square of `side` pixels.
+
+    Pixels outside the image count for neither, as in OpenCV.
+    """
+    window = (1,) * (masks.ndim - 2) + (side, side)
     strides = (1,) * masks.ndim
     dilated = jax.lax.reduce_window(masks, False, jax.lax.bitwise_or, window, strides, "SAME")
     return jax.lax.reduce_window(dilated, True, jax.lax.bitwise_and, window, strides, "SAME")

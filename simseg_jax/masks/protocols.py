@@ -66,7 +66,8 @@ def paper_protocol(graphdef: nnx.GraphDef, settings) -> Callable:
         return respond(model, class_embeddings, normalize(images), settings)
 
     def finish(masks: jax.Array, response: Response) -> jax.Array:
-        return compose(closing(masks), response.scores, response.classes, response.drawn)
+        closed = closing(masks, settings.closing)
+        return compose(closed, response.scores, response.classes, response.drawn)
 
     def predict_without_refinement(params, class_embeddings, images):
         response = answer(params, class_embeddings, images)
