@@ -16,17 +16,19 @@ MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the touched pieces; the remaining 40 %
 
 def load_tokenizer(vocab: str):
     """A fast BERT tokenizer from "shapes", a vocab.txt, a saved tokenizer folder or a hub name."""
-    import transformers  # Slow to import, and not needed by the model itself.
+    # Slow to import, and not needed by the model itself.
+    from transformers import AutoTokenizer, BertTokenizer
+    from transformers.utils import logging
 
-    transformers.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     if vocab == "shapes":
-        return transformers.BertTokenizerFast(vocab=shapes.vocabulary())
+        return BertTokenizer(vocab=shapes.vocabulary())
     path = Path(vocab).expanduser()
     if path.is_file():
         tokens = path.read_text(encoding="utf-8").splitlines()
-        return transformers.BertTokenizerFast(vocab={t: i for i, t in enumerate(tokens)})
+        return BertTokenizer(vocab={t: i for i, t in enumerate(tokens)})
     try:
-        return transformers.AutoTokenizer.from_pretrained(path if path.is_dir() else vocab)
+        return AutoTokenizer.from_pretrained(path if path.is_dir() else vocab)
     except (OSError, ValueError) as error:
         raise UserError(
             f"Cannot load the vocabulary {vocab!r}: it is neither a vocab.txt nor a tokenizer "

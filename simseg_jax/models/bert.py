@@ -33,11 +33,13 @@ class BertConfig:
 INIT = nnx.initializers.normal(0.02)
 
 
-def layer_norm(config: BertConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _layer_norm(config: BertConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.width, epsilon=1e-12, dtype=dtype, rngs=rngs)
 
 
 class Embeddings(nnx.Module):
+    """Sum of word, position and token-type (row 0) embeddings, normalised."""
+
     def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
         def table(rows: int) -> nnx.Embed:
             return nnx.Embed(rows, config.width, embedding_init=INIT, dtype=dtype, rngs=rngs)
@@ -45,7 +47,7 @@ class Embeddings(nnx.Module):
         self.word_embeddings = table(config.vocab_size)
         self.position_embeddings = table(config.max_positions)
         self.token_type_embeddings = table(2)
-        self.LayerNorm = layer_norm(config, dtype, rngs)
+        self.LayerNorm = _layer_norm(config, dtype, rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         x = self.word_embeddings(ids) + self.token_type_embeddings(jnp.zeros_like(ids))
@@ -54,6 +56,8 @@ class Embeddings(nnx.Module):
 
 
 class Layer(nnx.Module):
+    """Self-attention and MLP, each followed by its residual and LayerNorm."""
+
     def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
         self.heads = config.heads
         self.dropout = config.dropout
@@ -65,10 +69,10 @@ class Layer(nnx.Module):
         self.key = dense(config.width, config.width)
         self.value = dense(config.width, config.width)
         self.attention_output = dense(config.width, config.width)
-        self.attention_norm = layer_norm(config, dtype, rngs)
+        self.attention_norm = _layer_norm(config, dtype, rngs)
         self.intermediate = dense(config.width, config.mlp_width)
         self.output = dense(config.mlp_width, config.width)
-        self.output_norm = layer_norm(config, dtype, rngs)
+        self.output_norm = _layer_norm(config, dtype, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
         batch, tokens, width = x.shape
