@@ -8,6 +8,7 @@ import numpy as np
 
 from simseg_jax.data import shapes
 from simseg_jax.errors import UserError
+from simseg_jax.models.bert import PAD
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
@@ -41,14 +42,15 @@ class TextEncoder:
     """Captions -> fixed-length token ids; safe to call from many threads at once."""
 
     def __init__(self, tokenizer, max_length: int, edit_rate: float = 0.0):
+        if tokenizer.pad_token_id != PAD:
+            raise UserError(f"The vocabulary must have [PAD] as its first token, id {PAD}.")
         # The Rust tokenizer itself: the Python wrapper changes shared state on every call.
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
         self.max_length, self.edit_rate = max_length, edit_rate
         self.vocab_size = len(tokenizer)
-        self.pad, self.cls, self.sep, self.mask = (
-            tokenizer.pad_token_id,
+        self.cls, self.sep, self.mask = (
             tokenizer.cls_token_id,
             tokenizer.sep_token_id,
             tokenizer.mask_token_id,
@@ -65,7 +67,7 @@ class TextEncoder:
         if rng is not None and self.edit_rate:
             pieces = self.perturb(pieces, rng)
         pieces = [self.cls, *pieces[: self.max_length - 2], self.sep]
-        ids = np.full(self.max_length, self.pad, np.int32)
+        ids = np.full(self.max_length, PAD, np.int32)
         ids[: len(pieces)] = pieces
         return ids, np.arange(self.max_length) < len(pieces)
 
