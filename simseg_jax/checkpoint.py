@@ -5,6 +5,7 @@ the input iterator), with the resolved configuration as metadata; WORKDIR/tokeni
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,8 @@ def _load(path: Path, abstract: dict) -> dict:
     try:
         return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
+        # Reads of the other arrays go on and would bury the message under theirs.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise UserError(_damaged(path, error)) from error
 
 

@@ -55,7 +55,7 @@ def make_update(
         (loss, metrics), gradients = value_and_grad(state["params"], batch, key)
         updates, opt = optimizer.update(gradients, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics |= {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
     return update
@@ -140,10 +140,6 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     }
 
     # ---- restore
-    if main_process:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(workdir / TOKENIZER)
     restorable = _newest_checkpoint(workdir, config.checkpoint.resume)
     if restorable:
         abstract = with_sharding(state_shapes, shardings)
@@ -151,6 +147,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     else:
         state = jax.jit(init_state, out_shardings=shardings)()
     start = int(state["step"])
+    # Only now: a run that cannot continue leaves the files of its workdir as they were.
+    if main_process:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(workdir / TOKENIZER)
 
     # ---- loop
     results: dict[str, float] = {}
