@@ -17,14 +17,19 @@ def top_m(x: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     """
     x = x.astype(jnp.float32)
     token = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    value = jnp.full((x.shape[0], 1, x.shape[2]), jnp.inf)
+    position = jnp.full(value.shape, -1, jnp.int32)
     values, positions = [], []
+    # Each maximum is the largest entry that comes after the previous one, in descending order of
+    # value and, among equals, ascending order of token: plain reductions over x, which is only read.
     for _ in range(m):
-        position = jnp.argmax(x, axis=1).astype(jnp.int32)
-        hit = token == position[:, None]
-        values.append(jnp.max(x, axis=1))
+        later = (x < value) | ((x == value) & (token > position))
+        value = jnp.where(later, x, -jnp.inf).max(axis=1, keepdims=True)
+        here = later & (x == value)
+        position = jnp.where(here, token, x.shape[1]).min(axis=1, keepdims=True)
+        values.append(value)
         positions.append(position)
-        x = jnp.where(hit, -jnp.inf, x)
-    return jnp.stack(values, axis=1), jnp.stack(positions, axis=1)
+    return jnp.concatenate(values, axis=1), jnp.concatenate(positions, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="m")

@@ -1,0 +1,168 @@
+"""The three commands as a user runs them, on one tiny checkpoint."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import tiny_config, tiny_eval
+
+from simseg_jax import evaluate, main, segment
+from simseg_jax.data.shapes import scene
+from simseg_jax.train import train
+
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+from support import tiny_config, tiny_eval
+
+def get_config():
+    config = tiny_config()
+    config.steps = 2
+    config.evals.seg.shapes = tiny_eval()
+    return config
+"""
+
+
+def run(monkeypatch, capsys, module, *arguments):
+    """Standard output of `python -m module arguments`; SystemExit passes through."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+    return capsys.readouterr().out
+
+
+def message(monkeypatch, capsys, module, *arguments):
+    """The error message of a command that must fail without a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, capsys, module, *arguments)
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("commands")
+    config = tiny_config()
+    config.steps = 2
+    config.evals.seg.shapes = tiny_eval()
+    train(config, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    for i, name in enumerate(("one.png", "inner/two.jpg")):
+        Image.fromarray(scene(i, "val")[0]).resize((90, 70)).save(folder / name)
+    Image.new("L", (30, 20)).save(folder / "grey.png")
+    return folder
+
+
+def test_train_command(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(tests=str(sys.modules["support"].__file__).rsplit("/", 1)[0]))
+    arguments = (f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.steps=3")
+    out = run(monkeypatch, capsys, main, *arguments)
+    assert "seg/shapes/miou" in out
+    assert str(tmp_path / "run") in out.splitlines()[-1]
+    error = message(monkeypatch, capsys, main, *arguments, "--config.optim.lrr=1")
+    assert error == "error: Unknown configuration key 'optim.lrr'; the nearest is 'optim.lr'."
+
+
+def test_help_teaches(monkeypatch, capsys):
+    for module in (main, evaluate, segment):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, capsys, module, "--help")
+        assert stop.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+def test_evaluate_command(monkeypatch, capsys, workdir):
+    out = run(monkeypatch, capsys, evaluate, f"--checkpoint={workdir}")
+    record = json.loads((workdir / "evaluation-2.json").read_text())
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    trained = json.loads(lines[-1])
+    # The same evaluator in the same float32: identical numbers.
+    assert record["results"] == {k: v for k, v in trained.items() if k.startswith("seg/")}
+    assert f"{record['results']['seg/shapes/miou']:.4f}" in out
+    output = workdir / "other.json"
+    run(
+        monkeypatch,
+        capsys,
+        evaluate,
+        f"--checkpoint={workdir}",
+        f"--output={output}",
+        "--config.evals.seg.shapes.limit=4",
+    )
+    assert json.loads(output.read_text())["config"]["evals"]["seg"]["shapes"]["limit"] == 4
+
+
+def test_evaluate_command_errors(monkeypatch, capsys, workdir, tmp_path):
+    error = message(monkeypatch, capsys, evaluate, f"--checkpoint={tmp_path}")
+    assert error.startswith("error: No finished checkpoint under")
+    error = message(monkeypatch, capsys, evaluate, f"--checkpoint={workdir}", "--config.optim.lr=1")
+    assert "only --config.evals" in error
+
+
+def test_segment_command(monkeypatch, capsys, workdir, photos, tmp_path):
+    out = tmp_path / "out"
+    arguments = (f"--checkpoint={workdir}", "--words=star, moon", f"--output={out}")
+    printed = run(monkeypatch, capsys, segment, *arguments, "--sigma_weight=-1", photos)
+    assert f"Segmented 3 of 3 images; masks, overlays, scores.json in {out}" in printed
+    with Image.open(out / "inner" / "two_mask.png") as mask:
+        assert (mask.mode, mask.size) == ("P", (90, 70))
+        assert set(np.unique(np.asarray(mask))) <= {0, 1, 2}
+    with Image.open(out / "one_overlay.png") as overlay:
+        assert overlay.height > 70
+    record = json.loads((out / "scores.json").read_text())
+    assert record["words"] == ["star", "moon"]
+    assert "apple" in record["contrast"]
+    assert "star" not in record["contrast"]
+    for answer in record["images"].values():
+        assert set(answer["scores"]) == {*record["words"], *record["contrast"]}
+        for word in answer["drawn"]:
+            assert answer["scores"][word] >= answer["threshold"]
+
+
+def test_one_image_alone_equals_the_batch(monkeypatch, capsys, workdir, photos, tmp_path):
+    arguments = (f"--checkpoint={workdir}", "--words=star,moon,apple", "--contrast=leaf")
+    run(monkeypatch, capsys, segment, *arguments, f"--output={tmp_path / 'all'}", photos)
+    run(monkeypatch, capsys, segment, *arguments, f"--output={tmp_path / 'a'}", photos / "one.png")
+    first, second = (Image.open(tmp_path / f / "one_mask.png") for f in ("all", "a"))
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_segment_command_errors(monkeypatch, capsys, workdir, photos, tmp_path):
+    base = (f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}")
+
+    def error(*arguments):
+        return message(monkeypatch, capsys, segment, *base, *arguments)
+
+    assert "at least one word" in error("--words= , ", photos)
+    assert "given twice" in error("--words=dog, dog", photos)
+    assert 'Leave out "background"' in error("--words=dog,background", photos)
+    assert "No image or folder at" in error("--words=dog", photos / "lost.png")
+    assert "multiple of the patch size" in error("--words=dog", "--resolution=33", photos)
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in error("--words=dog", tmp_path / "empty")
+    assert "would both be written" in error("--words=dog", photos, photos / "one.png")
+
+
+def test_a_corrupt_image_is_skipped_and_reported(monkeypatch, capsys, workdir, photos, tmp_path):
+    (photos / "broken.jpg").write_bytes(b"not a photograph")
+    out = tmp_path / "out"
+    error = message(
+        monkeypatch,
+        capsys,
+        segment,
+        f"--checkpoint={workdir}",
+        "--words=star",
+        f"--output={out}",
+        photos,
+    )
+    assert "Cannot decode" in error
+    assert "broken.jpg" in error
+    assert (out / "one_mask.png").is_file()
+    assert len(json.loads((out / "scores.json").read_text())["images"]) == 3
