@@ -20,7 +20,6 @@ class Reporter:
     def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, log_every: int):
         self.enabled = jax.process_index() == 0
         self.steps, self.batch_size, self.log_every = steps, batch_size, log_every
-        self.last_step, self.last_time = start, time.monotonic()
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -31,6 +30,7 @@ class Reporter:
             # A log file gets a line now and then, a terminal a moving bar.
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
+        self.pause()
         if not self.enabled:
             return
         # Imported late: reading a configuration or segmenting images never needs it.
@@ -57,9 +57,10 @@ class Reporter:
         if not self.enabled or (step % self.log_every and step < self.steps):
             return
         values = {name: float(value) for name, value in metrics.items()}
-        now = time.monotonic()
-        speed = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
-        self.last_step, self.last_time = step, now
+        # Over the whole stretch since the last pause: a single step is reported when the next one
+        # has been started, which tells little about its own time.
+        seconds = max(time.monotonic() - self.stretch_time, 1e-9)
+        speed = (step - self.stretch_step) * self.batch_size / seconds
         self.write(step, {**values, "lr": lr, "pairs_per_second": speed})
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
@@ -77,8 +78,8 @@ class Reporter:
             self.tensorboard.add_scalar(name, value, step)
 
     def pause(self) -> None:
-        """Leaves the time since the last metrics out of the pairs per second."""
-        self.last_step, self.last_time = self.bar.n, time.monotonic()
+        """Starts a new stretch for the pairs per second: what came before does not count."""
+        self.stretch_step, self.stretch_time = int(self.bar.n), time.monotonic()
 
     def say(self, message: str) -> None:
         """A line above the progress bar."""

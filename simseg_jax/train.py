@@ -190,6 +190,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
             state, metrics = update(state, batch)
             if pending:
                 _report(reporter, checkpoints, step, pending, schedule)
+            if step == start:
+                reporter.pause()  # The first call compiles.
             pending = metrics
         if not last:
             reporter.say(f"Stopped by a signal at step {step}; the same command continues.")

@@ -193,6 +193,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path, finished):
     assert load_model(workdir).step == 2
 
 
+def test_bfloat16_trains_float32_parameters(tmp_path):
+    config = tiny_config()
+    config.steps = 2
+    config.dtype = "bfloat16"
+    train(config, tmp_path)
+    losses = [record["loss"] for record in lines(tmp_path)]
+    assert np.isfinite(losses).all()
+    model = load_model(tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {np.dtype(np.float32)}
+
+
 def test_indivisible_batches_are_refused(tmp_path):
     config = tiny_config()
     config.batch_size = 12

@@ -21,7 +21,7 @@ def top_m(x: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     position = jnp.full(value.shape, -1, jnp.int32)
     values, positions = [], []
     # Each maximum is the largest entry that comes after the previous one, in descending order of
-    # value and, among equals, ascending order of token: plain reductions over x, which is only read.
+    # value and, among equals, ascending order of token: plain reductions that only read x.
     for _ in range(m):
         later = (x < value) | ((x == value) & (token > position))
         value = jnp.where(later, x, -jnp.inf).max(axis=1, keepdims=True)
