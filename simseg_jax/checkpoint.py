@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from simseg_jax import config as config_lib
 from simseg_jax.config import Config
 from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.dotted import leaves
 from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.sharding import make_mesh, state_sharding
@@ -69,8 +70,8 @@ def restore_state(directory: Path, step: int, abstract_state: dict, data, config
     """State of `directory`/<step> with the shardings of `abstract_state`; sets `data` in place."""
     path = directory / str(step)
     saved = saved_config(path)
-    before = dict(config_lib.leaves(saved.model))
-    for key, value in config_lib.leaves(config.model):
+    before = dict(leaves(saved.model))
+    for key, value in leaves(config.model):
         old = before[key]
         if old != value:
             raise UserError(

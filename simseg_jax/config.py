@@ -4,9 +4,7 @@ A file in configs/ starts from `default_config()` and sets what differs; the com
 single keys with `--config.optim.lr=1e-3`. Nothing else in the package knows a default.
 """
 
-import ast
 import dataclasses
-import difflib
 import re
 import runpy
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from simseg_jax.dotted import assign, get, literal, unknown_key
 from simseg_jax.errors import UserError
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import POOLS, SimSegConfig
@@ -156,7 +155,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         message = " ".join(str(error).split())
         unknown = re.search(r'Key \\?"(\w+)\\?" does not exist', message)
         if unknown:
-            message = _unknown_key(unknown[1], [key.split(".")[-1] for key, *_ in _flatten(KEYS)])
+            message = unknown_key(unknown[1], [key.split(".")[-1] for key, *_ in _flatten(KEYS)])
         raise UserError(f"{path}: {message}") from error
     return apply_overrides(config, overrides)
 
@@ -167,7 +166,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         name, equals, text = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise UserError(f"Cannot read {argument!r}: overrides look like --config.key=value.")
-        _set(config, name, text if isinstance(_get(config, name), str) else _literal(name, text))
+        assign(config, name, text if isinstance(get(config, name), str) else literal(name, text))
     validate(config)
     return config
 
@@ -195,8 +194,8 @@ def validate(config: Config) -> None:
                 f"model.{name}.heads={tower.heads}."
             )
     for name in ("batch_size", "log_every", "model.embed_dim", "model.m_image", "model.m_text"):
-        if _get(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {_get(config, name)}.")
+        if get(config, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {get(config, name)}.")
     if not 3 <= config.data.max_length <= text.max_positions:
         raise UserError(
             f"data.max_length={config.data.max_length} must lie between 3 and "
@@ -248,15 +247,6 @@ def compute_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every key below `config`."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def describe() -> str:
     """All keys, one per line with default and meaning: the end of the command line's help."""
     lines = [f"  {key} = {default!r}\n      {text}" for key, default, text in _flatten(KEYS)]
@@ -287,49 +277,7 @@ def _update(config: Config, settings: dict, prefix: str = "") -> None:
         if isinstance(value, dict):
             _update(config, value, f"{prefix}{key}.")
         else:
-            _set(config, prefix + key, value)
-
-
-def _literal(name: str, text: str):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
-        raise UserError(f"{name}={text!r} is not a Python value.") from error
-
-
-def _get(config: Config, name: str) -> Any:
-    node = config
-    for key in name.split("."):
-        if not isinstance(node, ConfigDict) or key not in node:
-            raise UserError(_unknown_key(name, [known for known, _ in leaves(config)]))
-        node = node[key]
-    return node
-
-
-def _set(config: Config, name: str, value) -> None:
-    current = _get(config, name)
-    expected = type(current)
-    if isinstance(current, ConfigDict):
-        raise UserError(f"{name} is a group of keys; set one of them: {', '.join(current)}.")
-    if expected is tuple and isinstance(value, list | tuple):
-        value = _tuples(value)
-    elif expected is float and type(value) is int:
-        value = float(value)
-    elif type(value) is not expected:
-        raise UserError(f"{name}={value!r} must be of type {expected.__name__}.")
-    parent, _, key = name.rpartition(".")
-    (_get(config, parent) if parent else config)[key] = value
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _unknown_key(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"Unknown configuration key {name!r}" + (
-        f"; the nearest is {near[0]!r}." if near else "."
-    )
+            assign(config, prefix + key, value)
 
 
 def _check_table(config: Config, table: dict, prefix: str) -> None:

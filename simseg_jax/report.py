@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -80,6 +81,10 @@ class Reporter:
     def pause(self) -> None:
         """Starts a new stretch for the pairs per second: what came before does not count."""
         self.stretch_step, self.stretch_time = int(self.bar.n), time.monotonic()
+
+    def progress(self, batches: Iterable, name: str) -> Iterable:
+        """`batches` under a bar of their own that vanishes when they are done."""
+        return tqdm(batches, desc=name, unit="batch", leave=False, disable=not self.enabled or None)
 
     def say(self, message: str) -> None:
         """A line above the progress bar."""

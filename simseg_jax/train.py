@@ -147,6 +147,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     else:
         state = jax.jit(init_state, out_shardings=shardings)()
     start = int(state["step"])
+    if restorable and start > steps:
+        raise UserError(
+            f"The checkpoint in {restorable[0]} is at step {start}, beyond the {steps} configured: "
+            "raise steps or epochs, or choose another --workdir."
+        )
     # Only now: a run that cannot continue leaves the files of its workdir as they were.
     if main_process:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -178,12 +183,13 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
                 # Nothing that follows a non-finite update may be saved or evaluated.
                 _report(reporter, checkpoints, step, pending, schedule)
                 pending = None
-            if measure:
-                results = evaluate(evaluators, state["params"], reporter, step)
             if save:
-                # Before the next batch is taken: the iterator's state belongs to this step.
+                # Before the next batch is taken: the iterator's state belongs to this step. And
+                # before the evaluation: should that fail, the training is not lost.
                 checkpoints.save(step, state, data, config)
                 reporter.pause()
+            if measure:
+                results = evaluate(evaluators, state["params"], reporter, step)
             if last or stopping:
                 break
             batch = to_global_batch(next(data), mesh)
@@ -205,7 +211,8 @@ def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[st
     """Runs every evaluator; reports and returns {"seg/<set>/miou": fraction, ...}."""
     results = {}
     for prefix, evaluator in evaluators.items():
-        results |= {f"{prefix}/{name}": value for name, value in evaluator.run(params)}
+        values = evaluator.run(params, lambda batches, p=prefix: reporter.progress(batches, p))
+        results |= {f"{prefix}/{name}": value for name, value in values}
         reporter.say(f"step {step}: {prefix}/miou {results[f'{prefix}/miou']:.4f}")
     if results:
         reporter.write(step, results)

@@ -8,11 +8,11 @@ from simseg_jax.config import (
     default_config,
     describe,
     from_dict,
-    leaves,
     load_config,
     segmentation_eval,
     to_json,
 )
+from simseg_jax.dotted import leaves
 from simseg_jax.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

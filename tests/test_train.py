@@ -204,6 +204,14 @@ def test_bfloat16_trains_float32_parameters(tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {np.dtype(np.float32)}
 
 
+def test_fewer_steps_than_already_made_are_refused(finished):
+    workdir, config, _ = finished
+    shorter = from_dict(config.to_dict())
+    shorter.steps = 3
+    with pytest.raises(UserError, match="at step 4, beyond the 3 configured"):
+        train(shorter, workdir)
+
+
 def test_indivisible_batches_are_refused(tmp_path):
     config = tiny_config()
     config.batch_size = 12

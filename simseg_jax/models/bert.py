@@ -1,6 +1,7 @@
 """BERT encoder (post-norm, no pooler), parameter names as in Hugging Face's `BertModel`."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ class Embeddings(nnx.Module):
     """Sum of word, position and token-type (row 0) embeddings, normalised."""
 
     def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
-        def table(rows: int, init=INIT) -> nnx.Embed:
+        def table(rows: int, init: Any = INIT) -> nnx.Embed:
             return nnx.Embed(rows, config.width, embedding_init=init, dtype=dtype, rngs=rngs)
 
         self.word_embeddings = table(config.vocab_size, _init_words)

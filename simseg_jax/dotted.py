@@ -1,0 +1,65 @@
+"""Dotted access to a nested configuration: typed assignment, unknown names, all leaves."""
+
+import ast
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from simseg_jax.errors import UserError
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every key below `config`."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def get(config: ConfigDict, name: str) -> Any:
+    """The value or group at a dotted name; a `UserError` with the nearest name if there is none."""
+    node = config
+    for key in name.split("."):
+        if not isinstance(node, ConfigDict) or key not in node:
+            raise UserError(unknown_key(name, [known for known, _ in leaves(config)]))
+        node = node[key]
+    return node
+
+
+def assign(config: ConfigDict, name: str, value) -> None:
+    """Sets a key to a value of its default's type; whole numbers pass for floats."""
+    current = get(config, name)
+    expected = type(current)
+    if isinstance(current, ConfigDict):
+        raise UserError(f"{name} is a group of keys; set one of them: {', '.join(current)}.")
+    if expected is tuple and isinstance(value, list | tuple):
+        value = _tuples(value)
+    elif expected is float and type(value) is int:
+        value = float(value)
+    elif type(value) is not expected:
+        raise UserError(f"{name}={value!r} must be of type {expected.__name__}.")
+    parent, _, key = name.rpartition(".")
+    (get(config, parent) if parent else config)[key] = value
+
+
+def literal(name: str, text: str) -> Any:
+    """The Python value that the command line gives for `name`."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{name}={text!r} is not a Python value.") from error
+
+
+def unknown_key(name: str, known: list[str]) -> str:
+    """The message about an unknown key, with the nearest of the known ones."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f"Unknown configuration key {name!r}" + (
+        f"; the nearest is {near[0]!r}." if near else "."
+    )
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
