@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from simseg_jax.data import shapes
+from simseg_jax.data.classes import SHAPES, VOC
 from simseg_jax.data.shapes import ShapesSource
 from simseg_jax.errors import UserError
-from simseg_jax.zeroshot.classes import SHAPES, VOC
 
 
 def training_source(data):

@@ -3,9 +3,9 @@ import numpy as np
 from support import assert_close, tiny_config
 
 from simseg_jax.config import model_config
+from simseg_jax.data.classes import SHAPES, VOC
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.models.simseg import init_params, make_model
-from simseg_jax.zeroshot.classes import SHAPES, VOC
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
