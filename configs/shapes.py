@@ -6,15 +6,15 @@ from simseg_jax.config import default_config, segmentation_eval
 def get_config():
     config = default_config()
     config.batch_size = 128
-    config.steps = 300
+    config.steps = 450
     config.model.image.update(
-        {"image_size": 64, "patch_size": 8, "width": 96, "depth": 3, "heads": 3, "mlp_width": 384}
+        {"image_size": 64, "patch_size": 8, "width": 96, "depth": 3, "heads": 3, "mlp_width": 192}
     )
     config.model.text.update(
-        {"max_positions": 64, "width": 96, "depth": 2, "heads": 3, "mlp_width": 384}
+        {"max_positions": 64, "width": 64, "depth": 1, "heads": 2, "mlp_width": 128, "dropout": 0.0}
     )
     config.model.embed_dim = 128
-    config.optim.lr = 1e-3
+    config.optim.lr = 2e-3
     config.data.update(
         {
             "source": "shapes",

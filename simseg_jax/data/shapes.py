@@ -76,7 +76,7 @@ def scene(index: int, split: str) -> tuple[np.ndarray, np.ndarray, str]:
     ground = rng.choice(list(GROUNDS))
     image = _ground(rng, ground)
     mask = np.zeros((SIZE, SIZE), np.uint8)
-    names = list(rng.choice(CATEGORIES, size=rng.integers(2, 5), replace=False))
+    names = list(rng.choice(CATEGORIES, size=rng.integers(1, 4), replace=False))
     for name, (x, y, radius) in zip(names, _places(rng, len(names)), strict=True):
         alpha, colour = _object(rng, name, x, y, radius)
         image += alpha[:, :, None] * (colour - image)
@@ -125,8 +125,9 @@ def _ground(rng: np.random.Generator, name: str) -> np.ndarray:
 def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """Centres and radii of `count` objects that overlap at most slightly."""
     places: list[tuple[float, float, float]] = []
+    largest = {1: 22, 2: 17, 3: 14}[count]
     while len(places) < count:
-        radius = rng.uniform(8, 13) if count < 4 else rng.uniform(7, 11)
+        radius = rng.uniform(0.6, 1) * largest
         for _ in range(30):
             x, y = rng.uniform(radius, SIZE - radius, 2)
             if all(np.hypot(x - u, y - v) > 0.85 * (radius + r) for u, v, r in places):
