@@ -5,16 +5,17 @@ the input iterator), with the resolved configuration as metadata; WORKDIR/tokeni
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from simseg_jax import config as config_lib
+from simseg_jax.config import Config
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import init_params, make_model
@@ -28,9 +29,10 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int):
         self.directory = workdir.absolute() / "checkpoints"
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str(self.directory),
+            preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
 
@@ -45,7 +47,7 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._checkpointer.latest.step if self._checkpointer.latest else None
 
-    def save(self, step: int, state: dict, data, config: ConfigDict) -> None:
+    def save(self, step: int, state: dict, data, config: Config) -> None:
         """Writes in the background; arrays and iterator state are captured before it returns."""
         self._checkpointer.save_checkpointables_async(
             step,
@@ -63,12 +65,13 @@ class Checkpoints:
         return self.directory / str(step)
 
 
-def restore_state(directory: Path, step: int, abstract_state: dict, data, config: ConfigDict):
+def restore_state(directory: Path, step: int, abstract_state: dict, data, config: Config):
     """State of `directory`/<step> with the shardings of `abstract_state`; sets `data` in place."""
     path = directory / str(step)
     saved = saved_config(path)
-    for key, value in _flat(config.model.to_dict()):
-        old = dict(_flat(saved.model.to_dict())).get(key)
+    before = dict(config_lib.leaves(saved.model))
+    for key, value in config_lib.leaves(config.model):
+        old = before[key]
         if old != value:
             raise UserError(
                 f"The checkpoint {path} has model.{key}={old!r}, the configuration {value!r}: "
@@ -89,7 +92,7 @@ def restore_state(directory: Path, step: int, abstract_state: dict, data, config
 class TrainedModel:
     """What inference needs of a checkpoint; everything is in it, nothing is asked of the user."""
 
-    config: ConfigDict
+    config: Config
     step: int
     graphdef: nnx.GraphDef
     params: Any
@@ -128,14 +131,14 @@ def completed_steps(workdir: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending; folders of interrupted writes do not count."""
     directory = workdir / "checkpoints"
     folders = directory.iterdir() if directory.is_dir() else ()
-    steps = [int(f.name) for f in folders if f.name.isdigit() and ocp.is_orbax_checkpoint(f)]
+    steps = [int(f.name) for f in folders if f.name.isdigit() and ocp.is_orbax_checkpoint(str(f))]
     return sorted(steps)
 
 
-def saved_config(path: Path) -> ConfigDict:
+def saved_config(path: Path) -> Config:
     """The resolved configuration stored with a checkpoint."""
     try:
-        metadata = ocp.checkpointables_metadata(path).custom_metadata
+        metadata: Any = ocp.checkpointables_metadata(str(path)).custom_metadata
         return config_lib.from_dict(metadata["config"])
     except (OSError, KeyError, TypeError, ValueError, ocp.errors.InvalidLayoutError) as error:
         raise UserError(_damaged(path, error)) from error
@@ -150,8 +153,10 @@ def with_sharding(shapes, shardings):
 
 def _load(path: Path, abstract: dict) -> dict:
     try:
-        return ocp.load_checkpointables(path, abstract)
+        return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
+        # Reads of the other arrays go on and would bury the message under theirs.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise UserError(_damaged(path, error)) from error
 
 
@@ -161,11 +166,3 @@ def _damaged(path: Path, error: Exception) -> str:
         f"The checkpoint {path} cannot be read ({type(error).__name__}: {reason}). If it is "
         "incomplete, move it away: the next older one is used then."
     )
-
-
-def _flat(tree: dict, prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -11,6 +11,7 @@ import re
 import runpy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from simseg_jax.errors import UserError
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import POOLS, SimSegConfig
 from simseg_jax.models.vit import ViTConfig
+
+# An `ml_collections.ConfigDict` whose keys are those of KEYS; its attributes have no static types.
+Config = Any
 
 # Each leaf: (default, meaning). The default fixes the type.
 KEYS = {
@@ -123,7 +127,7 @@ CHOICES = {
 }
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Config:
     """The paper's settings with no data source and no evaluation yet."""
     config = _from_table(KEYS).lock()
     # The set of evaluations is the one place where a configuration names keys of its own.
@@ -131,14 +135,14 @@ def default_config() -> ConfigDict:
     return config
 
 
-def segmentation_eval(**settings) -> ConfigDict:
+def segmentation_eval(**settings) -> Config:
     """One entry of `config.evals.seg`: the paper protocol with `settings` changed."""
     config = _from_table(SEGMENTATION_KEYS).lock()
     _update(config, settings)
     return config
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Runs `get_config()` of a configuration file, applies overrides, checks everything."""
     path = Path(path)
     if not path.is_file():
@@ -157,7 +161,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     return apply_overrides(config, overrides)
 
 
-def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Sets the keys of `--config.key=value` arguments in `config` and checks the result."""
     for argument in overrides:
         name, equals, text = argument.removeprefix("--config.").partition("=")
@@ -168,7 +172,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return config
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
     """Raises a `UserError` naming the first key that cannot work."""
     _check_table(config, KEYS, "")
     for name, entry in config.evals.seg.items():
@@ -204,7 +208,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"optim.warmup={config.optim.warmup} is a share of the steps in [0, 1).")
 
 
-def model_config(config: ConfigDict, vocab_size: int) -> SimSegConfig:
+def model_config(config: Config, vocab_size: int) -> SimSegConfig:
     """The architecture a configuration describes; vocab_size fills in model.text.vocab_size=0."""
     model = config.model
     text = BertConfig(**{**model.text, "vocab_size": model.text.vocab_size or vocab_size})
@@ -217,17 +221,17 @@ def model_config(config: ConfigDict, vocab_size: int) -> SimSegConfig:
     return SimSegConfig(image=ViTConfig(**model.image), text=text, **rest)
 
 
-def set_architecture(config: ConfigDict, architecture) -> None:
+def set_architecture(config: Config, architecture) -> None:
     """Copies a `ViTConfig` or `BertConfig` into `config` (config.model.image or .text)."""
     config.update(dataclasses.asdict(architecture))
 
 
-def to_json(config: ConfigDict) -> str:
+def to_json(config: Config) -> str:
     """The resolved configuration as indented JSON."""
     return config.to_json(indent=2, sort_keys=True)
 
 
-def from_dict(saved: dict) -> ConfigDict:
+def from_dict(saved: dict) -> Config:
     """A configuration stored as plain values (`to_dict`, JSON); keys added since take defaults."""
     config = default_config()
     _update(config, {key: value for key, value in saved.items() if key != "evals"})
@@ -237,11 +241,20 @@ def from_dict(saved: dict) -> ConfigDict:
     return config
 
 
-def compute_dtype(config: ConfigDict) -> jnp.dtype:
+def compute_dtype(config: Config) -> jnp.dtype:
     """The type of matrix products: `config.dtype`, where auto is bfloat16 on accelerators."""
     if config.dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.dtype)
+
+
+def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every key below `config`."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def describe() -> str:
@@ -254,7 +267,7 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _from_table(table: dict) -> ConfigDict:
+def _from_table(table: dict) -> Config:
     config = ConfigDict()
     for key, value in table.items():
         config[key] = _from_table(value) if isinstance(value, dict) else value[0]
@@ -269,7 +282,7 @@ def _flatten(table: dict, prefix: str = "") -> Iterator[tuple[str, object, str]]
             yield prefix + key, *value
 
 
-def _update(config: ConfigDict, settings: dict, prefix: str = "") -> None:
+def _update(config: Config, settings: dict, prefix: str = "") -> None:
     for key, value in settings.items():
         if isinstance(value, dict):
             _update(config, value, f"{prefix}{key}.")
@@ -284,16 +297,16 @@ def _literal(name: str, text: str):
         raise UserError(f"{name}={text!r} is not a Python value.") from error
 
 
-def _get(config: ConfigDict, name: str):
+def _get(config: Config, name: str) -> Any:
     node = config
     for key in name.split("."):
         if not isinstance(node, ConfigDict) or key not in node:
-            raise UserError(_unknown_key(name, [known for known, _ in _leaves(config)]))
+            raise UserError(_unknown_key(name, [known for known, _ in leaves(config)]))
         node = node[key]
     return node
 
 
-def _set(config: ConfigDict, name: str, value) -> None:
+def _set(config: Config, name: str, value) -> None:
     current = _get(config, name)
     expected = type(current)
     if isinstance(current, ConfigDict):
@@ -319,15 +332,7 @@ def _unknown_key(name: str, known: list[str]) -> str:
     )
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _check_table(config: ConfigDict, table: dict, prefix: str) -> None:
+def _check_table(config: Config, table: dict, prefix: str) -> None:
     for key, entry in table.items():
         if isinstance(entry, dict):
             _check_table(config[key], entry, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""The training command: `python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes`."""
+"""The training command: `python -m simseg_jax.main --config=... --workdir=...`."""
 
 import argparse
 import time

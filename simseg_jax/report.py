@@ -17,9 +17,9 @@ class Reporter:
     file reads like that of an uninterrupted run.
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int, batch_size: int):
+    def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, log_every: int):
         self.enabled = jax.process_index() == 0
-        self.batch_size = batch_size
+        self.steps, self.batch_size, self.log_every = steps, batch_size, log_every
         self.last_step, self.last_time = start, time.monotonic()
         self.bar = tqdm(
             total=steps,
@@ -51,16 +51,19 @@ class Reporter:
             self.file.close()
             self.tensorboard.close()
 
-    def train(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics of training up to `step`; adds the pairs per second since the last call."""
+    def train(self, step: int, metrics: dict[str, jax.Array], lr: float) -> None:
+        """Metrics of the update that led to `step`: moves the bar, logs every `log_every` steps."""
+        self.bar.update(step - self.bar.n)
+        if not self.enabled or (step % self.log_every and step < self.steps):
+            return
+        values = {name: float(value) for name, value in metrics.items()}
         now = time.monotonic()
-        pairs = (step - self.last_step) * self.batch_size
-        speed = pairs / max(now - self.last_time, 1e-9)
+        speed = (step - self.last_step) * self.batch_size / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
-        self.write(step, {**metrics, "pairs_per_second": speed})
+        self.write(step, {**values, "lr": lr, "pairs_per_second": speed})
         self.bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
-            f"tau {metrics['temperature']:.4f}, {speed:,.0f} pairs/s",
+            f"loss {values['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
+            f"temperature {values['temperature']:.4f}, {speed:,.0f} pairs/s",
             refresh=False,
         )
 
@@ -74,8 +77,8 @@ class Reporter:
             self.tensorboard.add_scalar(name, value, step)
 
     def pause(self) -> None:
-        """Leaves time spent outside training steps out of the pairs per second."""
-        self.last_time = time.monotonic()
+        """Leaves the time since the last metrics out of the pairs per second."""
+        self.last_step, self.last_time = self.bar.n, time.monotonic()
 
     def say(self, message: str) -> None:
         """A line above the progress bar."""

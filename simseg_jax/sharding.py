@@ -5,6 +5,8 @@ parameter (and its optimiser moments) is also split over `fsdp`. All functions r
 `jax.jit`: XLA inserts the collectives.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -17,7 +19,7 @@ BATCH = P(("data", "fsdp"))
 MIN_SHARDED_SIZE = 2**14
 
 
-def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(fsdp: int = 1, devices: Sequence | None = None) -> Mesh:
     """A (data, fsdp) mesh over all devices, `fsdp` of them sharing one copy of the parameters."""
     devices = devices or jax.devices()
     if fsdp < 1 or len(devices) % fsdp:

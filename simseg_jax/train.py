@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from simseg_jax import config as config_lib
 from simseg_jax.checkpoint import (
@@ -20,6 +19,7 @@ from simseg_jax.checkpoint import (
     restore_state,
     with_sharding,
 )
+from simseg_jax.config import Config
 from simseg_jax.data.augment import normalize
 from simseg_jax.data.pipeline import train_iterator
 from simseg_jax.data.sources import training_source
@@ -55,13 +55,13 @@ def make_update(
         (loss, metrics), gradients = value_and_grad(state["params"], batch, key)
         updates, opt = optimizer.update(gradients, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics |= {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
     return update
 
 
-def make_optimizer(config: ConfigDict, steps: int, params):
+def make_optimizer(config: Config, steps: int, params):
     """(optimiser, learning-rate schedule) of `config.optim` for a run of `steps`."""
     optim = config.optim
     warmup = round(optim.warmup * steps)
@@ -80,7 +80,7 @@ def make_optimizer(config: ConfigDict, steps: int, params):
     return optimizer, schedule
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(config: Config, workdir: str | Path) -> dict[str, float]:
     """Trains, checkpoints and evaluates; returns the last evaluation's numbers.
 
     Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`.
@@ -140,10 +140,6 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     }
 
     # ---- restore
-    if main_process:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(workdir / TOKENIZER)
     restorable = _newest_checkpoint(workdir, config.checkpoint.resume)
     if restorable:
         abstract = with_sharding(state_shapes, shardings)
@@ -151,6 +147,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     else:
         state = jax.jit(init_state, out_shardings=shardings)()
     start = int(state["step"])
+    # Only now: a run that cannot continue leaves the files of its workdir as they were.
+    if main_process:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(workdir / TOKENIZER)
 
     # ---- loop
     results: dict[str, float] = {}
@@ -158,7 +159,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     with (
         jax.set_mesh(mesh),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
-        Reporter(workdir, start, steps, config.batch_size) as reporter,
+        Reporter(workdir, start, steps, config.batch_size, config.log_every) as reporter,
         stop,
     ):
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -167,18 +168,17 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             f"{config.batch_size} pairs on {mesh.size} {jax.devices()[0].platform} device(s)"
             + (f", continuing at step {start:,} of {restorable[0]}" if restorable else "")
         )
-        pending = None
+        pending = None  # Metrics of the newest step, which the device may still be computing.
         for step in range(start, steps + 1):
-            resumed = step == start and restorable
-            last = step == steps
-            stopping = stop.requested(step)
-            every = config.checkpoint.every
-            save = not resumed and (last or stopping or (step > start and step % every == 0))
-            if pending and (save or last):
-                _log(reporter, pending, schedule, checkpoints, force=True)
+            last, stopping = step == steps, stop.requested(step)
+            fresh = step > start or not restorable
+            save = fresh and (last or stopping or _hits(step, config.checkpoint.every))
+            measure = last or (fresh and _hits(step, config.eval_every))
+            if pending and (save or measure):
+                # Nothing that follows a non-finite update may be saved or evaluated.
+                _report(reporter, checkpoints, step, pending, schedule)
                 pending = None
-            due = config.eval_every and step > 0 and step % config.eval_every == 0
-            if last or (due and not resumed and not stopping):
+            if measure:
                 results = evaluate(evaluators, state["params"], reporter, step)
             if save:
                 # Before the next batch is taken: the iterator's state belongs to this step.
@@ -189,12 +189,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             batch = to_global_batch(next(data), mesh)
             state, metrics = update(state, batch)
             if pending:
-                _log(reporter, pending, schedule, checkpoints, config.log_every)
-            pending = (step + 1, metrics)
-        if stopping and not last:
+                _report(reporter, checkpoints, step, pending, schedule)
+            pending = metrics
+        if not last:
             reporter.say(f"Stopped by a signal at step {step}; the same command continues.")
-            return results
-        if config.pictures and evaluators:
+        elif config.pictures and evaluators:
             path = write_contact_sheet(workdir, evaluators, state["params"], config.pictures)
             reporter.say(f"Pictures: {path}")
     return results
@@ -237,6 +236,10 @@ class StopSignal:
         return self.received
 
 
+def _hits(step: int, every: int) -> bool:
+    return step > 0 and every > 0 and step % every == 0
+
+
 def _newest_checkpoint(workdir: Path, resume: str) -> tuple[Path, int] | None:
     steps = completed_steps(workdir)
     if steps:
@@ -250,18 +253,18 @@ def _newest_checkpoint(workdir: Path, resume: str) -> tuple[Path, int] | None:
     return other / "checkpoints", steps[-1]
 
 
-def _log(reporter, pending, schedule, checkpoints, log_every: int = 1, force: bool = False) -> None:
-    step, metrics = pending
-    loss = float(metrics["loss"])
-    if not math.isfinite(loss):
+def _report(reporter: Reporter, checkpoints: Checkpoints, step: int, metrics, schedule) -> None:
+    """Reports the update that led to `step`; stops the run when that was not finite."""
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         newest = checkpoints.latest
-        good = f"The last good checkpoint is {checkpoints.path(newest)}" if newest else "None saved"
         raise UserError(
-            f"The loss became {loss} at step {step}. {good}; continue from it with a lower "
-            "optim.lr or with optim.clip_norm=1.0."
+            f"At step {step} the loss is {loss} and the gradient norm {norm}. "
+            + (
+                f"The last good checkpoint is {checkpoints.path(newest)}: run again to continue "
+                if newest is not None
+                else "There is no checkpoint yet: start again "
+            )
+            + "from there, with a lower optim.lr or with optim.clip_norm=1.0."
         )
-    if reporter.enabled:
-        reporter.bar.update(step - reporter.bar.n)
-    if force or step % log_every == 0:
-        values = {name: float(value) for name, value in metrics.items()}
-        reporter.train(step, {**values, "lr": float(schedule(step - 1))})
+    reporter.train(step, metrics, float(schedule(step - 1)))

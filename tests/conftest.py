@@ -1,11 +1,13 @@
 """Test set-up: 8 fake CPU devices, float32 products, warnings as errors (pyproject.toml)."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # No test asks the network.
 
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from simseg_jax.models.convert import load_authors_checkpoint
 from simseg_jax.models.simseg import make_model
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests train the same tiny model: compile it once per session.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="simseg_jax_tests_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which pytest never parses.
 
 GOLDENS = Path(__file__).parent / "goldens"

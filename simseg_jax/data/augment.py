@@ -5,6 +5,7 @@ shear and enhancement but not for rotation, magnitudes on ten evenly spaced leve
 """
 
 import io
+import math
 from collections.abc import Callable
 
 import jax
@@ -123,7 +124,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, int, int], Image.Image]] = {
     "shearX": _shear_x,
     "rotate": _rotate,
     "posterize": lambda image, level, _: ImageOps.posterize(image, round(8 - 4 * level / 9)),
-    "solarize": lambda image, level, _: ImageOps.solarize(image, 256 - 256 * level / 9),
+    "solarize": lambda image, level, _: ImageOps.solarize(image, math.ceil(256 - 256 * level / 9)),
     "autocontrast": lambda image, _level, _sign: ImageOps.autocontrast(image),
     "equalize": lambda image, _level, _sign: ImageOps.equalize(image),
     "invert": lambda image, _level, _sign: ImageOps.invert(image),
@@ -135,9 +136,8 @@ OPERATIONS: dict[str, Callable[[Image.Image, int, int], Image.Image]] = {
 
 def normalize(images: jax.Array) -> jax.Array:
     """uint8 [..., 3] -> float32 with ImageNet mean and standard deviation. Runs on the device."""
-    mean, std = (
-        jnp.asarray(x, jnp.float32).reshape((1,) * (images.ndim - 1) + (3,)) for x in (MEAN, STD)
-    )
+    leading = (None,) * (images.ndim - 1)
+    mean, std = jnp.array(MEAN, jnp.float32)[leading], jnp.array(STD, jnp.float32)[leading]
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
@@ -146,6 +146,6 @@ def denormalized_uint8(images: np.ndarray) -> np.ndarray:
 
     Rounding on the way makes some values one level darker than the input.
     """
-    mean, std = np.float32(MEAN), np.float32(STD)
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
     normalized = (images.astype(np.float32) / np.float32(255) - mean) / std
     return ((normalized * std + mean) * np.float32(255)).astype(np.uint8)

@@ -70,7 +70,8 @@ class ShapesSource:
 def scene(index: int, split: str) -> tuple[np.ndarray, np.ndarray, str]:
     """Scene `index` of a split: image uint8 [64, 64, 3], mask uint8 [64, 64], caption.
 
-    The mask is 0 on the ground and 1 + the index of the category on objects. Cached: epochs after the first cost nothing.
+    The mask is 0 on the ground and 1 + the index of the category on objects. Cached:
+    epochs after the first cost nothing.
     """
     rng = np.random.default_rng((SPLITS[split], index))
     ground = rng.choice(list(GROUNDS))

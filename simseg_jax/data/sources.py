@@ -30,6 +30,11 @@ def segmentation_source(settings):
     return VOCSegmentation(settings.root, settings.split)
 
 
+def segmentation_classes(settings) -> tuple[str, ...]:
+    """Class names of that benchmark, background first; needs none of its files."""
+    return (ShapesSegmentation if settings.data == "shapes" else VOCSegmentation).class_names
+
+
 class CaptionFolder:
     """A folder of images and a CSV with a header `image,caption`: one row per caption.
 

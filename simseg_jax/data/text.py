@@ -8,6 +8,7 @@ import numpy as np
 
 from simseg_jax.data import shapes
 from simseg_jax.errors import UserError
+from simseg_jax.models.bert import PAD
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
@@ -16,17 +17,19 @@ MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the touched pieces; the remaining 40 %
 
 def load_tokenizer(vocab: str):
     """A fast BERT tokenizer from "shapes", a vocab.txt, a saved tokenizer folder or a hub name."""
-    import transformers  # Slow to import, and not needed by the model itself.
+    # Slow to import, and not needed by the model itself.
+    from transformers import AutoTokenizer, BertTokenizer
+    from transformers.utils import logging
 
-    transformers.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     if vocab == "shapes":
-        return transformers.BertTokenizerFast(vocab=shapes.vocabulary())
+        return BertTokenizer(vocab=shapes.vocabulary())
     path = Path(vocab).expanduser()
     if path.is_file():
         tokens = path.read_text(encoding="utf-8").splitlines()
-        return transformers.BertTokenizerFast(vocab={t: i for i, t in enumerate(tokens)})
+        return BertTokenizer(vocab={t: i for i, t in enumerate(tokens)})
     try:
-        return transformers.AutoTokenizer.from_pretrained(path if path.is_dir() else vocab)
+        return AutoTokenizer.from_pretrained(path if path.is_dir() else vocab)
     except (OSError, ValueError) as error:
         raise UserError(
             f"Cannot load the vocabulary {vocab!r}: it is neither a vocab.txt nor a tokenizer "
@@ -39,14 +42,15 @@ class TextEncoder:
     """Captions -> fixed-length token ids; safe to call from many threads at once."""
 
     def __init__(self, tokenizer, max_length: int, edit_rate: float = 0.0):
+        if tokenizer.pad_token_id != PAD:
+            raise UserError(f"The vocabulary must have [PAD] as its first token, id {PAD}.")
         # The Rust tokenizer itself: the Python wrapper changes shared state on every call.
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
         self.max_length, self.edit_rate = max_length, edit_rate
         self.vocab_size = len(tokenizer)
-        self.pad, self.cls, self.sep, self.mask = (
-            tokenizer.pad_token_id,
+        self.cls, self.sep, self.mask = (
             tokenizer.cls_token_id,
             tokenizer.sep_token_id,
             tokenizer.mask_token_id,
@@ -63,7 +67,7 @@ class TextEncoder:
         if rng is not None and self.edit_rate:
             pieces = self.perturb(pieces, rng)
         pieces = [self.cls, *pieces[: self.max_length - 2], self.sep]
-        ids = np.full(self.max_length, self.pad, np.int32)
+        ids = np.full(self.max_length, PAD, np.int32)
         ids[: len(pieces)] = pieces
         return ids, np.arange(self.max_length) < len(pieces)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+
 def adaptive_threshold(scores: jax.Array, top_k: int, sigma_weight: float) -> jax.Array:
     """Mean plus sigma_weight standard deviations (unbiased) of the top-k scores: [B, C] -> [B]."""
     top, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))

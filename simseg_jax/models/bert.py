@@ -31,29 +31,42 @@ class BertConfig:
 
 
 INIT = nnx.initializers.normal(0.02)
+PAD = 0  # id of [PAD] in every BERT vocabulary
 
 
-def layer_norm(config: BertConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _layer_norm(config: BertConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.width, epsilon=1e-12, dtype=dtype, rngs=rngs)
 
 
-class Embeddings(nnx.Module):
-    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
-        def table(rows: int) -> nnx.Embed:
-            return nnx.Embed(rows, config.width, embedding_init=INIT, dtype=dtype, rngs=rngs)
+def _init_words(key: jax.Array, shape, dtype) -> jax.Array:
+    # As Hugging Face's: the row of [PAD] starts at zero.
+    return INIT(key, shape, dtype).at[PAD].set(0)
 
-        self.word_embeddings = table(config.vocab_size)
+
+class Embeddings(nnx.Module):
+    """Sum of word, position and token-type (row 0) embeddings, normalised."""
+
+    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
+        def table(rows: int, init=INIT) -> nnx.Embed:
+            return nnx.Embed(rows, config.width, embedding_init=init, dtype=dtype, rngs=rngs)
+
+        self.word_embeddings = table(config.vocab_size, _init_words)
         self.position_embeddings = table(config.max_positions)
         self.token_type_embeddings = table(2)
-        self.LayerNorm = layer_norm(config, dtype, rngs)
+        self.LayerNorm = _layer_norm(config, dtype, rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        x = self.word_embeddings(ids) + self.token_type_embeddings(jnp.zeros_like(ids))
-        x = x + self.position_embeddings(jnp.arange(ids.shape[1]))
+        words = self.word_embeddings(ids)
+        # PyTorch's padding_idx: the row of [PAD] gets no gradient.
+        words = jnp.where((ids == PAD)[:, :, None], jax.lax.stop_gradient(words), words)
+        x = words + self.token_type_embeddings(jnp.zeros_like(ids))
+        x = x + self.position_embeddings(jnp.arange(ids.shape[1])[None])
         return self.LayerNorm(x)
 
 
 class Layer(nnx.Module):
+    """Self-attention and MLP, each followed by its residual and LayerNorm."""
+
     def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
         self.heads = config.heads
         self.dropout = config.dropout
@@ -65,10 +78,10 @@ class Layer(nnx.Module):
         self.key = dense(config.width, config.width)
         self.value = dense(config.width, config.width)
         self.attention_output = dense(config.width, config.width)
-        self.attention_norm = layer_norm(config, dtype, rngs)
+        self.attention_norm = _layer_norm(config, dtype, rngs)
         self.intermediate = dense(config.width, config.mlp_width)
         self.output = dense(config.mlp_width, config.width)
-        self.output_norm = layer_norm(config, dtype, rngs)
+        self.output_norm = _layer_norm(config, dtype, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
         batch, tokens, width = x.shape

@@ -40,7 +40,7 @@ def top_m_pool(x: jax.Array, m: int, mask: jax.Array | None = None) -> jax.Array
     else:
         mask = mask.astype(bool)
         count = jnp.clip(mask.sum(axis=1, keepdims=True), 1, m)
-        weights = (jnp.arange(m) < count) / count.astype(jnp.float32)
+        weights = (jnp.arange(m)[None] < count) / count.astype(jnp.float32)
         x = jnp.where(mask[:, :, None], x, jnp.finfo(x.dtype).min)
     return _weighted_top_m(x, weights, m)
 

@@ -33,6 +33,8 @@ class ViTConfig:
 
 
 class Attention(nnx.Module):
+    """Multi-head self-attention with one product for query, key and value."""
+
     def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
         self.heads = config.heads
         init = nnx.initializers.truncated_normal(0.02)
@@ -47,6 +49,8 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
+    """Two linear layers around the exact GELU."""
+
     def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.truncated_normal(0.02)
         self.fc1 = linear(config.width, config.mlp_width, init, dtype, rngs)
@@ -57,6 +61,8 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
+    """Pre-norm attention and MLP with residuals."""
+
     def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
         self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
         self.attn = Attention(config, dtype, rngs)

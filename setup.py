@@ -1,0 +1,34 @@
+"""Package definition; `pip install .` needs wheels only, no compiler."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="simseg-jax",
+    version="0.1.0",
+    description="Text-supervised semantic segmentation in JAX: captions in, masks out",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["simseg_jax", "simseg_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "flax>=0.12.4,<0.14",
+        "grain>=0.2.15,<0.3",
+        "jax>=0.9,<0.14",
+        "ml-collections>=1.1,<2",
+        "ml-dtypes>=0.5,<1",
+        "numpy>=2.0,<3",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.14",
+        "pillow>=11,<14",
+        "tensorboardX>=2.6.4,<3",
+        "tqdm>=4.66,<5",
+        "transformers>=5.0,<6",
+    ],
+    extras_require={
+        "test": ["pytest>=8,<10", "ruff>=0.15,<0.19", "pyright>=1.1.400,<2"],
+        # Compiles C++: for comparison with the authors' post-processing.
+        "crf": ["pydensecrf2>=1.1,<2"],
+        "cuda": ["jax[cuda12]>=0.9,<0.14"],
+        "tpu": ["jax[tpu]>=0.9,<0.14"],
+    },
+)

@@ -1,0 +1,238 @@
+"""Images and words -> masks: the `Segmenter` class and its command line."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from simseg_jax.checkpoint import TrainedModel, load_model
+from simseg_jax.config import SEGMENTATION_KEYS, segmentation_eval
+from simseg_jax.data.augment import decode_image, resize
+from simseg_jax.data.sources import segmentation_classes
+from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.masks.postprocess import resize_nearest
+from simseg_jax.masks.protocols import paper_protocol
+from simseg_jax.sharding import to_global_batch
+from simseg_jax.visualize import index_png, legend, overlay, stack
+from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.prompts import TEMPLATES
+
+EPILOG = """examples:
+  python -m simseg_jax.segment --checkpoint=runs/shapes --words="star, heart" --output=out scene.png
+  python -m simseg_jax.segment --checkpoint=runs/f8k --words="dog, grass" --output=out photos/
+
+For every image: NAME_mask.png (palette image, pixel value = position of the word, 0 = none of
+them) and NAME_overlay.png (colours and legend); scores.json holds all scores. A word is drawn
+where its similarity is high, provided its score exceeds mean + sigma_weight * deviation of the best
+scores. A few words alone have no meaningful mean, so the classes of the benchmark that the
+checkpoint was evaluated on are scored as well, without being drawn; --contrast replaces them.
+"""
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+    """The answer for one image.
+
+    mask: uint8 [H, W] at the size of the image; 0 is none of the words, i is words[i - 1].
+    scores: image-text score of every word and contrast word. drawn: words above the threshold.
+    """
+
+    mask: np.ndarray
+    words: tuple[str, ...]
+    scores: dict[str, float]
+    threshold: float
+    drawn: tuple[str, ...]
+
+
+class Segmenter:
+    """Segments images with any words by the paper's zero-shot protocol.
+
+    words: what to look for. contrast: further words that share in the threshold and claim their
+    regions but are never drawn; by default the class names of the checkpoint's first benchmark.
+    settings: changes to that benchmark's protocol settings, such as refine="pydensecrf".
+    """
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        words: Sequence[str],
+        contrast: Sequence[str] | None = None,
+        **settings,
+    ):
+        self.model = model
+        benchmarks = list(model.config.evals.seg.values())
+        base = benchmarks[0].to_dict() if benchmarks else {}
+        self.settings = segmentation_eval(**{**base, **settings})
+        patch = model.config.model.image.patch_size
+        if self.settings.resolution % patch:
+            raise UserError(
+                f"resolution={self.settings.resolution} must be a multiple of the patch size, "
+                f"which is {patch}."
+            )
+        self.words = check_words(words)
+        if contrast is None:
+            contrast = segmentation_classes(self.settings)[1:]
+        self.contrast = tuple(w for w in dict.fromkeys(contrast) if w not in self.words)
+        names = ("background", *self.words, *self.contrast)
+        prompts = tokenize_prompts(model.encoder, names, TEMPLATES[self.settings.prompts])
+        with jax.set_mesh(model.mesh):
+            embed = class_embedder(model.graphdef, self.settings.m_text, model.mesh.size)
+            self.class_embeddings = embed(model.params, *prompts)
+        self.predict = paper_protocol(model.graphdef, self.settings)
+
+    def segment(self, images: Iterable[Image.Image]) -> Iterator[Segmentation]:
+        """Yields one answer per RGB image, in order; images are read as they are needed."""
+        devices = self.model.mesh.size
+        batch_size = -(-self.settings.batch_size // devices) * devices
+        images = iter(images)
+        while batch := list(itertools.islice(images, batch_size)):
+            rows = np.stack([resize(image, self.settings.resolution) for image in batch])
+            # One image alone does not pay for a full batch; otherwise there is one batch shape.
+            size = devices if len(batch) <= devices else batch_size
+            rows = np.pad(rows, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
+            with jax.set_mesh(self.model.mesh):
+                rows = to_global_batch(rows, self.model.mesh)
+                masks, response = self.predict(self.model.params, self.class_embeddings, rows)
+            masks, response = jax.tree.map(np.asarray, (masks, response))
+            for i, image in enumerate(batch):
+                yield self._answer(image, masks[i], type(response)(*(x[i] for x in response)))
+
+    def _answer(self, image: Image.Image, mask: np.ndarray, response) -> Segmentation:
+        mask = np.where(mask > len(self.words), 0, mask).astype(np.uint8)
+        names = (*self.words, *self.contrast)
+        drawn = {int(c) for c, d in zip(response.classes, response.drawn, strict=True) if d}
+        return Segmentation(
+            mask=resize_nearest(mask, image.height, image.width),
+            words=self.words,
+            scores={n: float(s) for n, s in zip(names, response.scores[1:], strict=True)},
+            threshold=float(response.threshold),
+            drawn=tuple(w for i, w in enumerate(self.words, 1) if i in drawn),
+        )
+
+
+def check_words(words: Sequence[str]) -> tuple[str, ...]:
+    """The words without surrounding space; refuses an empty list, repetitions and "background"."""
+    words = tuple(word.strip() for word in words if word.strip())
+    if not words:
+        raise UserError('Give at least one word to look for, for example --words="dog, grass".')
+    if len(set(words)) < len(words):
+        raise UserError("The same word is given twice.")
+    if "background" in words:
+        raise UserError('Leave out "background": it is every pixel that no word claims.')
+    if len(words) > 255:
+        raise UserError(f"A mask image holds at most 255 words, not {len(words)}.")
+    return words
+
+
+def find_images(paths: Sequence[str]) -> dict[str, Path]:
+    """Output name -> image file, for files and (recursively) folders; names without suffix."""
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            named = {str(f.relative_to(path).with_suffix("")): f for f in files}
+            if not named:
+                raise UserError(f"The folder {path} holds no images.")
+        elif path.is_file():
+            named = {path.stem: path}
+        else:
+            raise UserError(f"No image or folder at {path}.")
+        for name, file in named.items():
+            if name in found:
+                raise UserError(
+                    f"{found[name]} and {file} would both be written as {name}_mask.png: "
+                    "rename one or segment them into separate folders."
+                )
+            found[name] = file
+    return found
+
+
+def _save(folder: Path, name: str, image: Image.Image, answer: Segmentation) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    index_png(answer.mask).save(folder / f"{name}_mask.png")
+    coloured = Image.fromarray(overlay(np.asarray(image), answer.mask))
+    labels = [
+        (index, f"{word} {answer.scores[word]:.2f}")
+        for index, word in enumerate(answer.words, 1)
+        if (answer.mask == index).any()
+    ]
+    strip = legend(labels or [(0, "none of the words")], max(coloured.width, 160))
+    stack([coloured, strip]).save(folder / f"{name}_overlay.png")
+
+
+@report_user_errors
+def main() -> None:
+    """Segments the images of the command line and writes masks, overlays and scores."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simseg_jax.segment",
+        description="Segments images with words.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("images", nargs="+", help="image files or folders")
+    parser.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--words", required=True, help="comma-separated words to look for")
+    parser.add_argument("--output", required=True, help="folder for masks, overlays, scores.json")
+    parser.add_argument("--contrast", help="comma-separated words scored but not drawn")
+    parser.add_argument("--refine", choices=("none", "pydensecrf"), help="mask refinement")
+    parser.add_argument("--resolution", type=int, help="side in pixels the model sees")
+    parser.add_argument("--sigma_weight", type=float, help="higher: fewer words are drawn")
+    parser.add_argument("--batch_size", type=int, help="images per batch")
+    args = parser.parse_args()
+    chosen = {
+        key: getattr(args, key) for key in SEGMENTATION_KEYS if getattr(args, key, None) is not None
+    }
+    check_words(args.words.split(","))
+    files = find_images(args.images)
+    contrast = None if args.contrast is None else [w.strip() for w in args.contrast.split(",")]
+    model = load_model(args.checkpoint, args.step)
+    segmenter = Segmenter(model, args.words.split(","), contrast, **chosen)
+
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
+    opened: list[tuple[str, Image.Image]] = []
+
+    def readable() -> Iterator[Image.Image]:
+        for name, file in files.items():
+            try:
+                image = decode_image(file.read_bytes(), str(file))
+            except UserError as error:
+                failed.append(str(error))
+                continue
+            opened.append((name, image))
+            yield image
+
+    record = {}
+    with tqdm(total=len(files), unit="image", disable=None) as bar:
+        for answer in segmenter.segment(readable()):
+            name, image = opened.pop(0)
+            _save(folder, name, image, answer)
+            record[str(files[name])] = {
+                "drawn": answer.drawn,
+                "threshold": answer.threshold,
+                "scores": answer.scores,
+            }
+            bar.update()
+    content = {"words": segmenter.words, "contrast": segmenter.contrast, "images": record}
+    (folder / "scores.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"Segmented {len(record)} of {len(files)} images; masks, overlays, scores.json in {folder}"
+    )
+    if failed:
+        sys.exit("\n".join(f"error: {message}" for message in failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import assert_close, golden_batch
+
+from simseg_jax.models.bert import BertConfig
+from simseg_jax.models.simseg import POOLS, SimSegConfig, init_params, make_model
+from simseg_jax.models.vit import ViTConfig
+
+TINY = SimSegConfig(
+    image=ViTConfig(image_size=32, patch_size=8, width=16, depth=1, heads=2, mlp_width=32),
+    text=BertConfig(vocab_size=20, max_positions=8, width=16, depth=2, heads=2, mlp_width=32),
+    embed_dim=8,
+    m_image=3,
+    m_text=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"), [(ViTConfig.s16(), 21_665_664), (ViTConfig.b16(), 85_798_656)]
+)
+def test_full_size_parameter_counts(image, expected):
+    # timm's vit_{small,base}_patch16_224 without head; HF's bert-base-uncased without pooler.
+    config = SimSegConfig(image=image, text=BertConfig.base())
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    count = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in shapes.items()}
+    assert count["image_encoder"] == expected
+    assert count["text_encoder"] == 108_891_648
+    assert count["image_projection"] == image.width * 512
+    assert count["text_projection"] == 768 * 512
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_pooling_gives_unit_embeddings_and_gradients(pool):
+    config = dataclasses.replace(TINY, pool=pool)
+    params = init_params(config, jax.random.key(0))
+    graphdef = make_model(config)
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    ids = jax.random.randint(jax.random.key(2), (4, 6), 0, 20)
+    mask = jnp.arange(6)[None] < jnp.array([[3], [4], [5], [6]])
+
+    def similarity(params):
+        model = nnx.merge(graphdef, params)
+        image, _ = model.encode_image(images)
+        text = model.encode_text(ids, mask)
+        return (image * text).sum(), (image, text)
+
+    (_, embeddings), gradients = jax.value_and_grad(similarity, has_aux=True)(params)
+    for embedding in embeddings:
+        np.testing.assert_allclose(jnp.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(gradients)))
+
+
+def test_dropout_only_with_a_key():
+    graphdef, params = make_model(TINY), init_params(TINY, jax.random.key(0))
+    model = nnx.merge(graphdef, params)
+    ids, mask = jnp.ones((2, 6), int), jnp.ones((2, 6), bool)
+    plain = model.encode_text(ids, mask)
+    first = model.encode_text(ids, mask, key=jax.random.key(1))
+    np.testing.assert_array_equal(plain, model.encode_text(ids, mask))
+    np.testing.assert_array_equal(first, model.encode_text(ids, mask, key=jax.random.key(1)))
+    assert np.abs(np.asarray(first - plain)).max() > 1e-3
+
+
+def test_padding_competes_only_when_unmasked(golden_model, golden):
+    _, graphdef, params = golden_model
+    model = nnx.merge(graphdef, params)
+    _, ids, mask = golden_batch(golden)
+    longer = jnp.pad(ids, ((0, 0), (0, 10)))
+    longer_mask = np.pad(mask, ((0, 0), (0, 10)))
+    masked = model.encode_text(ids, mask, m=3, mask_padding=True)
+    assert_close(model.encode_text(longer, longer_mask, m=3, mask_padding=True), masked)
+    unmasked = model.encode_text(ids, mask, m=3, mask_padding=False)
+    changed = model.encode_text(longer, longer_mask, m=3, mask_padding=False)
+    assert np.abs(np.asarray(changed - unmasked)).max() > 1e-3
+
+
+def test_bfloat16_stays_close_to_float32(golden_model, golden):
+    config, graphdef, params = golden_model
+    images, ids, mask = golden_batch(golden)
+    low = nnx.merge(make_model(config, jnp.bfloat16), params)
+    full = nnx.merge(graphdef, params)
+    image, patches = low.encode_image(images)
+    assert image.dtype == patches.dtype == jnp.float32
+    # bfloat16 has 8 bits of mantissa: 3 layers stay within a few times 2^-8.
+    assert_close(image, full.encode_image(images)[0], 0.03)
+    assert_close(low.encode_text(ids, mask), full.encode_text(ids, mask), 0.03)

@@ -1,0 +1,56 @@
+"""Helpers of several tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simseg_jax.config import default_config, segmentation_eval
+
+
+def assert_close(actual, expected, tolerance: float = 1e-5):
+    """Largest deviation relative to the largest expected magnitude: the float32 parity measure."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_trees_equal(first, second):
+    """Same structure and identical bits in every leaf."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(first):
+        other = dict(jax.tree_util.tree_leaves_with_path(second))[path]
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other), err_msg=str(path))
+
+
+def golden_batch(golden):
+    """Images NHWC float32, ids and mask of the reference batch."""
+    images = golden["image"].astype(np.float32).transpose(0, 2, 3, 1)
+    return jnp.asarray(images), jnp.asarray(golden["input_ids"]), golden["attention_mask"] > 0
+
+
+def tiny_config():
+    """A configuration of the generated scenes that trains in a second."""
+    config = default_config()
+    config.steps = 4
+    config.batch_size = 16
+    config.log_every = 1
+    config.pictures = 0
+    config.model.image.update(
+        {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2, "mlp_width": 64}
+    )
+    config.model.text.update(
+        {"max_positions": 25, "width": 32, "depth": 1, "heads": 2, "mlp_width": 64}
+    )
+    config.model.embed_dim = 16
+    config.optim.lr = 1e-3
+    config.data.update({"source": "shapes", "split": "train", "size": 64, "vocab": "shapes"})
+    config.data.update({"threads": 2, "prefetch": 32})
+    config.checkpoint.every = 2
+    return config
+
+
+def tiny_eval(**settings):
+    """A small benchmark of generated scenes for `tiny_config`."""
+    defaults = {"data": "shapes", "size": 20, "resolution": 32, "prompts": "shapes"}
+    return segmentation_eval(**{**defaults, "batch_size": 8, **settings})

@@ -1,0 +1,200 @@
+"""The training run: files it leaves, resuming, signals, failures."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from support import assert_trees_equal, tiny_config, tiny_eval
+
+from simseg_jax import train as train_module
+from simseg_jax.checkpoint import completed_steps, load_model
+from simseg_jax.config import from_dict
+from simseg_jax.errors import UserError
+from simseg_jax.train import train
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(records):
+    return [{k: v for k, v in r.items() if k != "pairs_per_second"} for r in records]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Batches that training takes, in order."""
+    batches = []
+    original = train_module.to_global_batch
+
+    def record(batch, mesh):
+        batches.append(jax.tree.map(np.copy, batch))
+        return original(batch, mesh)
+
+    monkeypatch.setattr(train_module, "to_global_batch", record)
+    return batches
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """WORKDIR, configuration and results of one uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = tiny_config()
+    config.pictures = 3
+    config.eval_every = 2
+    config.evals.seg.shapes = tiny_eval()
+    return workdir, config, train(config, workdir)
+
+
+def test_outputs_of_a_run(finished):
+    workdir, config, results = finished
+    assert 0 < results["seg/shapes/miou"] < 1
+    records = lines(workdir)
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in records if "seg/shapes/miou" in r] == [2, 4]
+    last = next(r for r in reversed(records) if "loss" in r)
+    assert set(last) >= {"loss", "temperature", "lr", "grad_norm", "pairs_per_second"}
+    assert records[-1]["seg/shapes/miou"] == results["seg/shapes/miou"]
+    assert from_dict(json.loads((workdir / "config.json").read_text())) == config
+    assert completed_steps(workdir) == [2, 4]
+    assert (workdir / "pictures" / "shapes.png").stat().st_size > 1000
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
+    workdir, config, results = finished
+    assert train(config, tmp_path) == results
+    assert without_speed(lines(tmp_path)) == without_speed(lines(workdir))
+
+
+def test_a_finished_run_can_be_repeated_without_training(finished):
+    workdir, config, results = finished
+    assert train(config, workdir) == results
+    assert completed_steps(workdir) == [2, 4]
+
+
+def test_a_checkpoint_loads_alone(finished):
+    workdir, config, _ = finished
+    model = load_model(workdir)
+    assert model.step == 4
+    assert model.config == config
+    with pytest.raises(UserError, match=r"no checkpoint of step 3, only \[2, 4\]"):
+        load_model(workdir, step=3)
+    with pytest.raises(UserError, match="No finished checkpoint"):
+        load_model(workdir / "pictures")
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, seen, monkeypatch):
+    config = tiny_config()
+    config.data.edit_rate = 0.5
+    train(config, tmp_path / "whole")
+    whole, seen[:] = list(seen), []
+
+    class Killed(BaseException):
+        """Not an Exception: nothing may catch it, like a real kill."""
+
+    original = train_module._report
+
+    def die(reporter, checkpoints, step, metrics, schedule):
+        original(reporter, checkpoints, step, metrics, schedule)
+        if step == 3:
+            raise Killed
+
+    monkeypatch.setattr(train_module, "_report", die)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "parts")
+    monkeypatch.setattr(train_module, "_report", original)
+    # Step 2 was saved, step 3 was lost; it comes again from the same batch.
+    assert completed_steps(tmp_path / "parts") == [2]
+    first = list(seen)
+    seen[:] = []
+    train(config, tmp_path / "parts")
+    assert_trees_equal(first[:2] + seen, whole)
+    assert_trees_equal(load_model(tmp_path / "parts").params, load_model(tmp_path / "whole").params)
+    assert without_speed(lines(tmp_path / "parts")) == without_speed(lines(tmp_path / "whole"))
+
+
+def test_sigterm_saves_and_the_same_command_continues(tmp_path, seen, monkeypatch):
+    config = tiny_config()
+    config.checkpoint.every = 100
+    train(config, tmp_path / "whole")
+    original = train_module._report
+
+    def terminate(reporter, checkpoints, step, metrics, schedule):
+        original(reporter, checkpoints, step, metrics, schedule)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_module, "_report", terminate)
+    assert train(config, tmp_path / "parts") == {}
+    monkeypatch.setattr(train_module, "_report", original)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    steps = completed_steps(tmp_path / "parts")
+    assert len(steps) == 1
+    assert steps[0] < 4
+    train(config, tmp_path / "parts")
+    assert_trees_equal(load_model(tmp_path / "parts").params, load_model(tmp_path / "whole").params)
+
+
+def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(tmp_path):
+    config = tiny_config()
+    config.checkpoint.every = 1
+    config.optim.lr = 1e30
+    config.optim.warmup = 0.5
+    with pytest.raises(UserError, match=r"last good checkpoint is .*/checkpoints/\d"):
+        train(config, tmp_path)
+    model = load_model(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(model.params)))
+
+
+def test_another_run_can_be_the_start(finished, tmp_path):
+    workdir, config, _ = finished
+    config = from_dict(config.to_dict())
+    config.checkpoint.resume = str(workdir)
+    config.steps = 5
+    config.evals.seg = {}
+    train(config, tmp_path)
+    assert [r["step"] for r in lines(tmp_path)] == [5]
+    config.checkpoint.resume = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no finished checkpoint"):
+        train(config, tmp_path / "other")
+
+
+def test_a_changed_architecture_is_refused_before_anything_is_lost(finished, tmp_path):
+    workdir, config, _ = finished
+    before = (workdir / "config.json").read_text()
+    changed = from_dict(config.to_dict())
+    changed.model.embed_dim = 8
+    with pytest.raises(UserError, match=r"model.embed_dim=16, the configuration 8"):
+        train(changed, workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+# Orbax leaves the reads of the other arrays behind when one of them fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named(tmp_path, finished):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    for file in (workdir / "checkpoints" / "4" / "params").rglob("*"):
+        if file.is_file() and file.name != "_METADATA" and file.stat().st_size > 100:
+            file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"checkpoints/4 cannot be read .* next older one"):
+        load_model(workdir)
+    gc.collect()
+    # A write that never finished has another name and does not count at all.
+    checkpoints = workdir / "checkpoints"
+    (checkpoints / "4").rename(checkpoints / "4.orbax-checkpoint-tmp")
+    assert completed_steps(workdir) == [2]
+    assert load_model(workdir).step == 2
+
+
+def test_indivisible_batches_are_refused(tmp_path):
+    config = tiny_config()
+    config.batch_size = 12
+    with pytest.raises(UserError, match="multiple of the 8 devices"):
+        train(config, tmp_path)
