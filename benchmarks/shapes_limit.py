@@ -77,8 +77,8 @@ def evaluator_with(model, settings, **changes) -> SegmentationEvaluator:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("workdir", help="folder of a finished run of configs/shapes.py")
+    parser = argparse.ArgumentParser(description="What limits the score of configs/shapes.py.")
+    parser.add_argument("workdir", help="folder of a finished run")
     model = load_model(parser.parse_args().workdir)
     settings = model.config.evals.seg.shapes
     with jax.set_mesh(model.mesh):

@@ -5,8 +5,8 @@ from simseg_jax.config import default_config, segmentation_eval
 
 def get_config():
     config = default_config()
-    config.batch_size = 128
-    config.steps = 450
+    config.batch_size = 64
+    config.steps = 800
     config.model.image.update(
         {"image_size": 64, "patch_size": 8, "width": 96, "depth": 3, "heads": 3, "mlp_width": 192}
     )
@@ -20,7 +20,8 @@ def get_config():
             "source": "shapes",
             "split": "train",
             "vocab": "shapes",
-            "crop_area": (1.0, 1.0),
+            "max_length": 21,  # of the longest caption
+            "crop_area": (0.3, 1.0),
             "autoaugment": False,
             "threads": 2,
             "prefetch": 256,
@@ -28,6 +29,6 @@ def get_config():
         }
     )
     config.evals.seg.shapes = segmentation_eval(
-        data="shapes", split="val", resolution=64, prompts="shapes", batch_size=64
+        data="shapes", split="val", resolution=128, prompts="shapes", batch_size=64
     )
     return config

@@ -1,10 +1,10 @@
 """The embedded data set: procedural scenes with captions and ground-truth masks, no download.
 
-A scene has a textured ground (grass, sand, sky, water, carpet or snow) and two to four objects of
-ten categories. Categories differ in outline, colour and inner pattern, and overlap in each of
-them: apple, heart and brick are reddish, star and moon yellowish, leaf is green on green grass.
-Captions name the objects, some with an adjective, most with the ground. Scene `i` of a split is
-always the same.
+A scene has a textured ground (grass, sand, sky, water, carpet or snow) and one to three objects of
+ten categories, larger where there are fewer. Categories differ in outline, colour and inner
+pattern, and overlap in each of them: apple, heart and brick are reddish, star and moon yellowish,
+leaf is green on green grass. Captions name the objects, some with an adjective, most with the
+ground. Scene `i` of a split is always the same.
 """
 
 import functools
@@ -124,7 +124,7 @@ def _ground(rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Centres and radii of `count` objects that overlap at most slightly."""
+    """Centres and radii of `count` objects, sized so that they overlap at most slightly."""
     places: list[tuple[float, float, float]] = []
     largest = {1: 22, 2: 17, 3: 14}[count]
     while len(places) < count:
