@@ -14,6 +14,7 @@ For a finished WORKDIR, on the scenes it was evaluated on, the mean IoU of
 import argparse
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from simseg_jax.checkpoint import load_model
@@ -23,6 +24,8 @@ from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.masks.postprocess import closing, compose, min_max, resize_nearest, upsample
 from simseg_jax.metrics import class_iou, confusion_matrix
 
+ROWS = ("grid", "foreground given", "classes given", "as evaluated")
+
 
 def majority_on_grid(truth: np.ndarray, size: int, patch: int, classes: int) -> np.ndarray:
     """Truth [H, W] as the best label map [size, size] that is constant on every patch."""
@@ -31,42 +34,44 @@ def majority_on_grid(truth: np.ndarray, size: int, patch: int, classes: int) -> 
     return np.kron(votes.argmax(axis=-1), np.ones((patch, patch), int))
 
 
-def oracle_confusions(model, settings) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Confusion matrices by name; numbers of classes drawn, drawn rightly, present."""
+def with_truth(response, truths, patch: int, settings):
+    """(masks of exactly the present classes, strongest present class everywhere) [B, S, S]."""
+    classes = np.arange(response.scores.shape[1])
+    present = jnp.array([np.isin(classes, truth) & (classes > 0) for truth in truths])
+    drawn = jnp.take_along_axis(present, response.classes, axis=1)
+    maps = min_max(response.similarity)
+    masks = closing(upsample(maps > 0.5, patch), settings.closing)
+    given = compose(masks, response.scores, response.classes, drawn)
+    strongest = jnp.where(drawn[:, :, None, None], maps, -1).argmax(axis=1)
+    labels = jnp.take_along_axis(response.classes[:, :, None, None], strongest[:, None], axis=1)
+    return np.asarray(given), np.asarray(upsample(labels[:, 0], patch))
+
+
+def all_confusions(model, settings) -> dict[str, np.ndarray]:
+    """Row of the table -> confusion matrix, without the row that refines."""
     evaluator = evaluator_with(model, settings)
     classes = len(evaluator.class_names)
+    # The oracles need the maps of all classes, not of the candidates only.
     everything = evaluator_with(model, settings, candidates=classes)
     patch, size = model.config.model.image.patch_size, settings.resolution
-    names = ("grid", "foreground given", "classes given", "as evaluated")
-    confusions = {name: np.zeros((classes, classes), np.int64) for name in names}
-    counts = np.zeros(3, np.int64)
+    confusions = {name: np.zeros((classes, classes), np.int64) for name in ROWS}
     batches = zip(
         evaluator.predictions(model.params), everything.predictions(model.params), strict=True
     )
-    for (examples, predictions, used), (_, _, response) in batches:
+    for (examples, predictions, _), (_, _, response) in batches:
         truths = [example["mask"] for example in examples]
-        present = np.stack([np.isin(np.arange(classes), truth) for truth in truths])
-        present[:, 0] = False
-        drawn = np.take_along_axis(present, response.classes, axis=1)
-        maps = min_max(response.similarity)
-        masks = closing(upsample(maps > 0.5, patch), settings.closing)
-        given = np.asarray(compose(masks, response.scores, response.classes, drawn))
-        strongest = np.where(drawn[:, :, None, None], maps, -1).argmax(axis=1)
-        labels = np.take_along_axis(response.classes[:, :, None, None], strongest[:, None], axis=1)
-        labels = np.kron(labels[:, 0], np.ones((patch, patch), int))
-        hits = np.take_along_axis(present, used.classes, axis=1) & used.drawn
-        counts += (used.drawn.sum(), hits.sum(), present.sum())
+        given, strongest = with_truth(response, truths, patch, settings)
         for i, truth in enumerate(truths):
             answers = (
                 majority_on_grid(truth, size, patch, classes),
-                np.where(resize_nearest(truth, size, size) > 0, labels[i], 0),
+                np.where(resize_nearest(truth, size, size) > 0, strongest[i], 0),
                 given[i],
                 predictions[i],
             )
-            for name, answer in zip(names, answers, strict=True):
+            for name, answer in zip(ROWS, answers, strict=True):
                 answer = resize_nearest(answer, *truth.shape)
                 confusions[name] += confusion_matrix(answer, truth, classes)
-    return confusions, counts
+    return confusions
 
 
 def evaluator_with(model, settings, **changes) -> SegmentationEvaluator:
@@ -82,20 +87,27 @@ def main() -> None:
     model = load_model(parser.parse_args().workdir)
     settings = model.config.evals.seg.shapes
     with jax.set_mesh(model.mesh):
-        confusions, (drawn, hits, present) = oracle_confusions(model, settings)
-        names = evaluator_with(model, settings).class_names
+        evaluator = evaluator_with(model, settings)
+        confusions = all_confusions(model, settings)
         scores = {name: class_iou(matrix) for name, matrix in confusions.items()}
         try:
-            evaluator = evaluator_with(model, settings, refine="pydensecrf")
-        except UserError:
-            print("pydensecrf is not installed: no row with dense CRF.")
-        else:
-            refined = dict(evaluator.run(model.params))
-            scores["with dense CRF"] = np.array([refined[f"iou/{name}"] for name in names])
-    print(f"{'mIoU':>24}  " + " ".join(f"{name[:6]:>6}" for name in names))
+            refined = dict(evaluator_with(model, settings, refine="pydensecrf").run(model.params))
+            ious = [refined.get(f"iou/{name}", np.nan) for name in evaluator.class_names]
+            scores["with dense CRF"] = np.array(ious)
+        except UserError as error:
+            print(error)
+    print(f"{'mIoU':>24}  " + " ".join(f"{name[:6]:>6}" for name in evaluator.class_names))
     for name, ious in scores.items():
         print(f"{name:<17}{np.nanmean(ious):>7.4f}  " + " ".join(f"{x:6.3f}" for x in ious))
-    print(f"Classes drawn: precision {hits / drawn:.3f}, recall {hits / present:.3f}.")
+    for name in ("classes given", "as evaluated"):
+        matrix = confusions[name]
+        objects = matrix[1:].sum()
+        right, missed = np.diagonal(matrix)[1:].sum() / objects, matrix[1:, 0].sum() / objects
+        print(
+            f"{name}: of the object pixels {right:.1%} right, {missed:.1%} missed, "
+            f"{1 - right - missed:.1%} another class; "
+            f"painted ground adds {matrix[0, 1:].sum() / objects:.1%}."
+        )
 
 
 if __name__ == "__main__":
