@@ -1,33 +1,54 @@
-"""The embedded data set."""
+"""The embedded demo: generated scenes of 64x64 pixels, captions only; nothing to download.
 
-from simseg_jax.config import default_config, segmentation_eval
+python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes
+
+Hardware: 2 CPU cores, 3 to 4 minutes in all. Expected seg/shapes/miou of 256 scenes, seed 0, the
+same at every run on one machine (all background would be 0.076):
+    0.638   model.pool=loda, the default
+    0.030   model.pool=mean
+    0.037   model.pool=cls
+benchmarks/shapes_limit.py shows what limits the score: labels on the patch grid reach 0.804 at
+most, the maps with the right classes given 0.636; dense CRF lifts the default run to 0.766.
+"""
+
+from simseg_jax.config import Config, default_config, segmentation_eval
 
 
-def get_config():
+def get_config() -> Config:
+    """ViT of 3 blocks with 8-pixel patches, BERT of 1 layer, batch 64."""
     config = default_config()
-    config.batch_size = 128
-    config.steps = 300
+    config.steps = 700
+    config.batch_size = 64
     config.model.image.update(
-        {"image_size": 64, "patch_size": 8, "width": 96, "depth": 3, "heads": 3, "mlp_width": 384}
+        {"image_size": 64, "patch_size": 8, "width": 96, "depth": 3, "heads": 3, "mlp_width": 192}
     )
     config.model.text.update(
-        {"max_positions": 64, "width": 96, "depth": 2, "heads": 3, "mlp_width": 384}
+        {
+            "max_positions": 64,
+            "width": 64,
+            "depth": 1,
+            "heads": 2,
+            "mlp_width": 128,
+            "dropout": 0.0,
+        }
     )
     config.model.embed_dim = 128
-    config.optim.lr = 1e-3
+    config.optim.lr = 2e-3
     config.data.update(
         {
             "source": "shapes",
             "split": "train",
             "vocab": "shapes",
-            "crop_area": (1.0, 1.0),
+            "max_length": 21,  # of the longest caption
+            "crop_area": (0.3, 1.0),  # shows objects at up to 1.8 times their size
             "autoaugment": False,
             "threads": 2,
             "prefetch": 256,
             "edit_rate": 0.0,
         }
     )
+    # Twice the training resolution: a grid of 16x16 instead of 8x8, with the same patches.
     config.evals.seg.shapes = segmentation_eval(
-        data="shapes", split="val", resolution=64, prompts="shapes", batch_size=64
+        data="shapes", split="val", resolution=128, prompts="shapes", batch_size=64
     )
     return config

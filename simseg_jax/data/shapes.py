@@ -1,10 +1,10 @@
 """The embedded data set: procedural scenes with captions and ground-truth masks, no download.
 
-A scene has a textured ground (grass, sand, sky, water, carpet or snow) and two to four objects of
-ten categories. Categories differ in outline, colour and inner pattern, and overlap in each of
-them: apple, heart and brick are reddish, star and moon yellowish, leaf is green on green grass.
-Captions name the objects, some with an adjective, most with the ground. Scene `i` of a split is
-always the same.
+A scene has a textured ground (grass, sand, sky, water, carpet or snow) and one to three objects of
+ten categories, larger where there are fewer. Categories differ in outline, colour and inner
+pattern, and overlap in each of them: apple, heart and brick are reddish, star and moon yellowish,
+leaf is green on green grass. Captions name the objects, some with an adjective, most with the
+ground. Scene `i` of a split is always the same.
 """
 
 import functools
@@ -77,7 +77,7 @@ def scene(index: int, split: str) -> tuple[np.ndarray, np.ndarray, str]:
     ground = rng.choice(list(GROUNDS))
     image = _ground(rng, ground)
     mask = np.zeros((SIZE, SIZE), np.uint8)
-    names = list(rng.choice(CATEGORIES, size=rng.integers(2, 5), replace=False))
+    names = list(rng.choice(CATEGORIES, size=rng.integers(1, 4), replace=False))
     for name, (x, y, radius) in zip(names, _places(rng, len(names)), strict=True):
         alpha, colour = _object(rng, name, x, y, radius)
         image += alpha[:, :, None] * (colour - image)
@@ -124,10 +124,11 @@ def _ground(rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Centres and radii of `count` objects that overlap at most slightly."""
+    """Centres and radii of `count` objects, sized so that they overlap at most slightly."""
     places: list[tuple[float, float, float]] = []
+    largest = {1: 22, 2: 17, 3: 14}[count]
     while len(places) < count:
-        radius = rng.uniform(8, 13) if count < 4 else rng.uniform(7, 11)
+        radius = rng.uniform(0.6, 1) * largest
         for _ in range(30):
             x, y = rng.uniform(radius, SIZE - radius, 2)
             if all(np.hypot(x - u, y - v) > 0.85 * (radius + r) for u, v, r in places):
