@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 from flax import nnx
 from jax.sharding import Mesh
@@ -138,11 +139,16 @@ def completed_steps(workdir: Path) -> list[int]:
 
 def saved_config(path: Path) -> Config:
     """The resolved configuration stored with a checkpoint."""
+    verbosity = absl.logging.get_verbosity()
     try:
+        # Orbax warns that the iterator's state has no metadata, which nobody asked for.
+        absl.logging.set_verbosity(absl.logging.ERROR)
         metadata: Any = ocp.checkpointables_metadata(str(path)).custom_metadata
         return config_lib.from_dict(metadata["config"])
     except (OSError, KeyError, TypeError, ValueError, ocp.errors.InvalidLayoutError) as error:
         raise UserError(_damaged(path, error)) from error
+    finally:
+        absl.logging.set_verbosity(verbosity)
 
 
 def with_sharding(shapes, shardings):
