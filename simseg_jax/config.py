@@ -76,7 +76,7 @@ KEYS = {
         "root": ("", "folder: where the images and tables are"),
         "images": ("Images", "folder: name of the image folder under root"),
         "captions": ("captions.csv", "folder: CSV under root with columns image, caption"),
-        "split": ("train.txt", "folder: list of image names under root, '' for all; shapes: seed"),
+        "split": ("train.txt", "folder: list of image names, '' for all; shapes: train, val, test"),
         "size": (8192, "shapes: number of scenes"),
         "vocab": ("bert-base-uncased", "vocabulary: hub name, vocab.txt, tokenizer folder, shapes"),
         "max_length": (25, "tokens per caption, [CLS] and [SEP] included"),
@@ -101,7 +101,7 @@ KEYS = {
 SEGMENTATION_KEYS = {
     "data": ("voc", "shapes: generated scenes; voc: the official VOC layout"),
     "root": ("", "voc: the folder that holds JPEGImages, SegmentationClass, ImageSets"),
-    "split": ("val", "voc: list in ImageSets/Segmentation; shapes: seed of the scenes"),
+    "split": ("val", "voc: list in ImageSets/Segmentation; shapes: train, val, test"),
     "size": (256, "shapes: number of scenes"),
     "limit": (0, "use the first so many images; 0: all"),
     "resolution": (288, "side the image is resized to, aspect not kept"),
@@ -124,6 +124,12 @@ CHOICES = {
     "prompts": ("imagenet", "plain", "shapes"),
     "refine": ("none", "pydensecrf"),
 }
+
+
+AT_LEAST_ONE = (
+    "batch_size log_every model.embed_dim model.m_image model.m_text data.size data.threads "
+    "data.prefetch checkpoint.every checkpoint.keep"
+).split()
 
 
 def default_config() -> Config:
@@ -176,7 +182,9 @@ def validate(config: Config) -> None:
     _check_table(config, KEYS, "")
     for name, entry in config.evals.seg.items():
         _check_table(entry, SEGMENTATION_KEYS, f"evals.seg.{name}.")
-        if config.model.image.image_size and entry.resolution % config.model.image.patch_size:
+        if entry.top_k < 2:
+            raise UserError(f"evals.seg.{name}.top_k must be at least 2 for a standard deviation.")
+        if entry.resolution < 1 or entry.resolution % config.model.image.patch_size:
             raise UserError(
                 f"evals.seg.{name}.resolution={entry.resolution} must be a multiple of "
                 f"model.image.patch_size={config.model.image.patch_size}."
@@ -193,7 +201,7 @@ def validate(config: Config) -> None:
                 f"model.{name}.width={tower.width} must be a multiple of "
                 f"model.{name}.heads={tower.heads}."
             )
-    for name in ("batch_size", "log_every", "model.embed_dim", "model.m_image", "model.m_text"):
+    for name in AT_LEAST_ONE:
         if get(config, name) < 1:
             raise UserError(f"{name} must be at least 1, not {get(config, name)}.")
     if not 3 <= config.data.max_length <= text.max_positions:

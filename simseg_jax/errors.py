@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend, and how the command lines report it."""
+"""The exception for mistakes a user can mend, and how the command lines report it."""
 
 import functools
 import sys
@@ -9,7 +9,10 @@ class UserError(Exception):
 
 
 def report_user_errors(main):
-    """Wraps a command's main function: a `UserError` ends it with its message, no traceback."""
+    """Wraps a command's main function: a `UserError` ends it with its message, no traceback.
+
+    So does an error of the file system that names a file, such as a folder without permission.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -17,5 +20,9 @@ def report_user_errors(main):
             return main(*args, **kwargs)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except OSError as error:
+            if error.filename is None:
+                raise
+            sys.exit(f"error: {error.strerror}: {error.filename}")
 
     return wrapped

@@ -42,7 +42,11 @@ def main() -> None:
     config = load_config(args.config, overrides)
     began = time.monotonic()
     results = train(config, args.workdir)
-    if jax.process_index() == 0:
+    if jax.process_index() > 0:
+        return
+    if results is None:
+        print("Stopped by a signal; run the same command again to continue.")
+    else:
         scores = [f"{k} {v:.4f}" for k, v in results.items() if k.endswith("/miou")]
         seconds = time.monotonic() - began
         print(

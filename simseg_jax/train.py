@@ -80,8 +80,8 @@ def make_optimizer(config: Config, steps: int, params):
     return optimizer, schedule
 
 
-def train(config: Config, workdir: str | Path) -> dict[str, float]:
-    """Trains, checkpoints and evaluates; returns the last evaluation's numbers.
+def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
+    """Trains, checkpoints and evaluates; returns the final numbers, None if a signal stopped it.
 
     Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`.
     """
@@ -200,8 +200,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
                 reporter.pause()  # The first call compiles.
             pending = metrics
         if not last:
-            reporter.say(f"Stopped by a signal at step {step}; the same command continues.")
-        elif config.pictures and evaluators:
+            reporter.say(f"Saved step {step}.")
+            return None
+        if config.pictures and evaluators:
             path = write_contact_sheet(workdir, evaluators, state["params"], config.pictures)
             reporter.say(f"Pictures: {path}")
     return results

@@ -104,6 +104,10 @@ def test_evaluate_command_errors(monkeypatch, capsys, workdir, tmp_path):
     assert error.startswith("error: No finished checkpoint under")
     error = message(monkeypatch, capsys, evaluate, f"--checkpoint={workdir}", "--config.optim.lr=1")
     assert "only --config.evals" in error
+    error = message(
+        monkeypatch, capsys, evaluate, f"--checkpoint={workdir}", f"--output={tmp_path}"
+    )
+    assert error == f"error: Is a directory: {tmp_path}"
 
 
 def test_segment_command(monkeypatch, capsys, workdir, photos, tmp_path):

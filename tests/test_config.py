@@ -79,6 +79,7 @@ def test_overrides_change_typed_keys():
         ("--config.model.text.heads=3", "multiple of model.text.heads"),
         ("--config.data.max_length=99", "must lie between"),
         ("--config.batch_size=0", "at least 1"),
+        ("--config.checkpoint.keep=0", "checkpoint.keep must be at least 1"),
         ("--config.steps=0", "steps or epochs"),
         ("--lr=3", "overrides look like"),
     ],

@@ -131,7 +131,7 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, seen, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train_module, "_report", terminate)
-    assert train(config, tmp_path / "parts") == {}
+    assert train(config, tmp_path / "parts") is None
     monkeypatch.setattr(train_module, "_report", original)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     steps = completed_steps(tmp_path / "parts")

@@ -11,6 +11,8 @@ import functools
 
 import numpy as np
 
+from simseg_jax.errors import UserError
+
 CATEGORIES = ("apple", "leaf", "brick", "star", "heart", "ring", "cross", "moon", "kite", "wheel")
 GROUNDS = {
     "grass": (86, 132, 62),
@@ -56,7 +58,7 @@ class ShapesSource:
     """Training pairs: {"image": uint8 [64, 64, 3], "captions": (str,)}; masks stay out of sight."""
 
     def __init__(self, size: int, split: str = "train"):
-        self.size, self.split = size, split
+        self.size, self.split = size, check_split(split)
 
     def __len__(self) -> int:
         return self.size
@@ -64,6 +66,13 @@ class ShapesSource:
     def __getitem__(self, index: int) -> dict:
         image, _, caption = scene(int(index), self.split)
         return {"image": image, "captions": (caption,)}
+
+
+def check_split(split: str) -> str:
+    """`split` if there are scenes of it."""
+    if split not in SPLITS:
+        raise UserError(f"The generated scenes have the splits {', '.join(SPLITS)}, not {split!r}.")
+    return split
 
 
 @functools.lru_cache(maxsize=16384)

@@ -84,7 +84,7 @@ class ShapesSegmentation:
     class_names = SHAPES
 
     def __init__(self, size: int, split: str):
-        self.size, self.split = size, split
+        self.size, self.split = size, shapes.check_split(split)
 
     def __len__(self) -> int:
         return self.size

@@ -61,6 +61,8 @@ def test_generated_benchmark():
     assert len(source.class_names) == 11
     assert example["mask"].max() < 11
     assert len(training_source(tiny_config().data)) == 64
+    with pytest.raises(UserError, match="splits train, val, test, not 'trian'"):
+        segmentation_source(tiny_eval(split="trian"))
 
 
 def test_voc_layout(tmp_path):
