@@ -51,7 +51,7 @@ def main() -> None:
         seconds = time.monotonic() - began
         print(
             f"Done in {seconds:.0f} s. {', '.join(scores) or 'No evaluation'}. "
-            f"Checkpoints, metrics.jsonl, config.json and pictures are in {args.workdir}"
+            f"Everything is in {args.workdir}"
         )
 
 
