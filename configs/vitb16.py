@@ -7,15 +7,16 @@ Hardware and hours: not run yet. Expected (paper, VOC 2012 val): 57.4 mIoU with 
 reproduced with this code yet.
 """
 
+import dataclasses
 import runpy
 from pathlib import Path
 
-from simseg_jax.config import Config, set_architecture
+from simseg_jax.config import Config
 from simseg_jax.models.vit import ViTConfig
 
 
 def get_config() -> Config:
     """configs/vits16.py with the larger image encoder."""
     config = runpy.run_path(str(Path(__file__).with_name("vits16.py")))["get_config"]()
-    set_architecture(config.model.image, ViTConfig.b16())
+    config.model.image.update(dataclasses.asdict(ViTConfig.b16()))
     return config

@@ -4,7 +4,6 @@ A file in configs/ starts from `default_config()` and sets what differs; the com
 single keys with `--config.optim.lr=1e-3`. Nothing else in the package knows a default.
 """
 
-import dataclasses
 import re
 import runpy
 from collections.abc import Iterator, Sequence
@@ -126,10 +125,12 @@ CHOICES = {
 }
 
 
+# fmt: off
 AT_LEAST_ONE = (
-    "batch_size log_every model.embed_dim model.m_image model.m_text data.size data.threads "
-    "data.prefetch checkpoint.every checkpoint.keep"
-).split()
+    "batch_size", "log_every", "model.embed_dim", "model.m_image", "model.m_text", "data.size",
+    "data.threads", "data.prefetch", "checkpoint.every", "checkpoint.keep",
+)
+# fmt: on
 
 
 def default_config() -> Config:
@@ -226,11 +227,6 @@ def model_config(config: Config, vocab_size: int) -> SimSegConfig:
         )
     rest = {key: model[key] for key in model if key not in ("image", "text")}
     return SimSegConfig(image=ViTConfig(**model.image), text=text, **rest)
-
-
-def set_architecture(config: Config, architecture) -> None:
-    """Copies a `ViTConfig` or `BertConfig` into `config` (config.model.image or .text)."""
-    config.update(dataclasses.asdict(architecture))
 
 
 def to_json(config: Config) -> str:

@@ -19,7 +19,6 @@ from support import tiny_config, tiny_eval
 
 def get_config():
     config = tiny_config()
-    config.steps = 2
     config.evals.seg.shapes = tiny_eval()
     return config
 """
@@ -44,7 +43,6 @@ def message(monkeypatch, capsys, module, *arguments):
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("commands")
     config = tiny_config()
-    config.steps = 2
     config.evals.seg.shapes = tiny_eval()
     train(config, path)
     return path
@@ -63,7 +61,7 @@ def photos(tmp_path):
 def test_train_command(monkeypatch, capsys, tmp_path):
     file = tmp_path / "config.py"
     file.write_text(CONFIG.format(tests=str(sys.modules["support"].__file__).rsplit("/", 1)[0]))
-    arguments = (f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.steps=3")
+    arguments = (f"--config={file}", f"--workdir={tmp_path / 'run'}", "--config.log_every=2")
     out = run(monkeypatch, capsys, main, *arguments)
     assert "seg/shapes/miou" in out
     assert str(tmp_path / "run") in out.splitlines()[-1]
@@ -81,7 +79,7 @@ def test_help_teaches(monkeypatch, capsys):
 
 def test_evaluate_command(monkeypatch, capsys, workdir):
     out = run(monkeypatch, capsys, evaluate, f"--checkpoint={workdir}")
-    record = json.loads((workdir / "evaluation-2.json").read_text())
+    record = json.loads((workdir / "evaluation-4.json").read_text())
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     trained = json.loads(lines[-1])
     # The same evaluator in the same float32: identical numbers.

@@ -9,11 +9,14 @@ from simseg_jax.config import (
     describe,
     from_dict,
     load_config,
+    model_config,
     segmentation_eval,
     to_json,
 )
 from simseg_jax.dotted import leaves
 from simseg_jax.errors import UserError
+from simseg_jax.models.bert import BertConfig
+from simseg_jax.models.vit import ViTConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -37,6 +40,8 @@ def test_defaults_are_the_papers_recipe():
     )
     assert (config.model.m_image, config.model.m_text, config.model.mask_padding) == (5, 5, False)
     assert (config.batch_size, config.model.embed_dim, config.data.max_length) == (4096, 512, 25)
+    architecture = model_config(config, vocab_size=30522)
+    assert (architecture.image, architecture.text) == (ViTConfig.s16(), BertConfig.base())
     protocol = segmentation_eval()
     assert (protocol.resolution, protocol.m_image, protocol.m_text) == (288, 5, 1)
     assert (protocol.top_k, protocol.sigma_weight, protocol.candidates) == (10, 1.0, 5)

@@ -49,7 +49,8 @@ def test_every_pooling_gives_unit_embeddings_and_gradients(pool):
         text = model.encode_text(ids, mask)
         return (image * text).sum(), (image, text)
 
-    (_, embeddings), gradients = jax.value_and_grad(similarity, has_aux=True)(params)
+    value_and_grad = jax.jit(jax.value_and_grad(similarity, has_aux=True))
+    (_, embeddings), gradients = value_and_grad(params)
     for embedding in embeddings:
         np.testing.assert_allclose(jnp.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(gradients)))
