@@ -46,8 +46,9 @@ def train_iterator(
     (seed, position) alone; `get_state()` / `set_state()` resume exactly.
     """
     pairs = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    pairs = pairs[process_index::process_count]
+    # Draws belong to the position in the whole stream: the same whatever the number of processes.
     pairs = pairs.random_map(PrepareExample(data, image_size, encoder))
+    pairs = pairs[process_index::process_count]
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
     batches = pairs.to_iter_dataset(options).batch(batch_size // process_count)
     if data.workers:
