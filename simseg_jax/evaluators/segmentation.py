@@ -73,17 +73,15 @@ class SegmentationEvaluator:
         indices = range(jax.process_index(), count, processes)
         # Every process runs as many batches as the one with the most images.
         batches = range(math.ceil(math.ceil(count / processes) / local_batch))
+        size = self.settings.resolution
         with ThreadPoolExecutor(4) as pool:
-            fetch = [
-                pool.map(self._load, indices[i * local_batch : (i + 1) * local_batch])
-                for i in batches[:1]
-            ]
+
+            def fetch(i: int) -> Iterator[tuple[dict, np.ndarray]]:
+                return pool.map(self._load, indices[i * local_batch : (i + 1) * local_batch])
+
+            upcoming = fetch(0)
             for i in progress(batches):
-                loaded = list(fetch.pop())
-                if i + 1 < len(batches):
-                    rows = indices[(i + 1) * local_batch : (i + 2) * local_batch]
-                    fetch.append(pool.map(self._load, rows))
-                size = self.settings.resolution
+                loaded, upcoming = list(upcoming), fetch(i + 1)
                 images = np.zeros((local_batch, size, size, 3), np.uint8)
                 for row, (_, image) in enumerate(loaded):
                     images[row] = image
