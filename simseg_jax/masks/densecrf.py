@@ -10,7 +10,7 @@ ITERATIONS = 3
 def import_pydensecrf():
     """The module `pydensecrf.densecrf`, or a `UserError` that says how to get it."""
     try:
-        import pydensecrf.densecrf
+        import pydensecrf.densecrf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             "refine=pydensecrf needs the package pydensecrf2 (pip install 'simseg_jax[crf]', which "
