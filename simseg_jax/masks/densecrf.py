@@ -13,7 +13,7 @@ def import_pydensecrf():
         import pydensecrf.densecrf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            "refine=pydensecrf needs the package pydensecrf2 (pip install 'simseg_jax[crf]', which "
+            "refine=pydensecrf needs the package pydensecrf2 (pip install pydensecrf2, which "
             "compiles C++); without it use refine=none."
         ) from error
     return pydensecrf.densecrf
