@@ -182,14 +182,7 @@ def validate(config: Config) -> None:
     """Raises a `UserError` naming the first key that cannot work."""
     _check_table(config, KEYS, "")
     for name, entry in config.evals.seg.items():
-        _check_table(entry, SEGMENTATION_KEYS, f"evals.seg.{name}.")
-        if entry.top_k < 2:
-            raise UserError(f"evals.seg.{name}.top_k must be at least 2 for a standard deviation.")
-        if entry.resolution < 1 or entry.resolution % config.model.image.patch_size:
-            raise UserError(
-                f"evals.seg.{name}.resolution={entry.resolution} must be a multiple of "
-                f"model.image.patch_size={config.model.image.patch_size}."
-            )
+        validate_segmentation(entry, config.model.image.patch_size, f"evals.seg.{name}.")
     image, text = config.model.image, config.model.text
     if image.image_size % image.patch_size:
         raise UserError(
@@ -214,6 +207,18 @@ def validate(config: Config) -> None:
         raise UserError("Set steps or epochs to a positive number.")
     if not 0 <= config.optim.warmup < 1:
         raise UserError(f"optim.warmup={config.optim.warmup} is a share of the steps in [0, 1).")
+
+
+def validate_segmentation(settings: Config, patch_size: int, prefix: str = "") -> None:
+    """Checks one entry of `config.evals.seg`; `prefix` stands before its keys in the message."""
+    _check_table(settings, SEGMENTATION_KEYS, prefix)
+    if settings.top_k < 2:
+        raise UserError(f"{prefix}top_k must be at least 2 for a standard deviation.")
+    if settings.resolution < 1 or settings.resolution % patch_size:
+        raise UserError(
+            f"{prefix}resolution={settings.resolution} must be a multiple of the patch size, "
+            f"which is {patch_size}."
+        )
 
 
 def model_config(config: Config, vocab_size: int) -> SimSegConfig:
@@ -290,6 +295,6 @@ def _check_table(config: Config, table: dict, prefix: str) -> None:
             _check_table(config[key], entry, f"{prefix}{key}.")
             continue
         name, value = prefix + key, config[key]
-        choices = CHOICES.get(key if prefix.startswith("evals.") else name)
+        choices = CHOICES.get(key if table is SEGMENTATION_KEYS else name)
         if choices and value not in choices:
             raise UserError(f"{name}={value!r} must be one of: {', '.join(choices)}.")

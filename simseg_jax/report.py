@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import optax
 from tqdm import tqdm
 
 
@@ -52,17 +54,19 @@ class Reporter:
             self.file.close()
             self.tensorboard.close()
 
-    def train(self, step: int, metrics: dict[str, jax.Array], lr: float) -> None:
+    def train(self, step: int, metrics: dict[str, jax.Array], schedule: optax.Schedule) -> None:
         """Metrics of the update that led to `step`: moves the bar, logs every `log_every` steps."""
         self.bar.update(step - self.bar.n)
         if not self.enabled or (step % self.log_every and step < self.steps):
             return
         values = {name: float(value) for name, value in metrics.items()}
+        # Computed for logged steps only: on an accelerator it waits behind the step in progress.
+        values["lr"] = float(jnp.asarray(schedule(step - 1)))
         # Over the whole stretch since the last pause: a single step is reported when the next one
         # has been started, which tells little about its own time.
         seconds = max(time.monotonic() - self.stretch_time, 1e-9)
         speed = (step - self.stretch_step) * self.batch_size / seconds
-        self.write(step, {**values, "lr": lr, "pairs_per_second": speed})
+        self.write(step, {**values, "pairs_per_second": speed})
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
             f"temperature {values['temperature']:.4f}, {speed:,.0f} pairs/s",

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simseg_jax.checkpoint import TrainedModel, load_model
-from simseg_jax.config import SEGMENTATION_KEYS, segmentation_eval
+from simseg_jax.config import SEGMENTATION_KEYS, segmentation_eval, validate_segmentation
 from simseg_jax.data.augment import decode_image, resize
 from simseg_jax.data.sources import segmentation_classes
 from simseg_jax.errors import UserError, report_user_errors
@@ -72,12 +72,7 @@ class Segmenter:
         benchmarks = list(model.config.evals.seg.values())
         base = benchmarks[0].to_dict() if benchmarks else {}
         self.settings = segmentation_eval(**{**base, **settings})
-        patch = model.config.model.image.patch_size
-        if self.settings.resolution % patch:
-            raise UserError(
-                f"resolution={self.settings.resolution} must be a multiple of the patch size, "
-                f"which is {patch}."
-            )
+        validate_segmentation(self.settings, model.config.model.image.patch_size)
         self.words = check_words(words)
         if contrast is None:
             contrast = segmentation_classes(self.settings)[1:]
@@ -104,7 +99,7 @@ class Segmenter:
                 masks, response = self.predict(self.model.params, self.class_embeddings, rows)
             masks, response = jax.tree.map(np.asarray, (masks, response))
             for i, image in enumerate(batch):
-                yield self._answer(image, masks[i], type(response)(*(x[i] for x in response)))
+                yield self._answer(image, masks[i], response.rows(i))
 
     def _answer(self, image: Image.Image, mask: np.ndarray, response) -> Segmentation:
         mask = np.where(mask > len(self.words), 0, mask).astype(np.uint8)
@@ -193,11 +188,11 @@ def main() -> None:
     chosen = {
         key: getattr(args, key) for key in SEGMENTATION_KEYS if getattr(args, key, None) is not None
     }
-    check_words(args.words.split(","))
+    words = check_words(args.words.split(","))
     files = find_images(args.images)
     contrast = None if args.contrast is None else [w.strip() for w in args.contrast.split(",")]
     model = load_model(args.checkpoint, args.step)
-    segmenter = Segmenter(model, args.words.split(","), contrast, **chosen)
+    segmenter = Segmenter(model, words, contrast, **chosen)
 
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)

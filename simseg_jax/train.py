@@ -277,4 +277,4 @@ def _report(reporter: Reporter, checkpoints: Checkpoints, step: int, metrics, sc
             )
             + "from there, with a lower optim.lr or with optim.clip_norm=1.0."
         )
-    reporter.train(step, metrics, float(schedule(step - 1)))
+    reporter.train(step, metrics, schedule)

@@ -91,8 +91,7 @@ def write_contact_sheet(workdir: Path, evaluators: dict, params, count: int) -> 
         rows = []
         for examples, masks, response in evaluator.predictions(params, count=count):
             for i, example in enumerate(examples):
-                answer = type(response)(*(field[i] for field in response))
-                rows.append(_row(example, masks[i], answer, evaluator.class_names))
+                rows.append(_row(example, masks[i], response.rows(i), evaluator.class_names))
         shown = sorted({label for row in rows for label in row[1]})
         names = [(label, evaluator.class_names[label]) for label in shown]
         if jax.process_index() == 0:

@@ -119,7 +119,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, seen, monkeypatch):
     assert without_speed(lines(tmp_path / "parts")) == without_speed(lines(tmp_path / "whole"))
 
 
-def test_sigterm_saves_and_the_same_command_continues(tmp_path, seen, monkeypatch):
+def test_sigterm_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     config = tiny_config()
     config.checkpoint.every = 100
     train(config, tmp_path / "whole")

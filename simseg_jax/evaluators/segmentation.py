@@ -15,7 +15,7 @@ from simseg_jax.data.sources import segmentation_source
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.errors import UserError
 from simseg_jax.masks.postprocess import resize_nearest
-from simseg_jax.masks.protocols import Response, paper_protocol
+from simseg_jax.masks.protocols import paper_protocol
 from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.sharding import local_rows, to_global_batch
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
@@ -90,7 +90,7 @@ class SegmentationEvaluator:
                 examples = [example for example, _ in loaded]
                 masks, response = jax.tree.map(local_rows, (masks, response))
                 keep = slice(len(examples))
-                yield examples, masks[keep], Response(*(rows[keep] for rows in response))
+                yield examples, masks[keep], response.rows(keep)
 
     def _load(self, index: int) -> tuple[dict, np.ndarray]:
         example = self.source[index]

@@ -32,6 +32,10 @@ class Response(NamedTuple):
     similarity: jax.Array  # [B, K, g, g] cosine of patches and candidate
     self_similarity: jax.Array  # [B, g, g] cosine of patches and the image's own embedding
 
+    def rows(self, index: int | slice) -> "Response":
+        """The same of one image (without the batch axis) or of a slice of images."""
+        return Response(*(field[index] for field in self))
+
 
 def respond(model: SimSeg, class_embeddings: jax.Array, images: jax.Array, settings) -> Response:
     """Scores, threshold, candidates and similarity maps of normalised images [B, H, W, 3]."""
