@@ -23,6 +23,7 @@ from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.sharding import make_mesh, state_sharding
 
+CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 
 
@@ -30,10 +31,10 @@ class Checkpoints:
     """The checkpoints of one run; a context manager that waits for pending writes on exit."""
 
     def __init__(self, workdir: Path, keep: int):
-        self.directory = workdir.absolute() / "checkpoints"
+        directory = workdir / CHECKPOINTS
         newest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            str(self.directory),
+            str(directory),
             preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
@@ -45,9 +46,10 @@ class Checkpoints:
         self._checkpointer.close()
 
     @property
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._checkpointer.latest.step if self._checkpointer.latest else None
+    def latest(self) -> Path | None:
+        """Folder of the newest complete checkpoint."""
+        newest = self._checkpointer.latest
+        return Path(newest.path) if newest else None
 
     def save(self, step: int, state: dict, data, config: Config) -> None:
         """Writes in the background; arrays and iterator state are captured before it returns."""
@@ -62,14 +64,14 @@ class Checkpoints:
             custom_metadata={"config": config.to_dict()},
         )
 
-    def path(self, step: int) -> Path:
-        """Folder of one step."""
-        return self.directory / str(step)
+
+def step_path(workdir: Path, step: int) -> Path:
+    """Folder of the checkpoint of one step."""
+    return workdir / CHECKPOINTS / str(step)
 
 
-def restore_state(directory: Path, step: int, abstract_state: dict, data, config: Config):
-    """State of `directory`/<step> with the shardings of `abstract_state`; sets `data` in place."""
-    path = directory / str(step)
+def restore_state(path: Path, abstract_state: dict, data, config: Config):
+    """State of one checkpoint with the shardings of `abstract_state`; sets `data` in place."""
     saved = saved_config(path)
     before = dict(leaves(saved.model))
     for key, value in leaves(config.model):
@@ -111,12 +113,12 @@ def load_model(workdir: str | Path, step: int | None = None, dtype=None) -> Trai
     steps = completed_steps(workdir)
     if not steps:
         raise UserError(
-            f"No finished checkpoint under {workdir / 'checkpoints'}: give the --workdir of a run."
+            f"No finished checkpoint under {workdir / CHECKPOINTS}: give the --workdir of a run."
         )
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}, only {steps}.")
-    path = workdir / "checkpoints" / str(step)
+    path = step_path(workdir, step)
     config = saved_config(path)
     tokenizer = load_tokenizer(str(workdir / TOKENIZER))
     architecture = config_lib.model_config(config, len(tokenizer))
@@ -131,7 +133,7 @@ def load_model(workdir: str | Path, step: int | None = None, dtype=None) -> Trai
 
 def completed_steps(workdir: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending; folders of interrupted writes do not count."""
-    directory = workdir / "checkpoints"
+    directory = workdir / CHECKPOINTS
     folders = directory.iterdir() if directory.is_dir() else ()
     steps = [int(f.name) for f in folders if f.name.isdigit() and ocp.is_orbax_checkpoint(str(f))]
     return sorted(steps)

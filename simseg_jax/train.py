@@ -17,6 +17,7 @@ from simseg_jax.checkpoint import (
     Checkpoints,
     completed_steps,
     restore_state,
+    step_path,
     with_sharding,
 )
 from simseg_jax.config import Config
@@ -143,13 +144,13 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
     restorable = _newest_checkpoint(workdir, config.checkpoint.resume)
     if restorable:
         abstract = with_sharding(state_shapes, shardings)
-        state = restore_state(*restorable, abstract, data, config)
+        state = restore_state(restorable, abstract, data, config)
     else:
         state = jax.jit(init_state, out_shardings=shardings)()
     start = int(state["step"])
     if restorable and start > steps:
         raise UserError(
-            f"The checkpoint in {restorable[0]} is at step {start}, beyond the {steps} configured: "
+            f"The checkpoint {restorable} is at step {start}, beyond the {steps} configured: "
             "raise steps or epochs, or choose another --workdir."
         )
     # Only now: a run that cannot continue leaves the files of its workdir as they were.
@@ -171,7 +172,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
         reporter.say(
             f"{count:,} parameters, {len(source):,} images, {steps:,} steps of "
             f"{config.batch_size} pairs on {mesh.size} {jax.devices()[0].platform} device(s)"
-            + (f", continuing at step {start:,} of {restorable[0]}" if restorable else "")
+            + (f", continuing from {restorable}" if restorable else "")
         )
         pending = None  # Metrics of the newest step, which the device may still be computing.
         for step in range(start, steps + 1):
@@ -250,17 +251,17 @@ def _hits(step: int, every: int) -> bool:
     return step > 0 and every > 0 and step % every == 0
 
 
-def _newest_checkpoint(workdir: Path, resume: str) -> tuple[Path, int] | None:
+def _newest_checkpoint(workdir: Path, resume: str) -> Path | None:
     steps = completed_steps(workdir)
     if steps:
-        return workdir / "checkpoints", steps[-1]
+        return step_path(workdir, steps[-1])
     if not resume:
         return None
     other = Path(resume).expanduser().absolute()
     steps = completed_steps(other)
     if not steps:
         raise UserError(f"checkpoint.resume={resume!r} holds no finished checkpoint.")
-    return other / "checkpoints", steps[-1]
+    return step_path(other, steps[-1])
 
 
 def _report(reporter: Reporter, checkpoints: Checkpoints, step: int, metrics, schedule) -> None:
@@ -271,7 +272,7 @@ def _report(reporter: Reporter, checkpoints: Checkpoints, step: int, metrics, sc
         raise UserError(
             f"At step {step} the loss is {loss} and the gradient norm {norm}. "
             + (
-                f"The last good checkpoint is {checkpoints.path(newest)}: run again to continue "
+                f"The last good checkpoint is {newest}: run again to continue "
                 if newest is not None
                 else "There is no checkpoint yet: start again "
             )
