@@ -1,10 +1,92 @@
-"""Two-label dense CRF through pydensecrf (optional, extra `crf`: it needs a C++ compiler)."""
+"""Fully connected CRF (Kraehenbuehl and Koltun, 2011) on NumPy and SciPy, equal to pydensecrf.
+
+Unary energy -log(p + 1e-8) plus Potts terms under a Gaussian kernel of the positions and a
+bilateral one of positions and colours; inference is a fixed number of mean-field updates. The
+reference, pydensecrf, can do the same here (extra `crf`: it needs a C++ compiler). `densecrf_jax`
+is the batched version for accelerators.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from simseg_jax.errors import UserError
+from simseg_jax.masks.permutohedral import Lattice, embedding, position_lattice
 
-ITERATIONS = 3
+EPSILON = np.float32(1e-8)
+
+
+class CRF(NamedTuple):
+    """Kernels and iterations; the defaults are the paper protocol's.
+
+    sxy: standard deviations in pixels; srgb: in colour levels 0..255; compat: weights of the terms.
+    """
+
+    gaussian_sxy: float = 3.0
+    gaussian_compat: float = 3.0
+    bilateral_sxy: float = 40.0
+    bilateral_srgb: float = 13.0
+    bilateral_compat: float = 10.0
+    iterations: int = 3
+
+
+PAPER = CRF()
+
+
+def crf_masks(image: np.ndarray, foreground: np.ndarray, crf: CRF = PAPER) -> np.ndarray:
+    """Masks bool [K, H, W] of K independent two-label problems on one image.
+
+    image: uint8 [H, W, 3]; foreground: probabilities float32 [K, H, W] in [0, 1].
+    """
+    message = _message(image, crf)
+    masks = np.empty(foreground.shape, bool)
+    for mask, p in zip(masks, foreground, strict=True):
+        p = p.reshape(-1).astype(np.float32, copy=False)
+        # Since q_bg = 1 - q_fg, both updates are one in the log-odds; their tanh is q_fg - q_bg.
+        unary = np.log(p + EPSILON) - np.log((1 - p) + EPSILON)
+        odds = unary
+        for _ in range(crf.iterations):
+            odds = unary + message(np.tanh(odds * np.float32(0.5)))
+        mask[:] = (odds > 0).reshape(mask.shape)
+    return masks
+
+
+def crf_probabilities(image: np.ndarray, labels: np.ndarray, crf: CRF = PAPER) -> np.ndarray:
+    """Label distribution of every pixel after inference, float32 [L, H, W].
+
+    image: uint8 [H, W, 3]; labels: probabilities float32 [L, H, W] of L >= 2 exclusive labels.
+    """
+    message = _message(image, crf)
+    unary = np.log(labels.reshape(len(labels), -1).astype(np.float32, copy=False) + EPSILON)
+    q = _softmax(unary)
+    for _ in range(crf.iterations):
+        q = _softmax(unary + np.stack([message(label) for label in q]))
+    return q.reshape(labels.shape)
+
+
+def pydensecrf_masks(image: np.ndarray, foreground: np.ndarray, crf: CRF = PAPER) -> np.ndarray:
+    """`crf_masks` through pydensecrf, with its lattices built once per class like the original."""
+    pairs = (np.stack([1 - p, p]) for p in foreground)
+    masks = [pydensecrf_probabilities(image, pair, crf).argmax(axis=0) for pair in pairs]
+    return np.array(masks, dtype=bool).reshape(foreground.shape)
+
+
+def pydensecrf_probabilities(image: np.ndarray, labels: np.ndarray, crf: CRF = PAPER) -> np.ndarray:
+    """`crf_probabilities` through pydensecrf."""
+    dcrf = import_pydensecrf()
+    count, height, width = labels.shape
+    field = dcrf.DenseCRF2D(width, height, count)
+    unary = -np.log(labels + EPSILON).reshape(count, -1)
+    field.setUnaryEnergy(np.ascontiguousarray(unary, np.float32))
+    field.addPairwiseGaussian(sxy=crf.gaussian_sxy, compat=crf.gaussian_compat)
+    field.addPairwiseBilateral(
+        sxy=crf.bilateral_sxy,
+        srgb=crf.bilateral_srgb,
+        rgbim=np.require(image, requirements=["C", "W"]),
+        compat=crf.bilateral_compat,
+    )
+    return np.array(field.inference(crf.iterations), np.float32).reshape(labels.shape)
 
 
 def import_pydensecrf():
@@ -14,27 +96,22 @@ def import_pydensecrf():
     except ImportError as error:
         raise UserError(
             "refine=pydensecrf needs the package pydensecrf2 (pip install pydensecrf2, which "
-            "compiles C++); without it use refine=none."
+            "compiles C++); refine=crf gives the same masks without it."
         ) from error
     return pydensecrf.densecrf
 
 
-def pydensecrf_masks(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Refined masks bool [K, H, W] of K independent two-label problems on one image.
+def _message(image: np.ndarray, crf: CRF) -> Callable[[np.ndarray], np.ndarray]:
+    """The weighted sum of both kernels as a function of float32 [H * W]."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"The image must be uint8 [H, W, 3], not {image.dtype} {image.shape}.")
+    size = image.shape[:2]
+    gaussian = position_lattice(*size, crf.gaussian_sxy)
+    bilateral = Lattice(embedding(*size, crf.bilateral_sxy, crf.bilateral_srgb), image)
+    near, alike = np.float32(crf.gaussian_compat), np.float32(crf.bilateral_compat)
+    return lambda x: near * gaussian(x) + alike * bilateral(x)
 
-    image: uint8 [H, W, 3]; probabilities: float32 [K, H, W] in [0, 1]. Kernels and iterations are
-    the paper protocol's: Gaussian sxy 3 compat 3, bilateral sxy 40 srgb 13 compat 10.
-    """
-    dcrf = import_pydensecrf()
-    image = np.ascontiguousarray(image)
-    masks = []
-    for p in probabilities:
-        height, width = p.shape
-        unary = -np.log(np.stack([1 - p, p]) + np.float32(1e-8)).reshape(2, -1)
-        crf = dcrf.DenseCRF2D(width, height, 2)
-        crf.setUnaryEnergy(np.ascontiguousarray(unary, np.float32))
-        crf.addPairwiseGaussian(sxy=3, compat=3)
-        crf.addPairwiseBilateral(sxy=40, srgb=13, rgbim=image, compat=10)
-        label = np.argmax(crf.inference(ITERATIONS), axis=0)
-        masks.append(label.reshape(height, width).astype(bool))
-    return np.array(masks, dtype=bool).reshape(probabilities.shape)
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(axis=0))
+    return exponentials / exponentials.sum(axis=0)

@@ -1,0 +1,98 @@
+"""The dense CRF of `densecrf` for a batch on an accelerator, as one traceable function.
+
+The lattice of an image is built once and shared by its classes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from simseg_jax.errors import UserError
+from simseg_jax.masks.densecrf import CRF, EPSILON, PAPER
+from simseg_jax.masks.permutohedral import embedding
+from simseg_jax.masks.permutohedral_jax import BatchLattice, build_lattice
+
+
+def lattice_size(height: int, width: int) -> int:
+    """Vertices per image to begin with: twice the mean of photographs of 288x288 pixels.
+
+    Room is pooled over the batch. Noise needs ten times as much; see `BatchLattice.count`.
+    """
+    return height * width * 3 // 8
+
+
+def crf_masks(
+    images: jax.Array,
+    foreground: jax.Array,
+    positions: BatchLattice,
+    vertices: int,
+    crf: CRF = PAPER,
+    classes: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Masks bool [B, K, H, W] of two-label problems, and the vertices needed per image.
+
+    images: uint8 [B, H, W, 3]; foreground: probabilities float32 [B, K, H, W]; positions: of
+    `batch_positions`; vertices: room per image on average over the batch. The masks are right only
+    if no more than that were needed. classes: int32 [], compute only so many of the K, the others
+    stay empty.
+    """
+    message, needed = _message(images, positions, vertices, crf)
+    batch, count, height, width = foreground.shape
+
+    def refine(k, masks):
+        p = jax.lax.dynamic_index_in_dim(foreground, k, axis=1, keepdims=False).reshape(-1)
+        # The barrier keeps XLA from adding the constants of (1 - p) + 1e-8 up to 1.
+        unary = jnp.log(p + EPSILON) - jnp.log(jax.lax.optimization_barrier(1 - p) + EPSILON)
+
+        def update(_, odds):
+            return unary + message(jnp.tanh(odds * 0.5))
+
+        odds = jax.lax.fori_loop(0, crf.iterations, update, unary)
+        mask = (odds > 0).reshape(batch, 1, height, width)
+        return jax.lax.dynamic_update_slice_in_dim(masks, mask, k, axis=1)
+
+    empty = jnp.zeros(foreground.shape, bool)
+    return jax.lax.fori_loop(0, count if classes is None else classes, refine, empty), needed
+
+
+def crf_probabilities(
+    images: jax.Array,
+    labels: jax.Array,
+    positions: BatchLattice,
+    vertices: int,
+    crf: CRF = PAPER,
+) -> tuple[jax.Array, jax.Array]:
+    """Label distributions float32 [B, L, H, W] after inference, and the vertices needed per image.
+
+    labels: probabilities of L exclusive labels, float32 [B, L, H, W]; the rest as in `crf_masks`.
+    """
+    message, needed = _message(images, positions, vertices, crf)
+    batch, count, height, width = labels.shape
+    unary = jnp.log(labels.swapaxes(0, 1).reshape(count, -1) + EPSILON)
+
+    def update(_, q):
+        return jax.nn.softmax(unary + jax.lax.map(message, q), axis=0)
+
+    q = jax.lax.fori_loop(0, crf.iterations, update, jax.nn.softmax(unary, axis=0))
+    return q.reshape(count, batch, height, width).swapaxes(0, 1), needed
+
+
+def _message(images: jax.Array, positions: BatchLattice, vertices: int, crf: CRF):
+    """The weighted sum of both kernels as a function of [B * H * W], and vertices per image."""
+    batch, height, width, _ = images.shape
+    space = embedding(height, width, crf.bilateral_sxy, crf.bilateral_srgb)
+    if space.keys >= 2**31:
+        raise UserError(
+            f"The lattice of {width}x{height} pixels with bilateral_sxy={crf.bilateral_sxy:g} and "
+            f"bilateral_srgb={crf.bilateral_srgb:g} is too fine to number with 32 bits: raise one "
+            "of them or use the NumPy back end."
+        )
+    slots = 1 << (4 * vertices - 1).bit_length()
+    bilateral = build_lattice(space, images, batch * vertices, slots)
+    near, alike = positions.norm(), bilateral.norm()
+
+    def message(x: jax.Array) -> jax.Array:
+        gaussian = crf.gaussian_compat * near * positions.filter(x * near)
+        return gaussian + crf.bilateral_compat * alike * bilateral.filter(x * alike)
+
+    # Rounded up, and large when the table overflowed.
+    return message, (bilateral.count - 1) // batch + 1
