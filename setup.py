@@ -9,6 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["simseg_jax", "simseg_jax.*"]),
+    package_data={"simseg_jax.data": ["label_sets/*.txt"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "flax>=0.12.4,<0.14",
@@ -20,6 +21,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.14",
         "pillow>=11,<14",
+        "scipy>=1.14,<2",
         "tensorboardX>=2.6.4,<3",
         "tqdm>=4.66,<5",
         "transformers>=5.0,<6",

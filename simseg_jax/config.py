@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from simseg_jax.data.classes import BENCHMARKS
 from simseg_jax.dotted import assign, get, literal, unknown_key
 from simseg_jax.errors import UserError
 from simseg_jax.models.bert import BertConfig
@@ -98,9 +99,10 @@ KEYS = {
 
 # Keys of each entry of evals.seg: one zero-shot segmentation benchmark.
 SEGMENTATION_KEYS = {
-    "data": ("voc", "shapes: generated scenes; voc: the official VOC layout"),
-    "root": ("", "voc: the folder that holds JPEGImages, SegmentationClass, ImageSets"),
-    "split": ("val", "voc: list in ImageSets/Segmentation; shapes: train, val, test"),
+    "data": ("voc", f"one of {', '.join(BENCHMARKS)} (shapes: generated scenes)"),
+    "root": ("", "the benchmark's folder, such as VOC2012, VOC2010 or ADEChallengeData2016"),
+    "split": ("val", "name of a list or folder of the benchmark; shapes: train, val, test"),
+    "names": ("original", "class names in prompts: original (the authors'), synonyms, a text file"),
     "size": (256, "shapes: number of scenes"),
     "limit": (0, "use the first so many images; 0: all"),
     "resolution": (288, "side the image is resized to, aspect not kept"),
@@ -119,11 +121,10 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "model.pool": POOLS,
     "data.source": ("folder", "shapes"),
-    "data": ("shapes", "voc"),
+    "data": tuple(BENCHMARKS),
     "prompts": ("imagenet", "plain", "shapes"),
     "refine": ("none", "pydensecrf"),
 }
-
 
 # fmt: off
 AT_LEAST_ONE = (
@@ -258,12 +259,11 @@ def compute_dtype(config: Config) -> jnp.dtype:
 
 def describe() -> str:
     """All keys, one per line with default and meaning: the end of the command line's help."""
-    lines = [f"  {key} = {default!r}\n      {text}" for key, default, text in _flatten(KEYS)]
-    lines += [
-        f"  evals.seg.<name>.{key} = {default!r}\n      {text}"
-        for key, default, text in _flatten(SEGMENTATION_KEYS)
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        f"  {key} = {default!r}\n      {text}"
+        for table, prefix in ((KEYS, ""), (SEGMENTATION_KEYS, "evals.seg.<name>."))
+        for key, default, text in _flatten(table, prefix)
+    )
 
 
 def _from_table(table: dict) -> Config:

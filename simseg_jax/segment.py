@@ -16,7 +16,7 @@ from tqdm import tqdm
 from simseg_jax.checkpoint import TrainedModel, load_model
 from simseg_jax.config import SEGMENTATION_KEYS, segmentation_eval, validate_segmentation
 from simseg_jax.data.augment import decode_image, resize
-from simseg_jax.data.sources import segmentation_classes
+from simseg_jax.data.benchmarks import segmentation_classes
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.masks.postprocess import resize_nearest
 from simseg_jax.masks.protocols import paper_protocol

@@ -1,29 +1,82 @@
-"""Label sets: index 0 is background, names spelled as the original evaluation spells them."""
+"""The classes of every benchmark: names in label_sets/*.txt, and the names put into prompts.
+
+A line of such a file is `name` or `name: prompt name, prompt name, ...`, in the order of the
+labels and without background. The first name is spelled as the authors' evaluation spells it,
+which the reported numbers depend on.
+"""
+
+from importlib import resources
+from pathlib import Path
 
 from simseg_jax.data.shapes import CATEGORIES
+from simseg_jax.errors import UserError
 
-SHAPES = ("background", *CATEGORIES)
+# data key of a benchmark -> (label set, whether label 0 is a class "background").
+BENCHMARKS = {
+    "shapes": ("shapes", True),
+    "voc": ("voc", True),
+    "voc20": ("voc", False),
+    "context": ("context", True),
+    "context59": ("context", False),
+    "coco_object": ("coco", True),
+    "coco_stuff": ("coco_stuff", False),
+    "ade20k": ("ade20k", False),
+    "cityscapes": ("cityscapes", False),
+}
 
-VOC = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "table",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "plant",
-    "sheep",
-    "sofa",
-    "train",
-    "monitor",
-)
+
+def label_set(name: str) -> tuple[str, ...]:
+    """Names of the classes of a label set, such as coco, in label order without background."""
+    return tuple(first for first, _ in _read(name))
+
+
+def class_names(data: str) -> tuple[str, ...]:
+    """Names of the labels 0..C-1 of a benchmark; "background" first where it is one of them."""
+    name, background = BENCHMARKS[data]
+    return ("background",) * background + label_set(name)
+
+
+def prompt_names(data: str, names: str = "original") -> tuple[tuple[str, ...], ...]:
+    """For every label of a benchmark the names to put into prompts.
+
+    names: original (the first name of each line), synonyms (those after the colon where there are
+    some) or the path of a text file of your own with one line per class, read like synonyms.
+    Raises a `UserError` if that file is missing or has another number of classes.
+    """
+    name, background = BENCHMARKS[data]
+    if names == "original":
+        classes = [(first,) for first in label_set(name)]
+    elif names == "synonyms":
+        classes = [prompts for _, prompts in _read(name)]
+    else:
+        classes = _read_file(Path(names).expanduser(), data, len(label_set(name)))
+    return (("background",),) * background + tuple(classes)
+
+
+def _read(name: str) -> list[tuple[str, tuple[str, ...]]]:
+    if name == "shapes":
+        return [(category, (category,)) for category in CATEGORIES]
+    file = resources.files("simseg_jax.data") / "label_sets" / f"{name}.txt"
+    return _parse(file.read_text(encoding="utf-8"))
+
+
+def _read_file(path: Path, data: str, count: int) -> list[tuple[str, ...]]:
+    if not path.is_file():
+        raise UserError(f"names must be original, synonyms or a text file, but {path} is no file.")
+    classes = [prompts for _, prompts in _parse(path.read_text(encoding="utf-8"))]
+    if len(classes) != count:
+        raise UserError(
+            f"{path} names {len(classes)} classes, but {data} has {count}: write one line per "
+            "class, `name` or `name: synonym, synonym`, without background."
+        )
+    return classes
+
+
+def _parse(text: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(name, prompt names) of every line that is not blank."""
+    classes = []
+    for line in filter(str.strip, text.splitlines()):
+        name, _, rest = line.partition(":")
+        prompts = tuple(word.strip() for word in rest.split(",") if word.strip())
+        classes.append((name.strip(), prompts or (name.strip(),)))
+    return classes

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from simseg_jax.data.augment import decode_image, resize
-from simseg_jax.data.sources import segmentation_source
+from simseg_jax.data.benchmarks import segmentation_source
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.errors import UserError
 from simseg_jax.masks.postprocess import resize_nearest

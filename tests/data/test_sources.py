@@ -1,14 +1,12 @@
-import numpy as np
 import pytest
 from conftest import SHARED
 from PIL import Image
-from support import tiny_config, tiny_eval
+from support import tiny_config
 
 from simseg_jax.data.augment import decode_image
-from simseg_jax.data.sources import CaptionFolder, segmentation_source, training_source
+from simseg_jax.data.sources import CaptionFolder, training_source
 from simseg_jax.errors import UserError
 
-VOC = SHARED / "data" / "VOCdevkit" / "VOC2012"
 FLICKR = SHARED / "data" / "flickr8k"
 
 
@@ -54,50 +52,8 @@ def test_problems_of_a_folder_are_named(folder):
         caption_folder(folder, "")
 
 
-def test_generated_benchmark():
-    source = segmentation_source(tiny_eval(split="val"))
-    example = source[0]
-    assert example["image"].shape[:2] == example["mask"].shape
-    assert len(source.class_names) == 11
-    assert example["mask"].max() < 11
+def test_generated_pairs():
     assert len(training_source(tiny_config().data)) == 64
-    with pytest.raises(UserError, match="splits train, val, test, not 'trian'"):
-        segmentation_source(tiny_eval(split="trian"))
-
-
-def test_voc_layout(tmp_path):
-    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (tmp_path / part).mkdir(parents=True)
-    Image.new("RGB", (6, 4)).save(tmp_path / "JPEGImages" / "one.jpg")
-    labels = np.array([[0, 15, 255], [7, 7, 0]], np.uint8)
-    mask = Image.fromarray(labels)
-    mask.putpalette([value for index in range(256) for value in (index, 0, 0)])
-    mask.save(tmp_path / "SegmentationClass" / "one.png")
-    (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("one\nlost\n")
-    source = segmentation_source(tiny_eval(data="voc", root=str(tmp_path)))
-    np.testing.assert_array_equal(source[0]["mask"], labels)
-    with pytest.raises(UserError, match=r"image is missing.*lost\.jpg"):
-        source[1]
-    with pytest.raises(UserError, match=r"list of images is missing.*other\.txt"):
-        segmentation_source(tiny_eval(data="voc", root=str(tmp_path), split="other"))
-    with pytest.raises(UserError, match="No VOC folder at"):
-        segmentation_source(tiny_eval(data="voc", root=str(tmp_path / "no")))
-    Image.new("RGB", (3, 2)).save(tmp_path / "SegmentationClass" / "one.png")
-    with pytest.raises(UserError, match="one label per pixel"):
-        source[0]
-
-
-@pytest.mark.skipif(not VOC.is_dir(), reason=f"VOC images are missing: {VOC}")
-def test_real_voc_sample():
-    source = segmentation_source(tiny_eval(data="voc", root=str(VOC)))
-    labels = set()
-    for index in range(len(source)):
-        example = source[index]
-        image = decode_image(example["image"])
-        assert example["mask"].shape == (image.height, image.width)
-        labels |= set(np.unique(example["mask"]).tolist())
-    assert labels <= {*range(21), 255}
-    assert len(labels) > 15
 
 
 @pytest.mark.skipif(not FLICKR.is_dir(), reason=f"Flickr8k is missing: {FLICKR}")

@@ -1,0 +1,103 @@
+"""Segmentation benchmarks: images with a label per pixel.
+
+A source has `__len__`, `class_names`, `background` and, per index, {"name": str, "image": encoded
+bytes or uint8 array, "mask": uint8 [H, W]}. Labels are 0..C-1, and 255 is "ignore". If `background`
+is true, label 0 is the class "background"; if not, every label is a real class and pixels without
+one are 255.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from simseg_jax.data import layouts, shapes
+from simseg_jax.data.classes import BENCHMARKS, class_names
+from simseg_jax.data.pascal_context import context
+from simseg_jax.data.sources import require_file
+from simseg_jax.errors import UserError
+
+# data key of a benchmark on disk -> (root, split) -> its files.
+LAYOUTS = {
+    "voc": layouts.voc,
+    "voc20": layouts.voc,
+    "context": context,
+    "context59": context,
+    "coco_object": layouts.coco_object,
+    "coco_stuff": layouts.coco_stuff,
+    "ade20k": layouts.ade20k,
+    "cityscapes": layouts.cityscapes,
+}
+
+# Label with "no class" as 0 -> label of a benchmark without background.
+WITHOUT_BACKGROUND = np.array([layouts.IGNORE, *range(254), layouts.IGNORE], np.uint8)
+
+
+def segmentation_source(settings):
+    """The benchmark that an entry of `config.evals.seg` describes."""
+    if settings.data == "shapes":
+        return ShapesSegmentation(settings.size, settings.split)
+    return SegmentationFolder(settings.data, settings.root, settings.split)
+
+
+def segmentation_classes(settings) -> tuple[str, ...]:
+    """Names of its labels 0..C-1, background included where it is one; needs no files."""
+    return class_names(settings.data)
+
+
+class ShapesSegmentation:
+    """Generated scenes with their masks."""
+
+    class_names = class_names("shapes")
+    background = True
+
+    def __init__(self, size: int, split: str):
+        self.size, self.split = size, shapes.check_split(split)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        image, mask, caption = shapes.scene(int(index), self.split)
+        name = f"{self.split}_{index:05d}"
+        return {"name": name, "image": image, "mask": mask, "caption": caption}
+
+
+class SegmentationFolder:
+    """A benchmark on disk: `data` is a key of LAYOUTS.
+
+    Raises a `UserError` for a file that is missing, cannot be read or does not fit.
+    """
+
+    def __init__(self, data: str, root: str, split: str):
+        self.class_names = class_names(data)
+        self.background = BENCHMARKS[data][1]
+        self.layout = LAYOUTS[data](Path(root).expanduser(), split)
+
+    def __len__(self) -> int:
+        return len(self.layout.names)
+
+    def __getitem__(self, index: int) -> dict:
+        name = self.layout.names[index]
+        path = self.layout.images / f"{name}{self.layout.suffix}"
+        image = require_file(path, "the image", self.layout.origin).read_bytes()
+        mask = self.layout.labels(name)
+        check_size(mask, image, path)
+        if not self.background:
+            mask = WITHOUT_BACKGROUND[mask]
+        return {"name": Path(name).name, "image": image, "mask": mask}
+
+
+def check_size(mask: np.ndarray, image: bytes, path: Path) -> None:
+    """Raises a `UserError` unless the encoded `image` of file `path` is as large as its mask."""
+    try:
+        with Image.open(io.BytesIO(image)) as header:  # The pixels are not decoded here.
+            width, height = header.size
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is damaged or not an image: unpack it again.") from error
+    if mask.shape != (height, width):
+        raise UserError(
+            f"The mask of {path} has {mask.shape[1]} x {mask.shape[0]} pixels, but the image has "
+            f"{width} x {height}: one of them was resized, or they do not belong together."
+        )
