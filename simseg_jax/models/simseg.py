@@ -1,6 +1,7 @@
 """The two towers: encoder, projection of every token, pooling, L2 normalisation."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,20 +59,23 @@ class SimSeg(nnx.Module):
         self.text_projection = Projection(config.text.width, config.embed_dim, dtype, rngs)
         self.temperature = nnx.Param(jnp.float32(config.temperature))
 
-    def encode_image(self, images: jax.Array, m: int | None = None) -> tuple[jax.Array, jax.Array]:
-        """Normalised images [B, H, W, 3] -> (embedding [B, D], projected patches [B, N, D]).
+    def encode_image(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Normalised images [B, H, W, 3] -> (embedding [B, D], projected tokens [B, 1 + N, D]).
 
-        The embedding has unit length, the patches do not. m: M^I, by default that of training.
+        The embedding has unit length, the tokens (CLS, then the patches row by row) do not.
         """
-        tokens = self.image_projection(self.image_encoder(images))
-        patches = constrain_batch(tokens[:, 1:])
+        tokens = constrain_batch(self.image_projection(self.image_encoder(images)))
+        return self.pool_image(tokens), tokens
+
+    def pool_image(self, tokens: jax.Array, m: int | None = None) -> jax.Array:
+        """Unit-length embedding [B, D] of projected tokens; m: M^I, by default that of training."""
         if self.config.pool == "cls":
             pooled = tokens[:, 0]
         elif self.config.pool == "mean":
-            pooled = mean_pool(patches)
+            pooled = mean_pool(tokens[:, 1:])
         else:
-            pooled = top_m_pool(patches, m or self.config.m_image)
-        return constrain_batch(l2_normalize(pooled)), patches
+            pooled = top_m_pool(tokens[:, 1:], m or self.config.m_image)
+        return constrain_batch(l2_normalize(pooled))
 
     def encode_text(
         self,
@@ -104,20 +108,26 @@ def l2_normalize(x: jax.Array) -> jax.Array:
 
 
 def make_model(config: SimSegConfig, dtype=jnp.float32) -> nnx.GraphDef:
-    """The model's structure without parameters; `nnx.merge(graphdef, params)` makes it callable."""
+    """The model's structure without parameters; `bind(graphdef, params)` makes it callable."""
     abstract = nnx.eval_shape(lambda: SimSeg(config, dtype, nnx.Rngs(0)))
     graphdef, _ = nnx.split(abstract, nnx.Param)
     return graphdef
 
 
+def bind(graphdef: nnx.GraphDef, params: dict) -> SimSeg:
+    """The model with these parameters."""
+    # NNX puts parameters into the structure in sorted order: "10" before "2", but 2 before 10.
+    return nnx.merge(graphdef, _with_keys(params, lambda key: int(key) if key.isdigit() else key))
+
+
 def init_params(config: SimSegConfig, key: jax.Array) -> dict:
     """Random float32 parameters as a nested dict with string keys. Traceable: jit it to shard."""
     _, state = nnx.split(SimSeg(config, jnp.float32, nnx.Rngs(key)), nnx.Param)
-    return _string_keys(nnx.to_pure_dict(state))
-
-
-def _string_keys(tree):
     # Lists of blocks come out with integer keys, which checkpoints and path rules spell as strings.
+    return _with_keys(nnx.to_pure_dict(state), str)
+
+
+def _with_keys(tree, convert: Callable):
     if not isinstance(tree, dict):
         return tree
-    return {str(key): _string_keys(value) for key, value in tree.items()}
+    return {convert(key): _with_keys(value, convert) for key, value in tree.items()}

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from support import assert_close, golden_batch
 
 from simseg_jax.loss import contrastive_loss
 from simseg_jax.models.convert import convert, path_string
 from simseg_jax.models.pooling import mean_pool, top_m_pool
+from simseg_jax.models.simseg import bind
 from simseg_jax.models.torch_file import load_tensors
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.optim import adamw, cosine_schedule
@@ -19,14 +19,14 @@ from simseg_jax.optim import adamw, cosine_schedule
 @pytest.fixture(scope="module")
 def model(golden_model):
     _, graphdef, params = golden_model
-    return nnx.merge(graphdef, params)
+    return bind(graphdef, params)
 
 
 def training_loss(graphdef, golden):
     images, ids, mask = golden_batch(golden)
 
     def loss(params):
-        model = nnx.merge(graphdef, params)
+        model = bind(graphdef, params)
         embeddings, _ = model.encode_image(images)
         return contrastive_loss(embeddings, model.encode_text(ids, mask), model.temperature[...])
 
@@ -63,9 +63,10 @@ def test_mean_pooling(golden):
 
 def test_evaluation_embeddings(model, golden):
     images, ids, mask = golden_batch(golden)
-    embedding, patches = model.encode_image(images, m=5)
+    embedding, tokens = model.encode_image(images)
     assert_close(embedding, golden["eval_image_embedding"])
-    assert_close(patches, golden["image_projected"])
+    assert_close(model.pool_image(tokens, m=5), golden["eval_image_embedding"])
+    assert_close(tokens[:, 1:], golden["image_projected"])
     text = model.encode_text(ids, mask, m=1, mask_padding=True)
     assert_close(text, golden["eval_text_embedding_m1"])
 

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from support import assert_close, golden_batch
 
 from simseg_jax.models.bert import BertConfig
-from simseg_jax.models.simseg import POOLS, SimSegConfig, init_params, make_model
+from simseg_jax.models.simseg import POOLS, SimSegConfig, bind, init_params, make_model
 from simseg_jax.models.vit import ViTConfig
 
 TINY = SimSegConfig(
@@ -44,7 +43,7 @@ def test_every_pooling_gives_unit_embeddings_and_gradients(pool):
     mask = jnp.arange(6)[None] < jnp.array([[3], [4], [5], [6]])
 
     def similarity(params):
-        model = nnx.merge(graphdef, params)
+        model = bind(graphdef, params)
         image, _ = model.encode_image(images)
         text = model.encode_text(ids, mask)
         return (image * text).sum(), (image, text)
@@ -56,9 +55,25 @@ def test_every_pooling_gives_unit_embeddings_and_gradients(pool):
     assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(gradients)))
 
 
+def test_twelve_layers_keep_their_order():
+    """With more than ten, "10" sorts before "2"."""
+    image = dataclasses.replace(TINY.image, depth=12)
+    text = dataclasses.replace(TINY.text, depth=12)
+    config = dataclasses.replace(TINY, image=image, text=text)
+    params = init_params(config, jax.random.key(0))
+    model = bind(make_model(config), params)
+    for i in range(12):
+        block, layer = model.image_encoder.blocks[i], model.text_encoder.layers[i]
+        for actual, expected in (
+            (block.mlp.fc1.kernel, params["image_encoder"]["blocks"][str(i)]["mlp"]["fc1"]),
+            (layer.intermediate.kernel, params["text_encoder"]["layers"][str(i)]["intermediate"]),
+        ):
+            np.testing.assert_array_equal(actual[...], expected["kernel"])
+
+
 def test_dropout_only_with_a_key():
     graphdef, params = make_model(TINY), init_params(TINY, jax.random.key(0))
-    model = nnx.merge(graphdef, params)
+    model = bind(graphdef, params)
     ids, mask = jnp.ones((2, 6), int), jnp.ones((2, 6), bool)
     plain = model.encode_text(ids, mask)
     first = model.encode_text(ids, mask, key=jax.random.key(1))
@@ -69,7 +84,7 @@ def test_dropout_only_with_a_key():
 
 def test_padding_competes_only_when_unmasked(golden_model, golden):
     _, graphdef, params = golden_model
-    model = nnx.merge(graphdef, params)
+    model = bind(graphdef, params)
     _, ids, mask = golden_batch(golden)
     longer = jnp.pad(ids, ((0, 0), (0, 10)))
     longer_mask = np.pad(mask, ((0, 0), (0, 10)))
@@ -83,8 +98,8 @@ def test_padding_competes_only_when_unmasked(golden_model, golden):
 def test_bfloat16_stays_close_to_float32(golden_model, golden):
     config, graphdef, params = golden_model
     images, ids, mask = golden_batch(golden)
-    low = nnx.merge(make_model(config, jnp.bfloat16), params)
-    full = nnx.merge(graphdef, params)
+    low = bind(make_model(config, jnp.bfloat16), params)
+    full = bind(graphdef, params)
     image, patches = low.encode_image(images)
     assert image.dtype == patches.dtype == jnp.float32
     # bfloat16 has 8 bits of mantissa: 3 layers stay within a few times 2^-8.
