@@ -15,6 +15,7 @@ setup(
         "flax>=0.12.4,<0.14",
         "grain>=0.2.15,<0.3",
         "jax>=0.9,<0.14",
+        "matplotlib>=3.9,<4",
         "ml-collections>=1.1,<2",
         "ml-dtypes>=0.5,<1",
         "numpy>=2.0,<3",

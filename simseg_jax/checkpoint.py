@@ -94,7 +94,10 @@ def restore_state(path: Path, abstract_state: dict, data, config: Config):
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """What inference needs of a checkpoint; everything is in it, nothing is asked of the user."""
+    """What inference needs of a checkpoint; everything is in it, nothing is asked of the user.
+
+    identity: tells its results from those of other checkpoints.
+    """
 
     config: Config
     step: int
@@ -102,6 +105,12 @@ class TrainedModel:
     params: Any
     encoder: TextEncoder
     mesh: Mesh
+    identity: dict[str, Any]
+
+    @property
+    def parts(self) -> tuple[nnx.GraphDef, int, Mesh, TextEncoder]:
+        """What evaluators and `Engine` take: structure, patch size, mesh and text encoder."""
+        return self.graphdef, self.config.model.image.patch_size, self.mesh, self.encoder
 
 
 def load_model(workdir: str | Path, step: int | None = None, dtype=None) -> TrainedModel:
@@ -126,9 +135,11 @@ def load_model(workdir: str | Path, step: int | None = None, dtype=None) -> Trai
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
     shapes = with_sharding(shapes, state_sharding(shapes, mesh))
     params = _load(path, {"params": shapes})["params"]
-    graphdef = make_model(architecture, dtype or config_lib.compute_dtype(config))
+    dtype = dtype or config_lib.compute_dtype(config)
+    graphdef = make_model(architecture, dtype)
     encoder = TextEncoder(tokenizer, config.data.max_length)
-    return TrainedModel(config, step, graphdef, params, encoder, mesh)
+    identity = {"step": step, "written": _metadata(path).init_timestamp_nsecs, "dtype": str(dtype)}
+    return TrainedModel(config, step, graphdef, params, encoder, mesh, identity)
 
 
 def completed_steps(workdir: Path) -> list[int]:
@@ -141,12 +152,18 @@ def completed_steps(workdir: Path) -> list[int]:
 
 def saved_config(path: Path) -> Config:
     """The resolved configuration stored with a checkpoint."""
+    try:
+        return config_lib.from_dict(_metadata(path).custom_metadata["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(_damaged(path, error)) from error
+
+
+def _metadata(path: Path) -> Any:
     verbosity = absl.logging.get_verbosity()
     try:
         # Orbax warns that the iterator's state has no metadata, which nobody asked for.
         absl.logging.set_verbosity(absl.logging.ERROR)
-        metadata: Any = ocp.checkpointables_metadata(str(path)).custom_metadata
-        return config_lib.from_dict(metadata["config"])
+        return ocp.checkpointables_metadata(str(path))
     except (OSError, KeyError, TypeError, ValueError, ocp.errors.InvalidLayoutError) as error:
         raise UserError(_damaged(path, error)) from error
     finally:

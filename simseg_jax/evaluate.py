@@ -1,29 +1,40 @@
-"""The batch evaluation command: a checkpoint and its benchmarks -> a table and a JSON file."""
+"""The batch evaluation job: a checkpoint and its benchmarks -> tables, JSON, CSV and pictures."""
 
 import argparse
+import csv
 import json
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
-from simseg_jax.checkpoint import load_model
-from simseg_jax.config import apply_overrides, load_config
+from simseg_jax.checkpoint import TrainedModel, load_model
+from simseg_jax.config import Config, apply_overrides, load_config
 from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.evaluators.statistics import class_table, format_table, image_ious
+from simseg_jax.metrics import class_iou
+from simseg_jax.visualize import write_contact_sheet
 
 EPILOG = """examples:
   python -m simseg_jax.evaluate --checkpoint=runs/shapes
-  python -m simseg_jax.evaluate --checkpoint=runs/shapes --config.evals.seg.shapes.sigma_weight=1.0
+  python -m simseg_jax.evaluate --checkpoint=runs/shapes --config.evals.seg.shapes.refine=crf
   python -m simseg_jax.evaluate --checkpoint=runs/f8k --config=configs/vits16.py \\
-      --config.evals.seg.voc.root=data/VOCdevkit/VOC2012 --config.evals.seg.voc.refine=pydensecrf
+      --config.evals.seg.voc.root=data/VOCdevkit/VOC2012 --output=runs/f8k/voc
+
+--output receives result.json (numbers and settings) and, for every benchmark, classes.csv, the
+worst and best images as pictures, and one record per image: the same command continues a job that
+was killed. With --distributed every process of a SLURM job, TPU pod or MPI launch takes its share.
 """
 
 
 @report_user_errors
 def main() -> None:
-    """Evaluates a checkpoint, prints the table, writes the numbers with their settings."""
+    """Evaluates a checkpoint, prints the tables, writes everything into a folder."""
     parser = argparse.ArgumentParser(
         prog="python -m simseg_jax.evaluate",
         description="Evaluates a checkpoint on the benchmarks of its configuration (evals.seg).",
@@ -35,50 +46,110 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type")
-    parser.add_argument("--output", help="JSON file; default: CHECKPOINT/evaluation-STEP.json")
+    parser.add_argument("--output", help="folder; default: CHECKPOINT/evaluation-STEP")
+    parser.add_argument("--pictures", type=int, default=8, help="worst and best images; 0: none")
+    parser.add_argument(
+        "--distributed", action="store_true", help="share the images with other processes"
+    )
     args, overrides = parser.parse_known_args()
-    for override in overrides:
-        if not override.startswith("--config.evals."):
-            raise UserError(
-                f"{override!r} is no option here: the model is fixed by its checkpoint, only "
-                "--config.evals... can be overridden (see --help)."
-            )
+    if args.distributed:
+        jax.distributed.initialize()
     model = load_model(args.checkpoint, args.step, args.dtype and jnp.dtype(args.dtype))
-    config = model.config
-    if args.config:
-        with config.unlocked():
-            config.evals = load_config(args.config).evals
-    config = apply_overrides(config, overrides)
+    config = evaluation_config(model.config, args.config, overrides)
     if not config.evals.seg:
         raise UserError(f"{args.checkpoint} was trained without benchmarks: give --config=FILE.")
-
+    folder = Path(args.output or Path(args.checkpoint) / f"evaluation-{model.step}")
+    # All of them first, so that a missing file is found now.
+    evaluators = {
+        name: SegmentationEvaluator(*model.parts, settings)
+        for name, settings in config.evals.seg.items()
+    }
     results = {}
-    with jax.set_mesh(model.mesh):
-        evaluators = {
-            name: SegmentationEvaluator(model.graphdef, model.mesh, model.encoder, settings)
-            for name, settings in config.evals.seg.items()
-        }
-        for name, evaluator in evaluators.items():
-
-            def bar(batches, name=name):
-                return tqdm(batches, desc=name, unit="batch", disable=jax.process_index() > 0)
-
-            values = dict(evaluator.run(model.params, bar))
-            results |= {f"seg/{name}/{key}": value for key, value in values.items()}
+    for name, evaluator in evaluators.items():
+        numbers = evaluate(model, evaluator, name, folder / name, args.pictures)
+        results |= {f"seg/{name}/{key}": value for key, value in numbers.items()}
     if jax.process_index() > 0:
         return
-    for key, value in results.items():
-        print(f"{key:40s} {value:.4f}")
-    output = Path(args.output or Path(args.checkpoint) / f"evaluation-{model.step}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "checkpoint": str(args.checkpoint),
         "step": model.step,
         "results": results,
         "config": config.to_dict(),
     }
-    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"Wrote {output}")
+    path = folder / "result.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    summary = [f"{key} {value:.4f}" for key, value in results.items() if key.endswith("/miou")]
+    print(f"{', '.join(summary)}. Numbers, tables and pictures are in {folder}")
+
+
+def evaluation_config(config: Config, file: str | None, overrides: list[str]) -> Config:
+    """The configuration of a checkpoint with its evals from `file` (if any) and overrides."""
+    for override in overrides:
+        if not override.startswith("--config.evals."):
+            raise UserError(
+                f"{override!r} is no option here: the model is fixed by its checkpoint, only "
+                "--config.evals... can be overridden (see --help)."
+            )
+    if file:
+        with config.unlocked():
+            config.evals = load_config(file).evals
+    return apply_overrides(config, overrides)
+
+
+def evaluate(
+    model: TrainedModel,
+    evaluator: SegmentationEvaluator,
+    name: str,
+    folder: Path,
+    pictures: int,
+) -> dict[str, float]:
+    """Numbers of one benchmark; what it writes into `folder` is only written by process 0.
+
+    Images with a record there are not evaluated again.
+    """
+    began = time.monotonic()
+    records, fresh = collect(model, evaluator, name, folder)
+    seconds = time.monotonic() - began
+    confusion = evaluator.confusion(records)
+    ranked = np.argsort(image_ious(records, len(evaluator.class_names)), kind="stable")
+    indices = [records[i].index for i in ranked if len(records[i].counts[0])]
+    for title, chosen in (("worst", indices[:pictures]), ("best", indices[: -pictures - 1 : -1])):
+        if chosen and pictures:
+            write_contact_sheet(folder / f"{title}.png", evaluator, model.params, chosen)
+    if jax.process_index() == 0:
+        rows = class_table(records, class_iou(confusion), evaluator.class_names)
+        with (folder / "classes.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(format_table(rows))
+        print(f"{name}: {fresh} images in {seconds:.1f} s\n")
+    return dict(evaluator.scores(confusion))
+
+
+def collect(
+    model: TrainedModel, evaluator: SegmentationEvaluator, name: str, folder: Path
+) -> tuple[list[Record], int]:
+    """The records of all images of a benchmark, and how many of them are new.
+
+    Those that `folder` holds already are not evaluated again; new ones are added as they come.
+    """
+    variants = [settings.to_dict() for settings in evaluator.variants]
+    material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in variants]
+    identity = {"checkpoint": model.identity, "settings": dict(enumerate(material))}
+    store = RecordStore(folder, identity)
+    records = gather({i: r for i, r in store.read().items() if i < evaluator.count})
+    remaining = [index for index in range(evaluator.count) if index not in records]
+    main_process = jax.process_index() == 0
+    if records and main_process:
+        tqdm.write(f"{name}: {len(records)} of {evaluator.count} images are done already.")
+
+    def bar(images):
+        return tqdm(images, desc=name, unit="image", disable=not main_process)
+
+    fresh = store.extend(evaluator.records(model.params, remaining, bar))
+    records = gather(records | {record.index: record for record in fresh})
+    return list(records.values()), len(remaining)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def class_iou(confusion: np.ndarray) -> np.ndarray:
         return intersection / union
 
 
-def mean_iou(confusion: np.ndarray) -> float:
-    """Mean of the defined class IoUs, a fraction."""
-    return float(np.nanmean(class_iou(confusion)))
+def mean_iou(ious: np.ndarray) -> float:
+    """Mean of the class IoUs that are defined, a fraction; NaN if none is."""
+    defined = ious[np.isfinite(ious)]
+    return float(defined.mean()) if len(defined) else float("nan")

@@ -86,9 +86,9 @@ class Reporter:
         """Starts a new stretch for the pairs per second: what came before does not count."""
         self.stretch_step, self.stretch_time = int(self.bar.n), time.monotonic()
 
-    def progress(self, batches: Iterable, name: str) -> Iterable:
-        """`batches` under a bar of their own that vanishes when they are done."""
-        return tqdm(batches, desc=name, unit="batch", leave=False, disable=not self.enabled or None)
+    def progress(self, images: Iterable, name: str) -> Iterable:
+        """`images` under a bar of their own that vanishes when they are done."""
+        return tqdm(images, desc=name, unit="image", leave=False, disable=not self.enabled or None)
 
     def say(self, message: str) -> None:
         """A line above the progress bar."""

@@ -2,28 +2,24 @@
 
 import argparse
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from simseg_jax.checkpoint import TrainedModel, load_model
-from simseg_jax.config import SEGMENTATION_KEYS, segmentation_eval, validate_segmentation
-from simseg_jax.data.augment import decode_image, resize
-from simseg_jax.data.benchmarks import segmentation_classes
+from simseg_jax.config import segmentation_eval, validate_segmentation
+from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
+from simseg_jax.data.augment import decode_image
+from simseg_jax.data.classes import prompt_names
 from simseg_jax.errors import UserError, report_user_errors
-from simseg_jax.masks.postprocess import resize_nearest
-from simseg_jax.masks.protocols import paper_protocol
-from simseg_jax.sharding import to_global_batch
+from simseg_jax.masks.protocols import Response
 from simseg_jax.visualize import index_png, legend, overlay, stack
-from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
-from simseg_jax.zeroshot.prompts import TEMPLATES
+from simseg_jax.zeroshot.engine import Engine
 
 EPILOG = """examples:
   python -m simseg_jax.segment --checkpoint=runs/shapes --words="star, heart" --output=out scene.png
@@ -43,13 +39,14 @@ class Segmentation:
     """The answer for one image.
 
     mask: uint8 [H, W] at the size of the image; 0 is none of the words, i is words[i - 1].
-    scores: image-text score of every word and contrast word. drawn: words above the threshold.
+    scores: image-text score of every word and contrast word. drawn: words above the threshold; with
+    the standard protocol, which has none, those that show.
     """
 
     mask: np.ndarray
     words: tuple[str, ...]
     scores: dict[str, float]
-    threshold: float
+    threshold: float | None
     drawn: tuple[str, ...]
 
 
@@ -58,7 +55,7 @@ class Segmenter:
 
     words: what to look for. contrast: further words that share in the threshold and claim their
     regions but are never drawn; by default the class names of the checkpoint's first benchmark.
-    settings: changes to that benchmark's protocol settings, such as refine="pydensecrf".
+    settings: changes to that benchmark's protocol settings, such as refine="crf".
     """
 
     def __init__(
@@ -74,42 +71,36 @@ class Segmenter:
         self.settings = segmentation_eval(**{**base, **settings})
         validate_segmentation(self.settings, model.config.model.image.patch_size)
         self.words = check_words(words)
+        classes = prompt_names(self.settings.data, self.settings.names)
         if contrast is None:
-            contrast = segmentation_classes(self.settings)[1:]
+            contrast = [name for name, *_ in classes if name != "background"]
         self.contrast = tuple(w for w in dict.fromkeys(contrast) if w not in self.words)
-        names = ("background", *self.words, *self.contrast)
-        prompts = tokenize_prompts(model.encoder, names, TEMPLATES[self.settings.prompts])
-        with jax.set_mesh(model.mesh):
-            embed = class_embedder(model.graphdef, self.settings.m_text, model.mesh.size)
-            self.class_embeddings = embed(model.params, *prompts)
-        self.predict = paper_protocol(model.graphdef, self.settings)
+        names = [(name,) for name in ("background", *self.words, *self.contrast)]
+        self.engine = Engine(*model.parts, [self.settings], names)
+        self.class_embeddings = self.engine.embed(model.params)
 
     def segment(self, images: Iterable[Image.Image]) -> Iterator[Segmentation]:
         """Yields one answer per RGB image, in order; images are read as they are needed."""
-        devices = self.model.mesh.size
-        batch_size = -(-self.settings.batch_size // devices) * devices
-        images = iter(images)
-        while batch := list(itertools.islice(images, batch_size)):
-            rows = np.stack([resize(image, self.settings.resolution) for image in batch])
-            # One image alone does not pay for a full batch; otherwise there is one batch shape.
-            size = devices if len(batch) <= devices else batch_size
-            rows = np.pad(rows, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            with jax.set_mesh(self.model.mesh):
-                rows = to_global_batch(rows, self.model.mesh)
-                masks, response = self.predict(self.model.params, self.class_embeddings, rows)
-            masks, response = jax.tree.map(np.asarray, (masks, response))
+        jobs = (lambda image=image: (image, image, (image.height, image.width)) for image in images)
+        for batch, masks, (response,) in self.engine.run(
+            self.model.params, jobs, self.class_embeddings, in_order=True
+        ):
             for i, image in enumerate(batch):
-                yield self._answer(image, masks[i], response.rows(i))
+                yield self._answer(image, masks[0, i], response.rows(i))
 
     def _answer(self, image: Image.Image, mask: np.ndarray, response) -> Segmentation:
-        mask = np.where(mask > len(self.words), 0, mask).astype(np.uint8)
+        labels = self.engine.protocol.restore(mask, (image.height, image.width))
+        labels = np.where(labels > len(self.words), 0, labels).astype(np.uint8)
         names = (*self.words, *self.contrast)
-        drawn = {int(c) for c, d in zip(response.classes, response.drawn, strict=True) if d}
+        drawn, threshold = set(np.unique(labels)), None
+        if isinstance(response, Response):
+            drawn = {int(c) for c, d in zip(response.classes, response.drawn, strict=True) if d}
+            threshold = float(response.threshold)
         return Segmentation(
-            mask=resize_nearest(mask, image.height, image.width),
+            mask=labels,
             words=self.words,
             scores={n: float(s) for n, s in zip(names, response.scores[1:], strict=True)},
-            threshold=float(response.threshold),
+            threshold=threshold,
             drawn=tuple(w for i, w in enumerate(self.words, 1) if i in drawn),
         )
 
@@ -180,7 +171,7 @@ def main() -> None:
     parser.add_argument("--words", required=True, help="comma-separated words to look for")
     parser.add_argument("--output", required=True, help="folder for masks, overlays, scores.json")
     parser.add_argument("--contrast", help="comma-separated words scored but not drawn")
-    parser.add_argument("--refine", choices=("none", "pydensecrf"), help="mask refinement")
+    parser.add_argument("--refine", choices=SEGMENTATION_CHOICES["refine"], help="mask refinement")
     parser.add_argument("--resolution", type=int, help="side in pixels the model sees")
     parser.add_argument("--sigma_weight", type=float, help="higher: fewer words are drawn")
     parser.add_argument("--batch_size", type=int, help="images per batch")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -77,9 +78,33 @@ def to_global_batch(batch, mesh: Mesh):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def local_rows(x: jax.Array | np.ndarray) -> np.ndarray:
-    """This process's rows of an array (of a NumPy array: all) sharded over the batch, in order."""
-    if isinstance(x, np.ndarray) or x.is_fully_addressable:
-        return np.asarray(x)
-    shards = {shard.index[0].start: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The mesh of this process alone; the same mesh if there is only one process."""
+    return mesh if jax.process_count() == 1 else make_mesh(devices=jax.local_devices())
+
+
+def local_params(params, mesh: Mesh):
+    """`params` for a mesh of `local_mesh`: complete on each of its devices if they are spread over
+    several processes, which must then call this together; as they are otherwise.
+    """
+    leaves = jax.tree.leaves(params)
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        return params
+    params = jax.jit(lambda x: x, out_shardings=replicated(leaves[0].sharding.mesh))(params)
+
+    def localize(leaf: jax.Array) -> jax.Array:
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), parts)
+
+    return jax.tree.map(localize, params)
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """What every process passed, in their order. All processes must call this together."""
+    if jax.process_count() == 1:
+        return [data]
+    sizes = multihost_utils.process_allgather(np.array([len(data)]))[:, 0]
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

@@ -28,7 +28,7 @@ from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.loss import contrastive_loss
-from simseg_jax.models.simseg import init_params, make_model
+from simseg_jax.models.simseg import bind, init_params, make_model
 from simseg_jax.optim import adamw, cosine_schedule
 from simseg_jax.report import Reporter
 from simseg_jax.sharding import batch_sharding, make_mesh, state_sharding, to_global_batch
@@ -45,7 +45,7 @@ def make_update(
     """
 
     def loss_of(params, batch, key):
-        model = nnx.merge(graphdef, params)
+        model = bind(graphdef, params)
         images, _ = model.encode_image(normalize(batch["image"]))
         texts = model.encode_text(batch["ids"], batch["mask"], key=key)
         return contrastive_loss(images, texts, model.temperature[...])
@@ -136,7 +136,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
 
     # ---- evaluators: built before training, so that a missing file is found now
     evaluators = {
-        f"seg/{name}": SegmentationEvaluator(graphdef, mesh, encoder, settings)
+        f"seg/{name}": SegmentationEvaluator(
+            graphdef, config.model.image.patch_size, mesh, encoder, settings
+        )
         for name, settings in config.evals.seg.items()
     }
 
@@ -204,8 +206,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
             reporter.say(f"Saved step {step}.")
             return None
         if config.pictures and evaluators:
-            path = write_contact_sheet(workdir, evaluators, state["params"], config.pictures)
-            reporter.say(f"Pictures: {path}")
+            folder = workdir / "pictures"
+            for prefix, evaluator in evaluators.items():
+                path = folder / f"{prefix.removeprefix('seg/')}.png"
+                images = range(min(config.pictures, evaluator.count))
+                write_contact_sheet(path, evaluator, state["params"], images)
+            reporter.say(f"Pictures: {folder}")
     return results
 
 
@@ -213,7 +219,7 @@ def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[st
     """Runs every evaluator; reports and returns {"seg/<set>/miou": fraction, ...}."""
     results = {}
     for prefix, evaluator in evaluators.items():
-        values = evaluator.run(params, lambda batches, p=prefix: reporter.progress(batches, p))
+        values = evaluator.run(params, lambda images, p=prefix: reporter.progress(images, p))
         results |= {f"{prefix}/{name}": value for name, value in values}
         reporter.say(f"step {step}: {prefix}/miou {results[f'{prefix}/miou']:.4f}")
     if results:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from simseg_jax.data.augment import decode_image
-from simseg_jax.masks.postprocess import resize_nearest
+from simseg_jax.masks.protocols import Response
 
 CELL = 128  # side of a picture on a contact sheet
 TEXT_HEIGHT = 15
@@ -80,38 +80,35 @@ def stack(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def write_contact_sheet(workdir: Path, evaluators: dict, params, count: int) -> Path:
-    """WORKDIR/pictures/<set>.png: one row per image of every segmentation benchmark.
+def write_contact_sheet(path: Path, evaluator, params, indices: Sequence[int]) -> None:
+    """A PNG with one row per image of a segmentation benchmark.
 
-    A row shows the image, s^I2I (patches against the image's own embedding), s^T2I of the best
-    classes with their scores, the prediction and the ground truth; the caption stands above.
+    A row shows the image, the prediction and the ground truth; with the paper protocol also s^I2I
+    (patches against the image's own embedding) and s^T2I of the best classes with their scores.
+    The caption or name stands above. With several processes all must call this.
     """
-    folder = workdir / "pictures"
-    for prefix, evaluator in evaluators.items():
-        rows = []
-        for examples, masks, response in evaluator.predictions(params, count=count):
-            for i, example in enumerate(examples):
-                rows.append(_row(example, masks[i], response.rows(i), evaluator.class_names))
-        shown = sorted({label for row in rows for label in row[1]})
-        names = [(label, evaluator.class_names[label]) for label in shown]
-        if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            pictures = [row[0] for row in rows]
-            pictures.append(legend(names, max(row.width for row in pictures)))
-            stack(pictures).save(folder / f"{prefix.split('/')[-1]}.png")
-    return folder
+    rows, shown = [], set()
+    for example, labels, response in evaluator.predictions(params, indices):
+        rows.append(_row(example, labels, response, evaluator.class_names))
+        shown |= set(np.unique(labels)) | set(np.unique(example["mask"])) - {0, 255}
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = [(label, evaluator.class_names[label]) for label in sorted(shown)]
+        stack([*rows, legend(names, max(row.width for row in rows))]).save(path)
 
 
-def _row(example: dict, mask: np.ndarray, response, names) -> tuple[Image.Image, set[int]]:
+def _row(example: dict, labels: np.ndarray, response, names: Sequence[str]) -> Image.Image:
     truth = example["mask"]
     image = np.asarray(decode_image(example["image"], example["name"]))
-    prediction = resize_nearest(mask, *truth.shape)
-    cells = [("image", image), ("s^I2I", heat_map(response.self_similarity))]
-    for place, label in enumerate(response.classes):
-        mark = " *" if response.drawn[place] else ""
-        title = f"{names[label]} {response.scores[label]:.2f}{mark}"
-        cells.append((title, heat_map(response.similarity[place])))
-    cells.append((f"prediction (> {response.threshold:.2f})", overlay(image, prediction, 0.75)))
+    cells, title = [("image", image)], "prediction"
+    if isinstance(response, Response):
+        cells.append(("s^I2I", heat_map(np.asarray(response.self_similarity))))
+        for place, label in enumerate(response.classes):
+            mark = " *" if response.drawn[place] else ""
+            name = f"{names[label]} {response.scores[label]:.2f}{mark}"
+            cells.append((name, heat_map(np.asarray(response.similarity[place]))))
+        title = f"prediction (> {response.threshold:.2f})"
+    cells.append((title, overlay(image, labels, 0.75)))
     cells.append(("ground truth", overlay(image, np.where(truth == 255, 0, truth), 0.75)))
     row = Image.new("RGB", (len(cells) * (CELL + 4), CELL + 2 * TEXT_HEIGHT + 8), "white")
     draw = ImageDraw.Draw(row)
@@ -121,7 +118,7 @@ def _row(example: dict, mask: np.ndarray, response, names) -> tuple[Image.Image,
         draw.text((x + 2, 2 + TEXT_HEIGHT), title, fill="black", font=_font(11))
         cell = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST)
         row.paste(cell, (x, 4 + 2 * TEXT_HEIGHT))
-    return row, set(np.unique(prediction)) | set(np.unique(truth)) - {0, 255}
+    return row
 
 
 def _font(size: int = 12) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

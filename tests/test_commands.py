@@ -1,5 +1,6 @@
 """The three commands as a user runs them, on one tiny checkpoint."""
 
+import csv
 import json
 import sys
 
@@ -79,22 +80,45 @@ def test_help_teaches(monkeypatch, capsys):
 
 def test_evaluate_command(monkeypatch, capsys, workdir):
     out = run(monkeypatch, capsys, evaluate, f"--checkpoint={workdir}")
-    record = json.loads((workdir / "evaluation-4.json").read_text())
+    folder = workdir / "evaluation-4"
+    record = json.loads((folder / "result.json").read_text())
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     trained = json.loads(lines[-1])
     # The same evaluator in the same float32: identical numbers.
     assert record["results"] == {k: v for k, v in trained.items() if k.startswith("seg/")}
-    assert f"{record['results']['seg/shapes/miou']:.4f}" in out
-    output = workdir / "other.json"
-    run(
-        monkeypatch,
-        capsys,
-        evaluate,
-        f"--checkpoint={workdir}",
-        f"--output={output}",
-        "--config.evals.seg.shapes.limit=4",
+    last = out.splitlines()[-1]
+    assert f"{record['results']['seg/shapes/miou']:.4f}" in last
+    assert str(folder) in last
+    with (folder / "shapes" / "classes.csv").open() as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert float(rows["background"]["iou"]) == record["results"]["seg/shapes/iou/background"]
+    assert rows["background"]["images"] == "20"
+    for name in ("worst", "best"):
+        with Image.open(folder / "shapes" / f"{name}.png") as picture:
+            assert picture.height > 8 * 128
+
+
+def test_a_killed_evaluation_continues(monkeypatch, capsys, workdir, tmp_path):
+    arguments = (f"--checkpoint={workdir}", "--pictures=0")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(monkeypatch, capsys, evaluate, *arguments, f"--output={whole}")
+    (killed / "shapes").mkdir(parents=True)
+    content = (whole / "shapes" / "records-00000.jsonl").read_text()
+    header, *lines = content.splitlines(keepends=True)
+    cut = "".join((header, *lines[:9], lines[9][:20]))
+    (killed / "shapes" / "records-00000.jsonl").write_text(cut)
+    out = run(monkeypatch, capsys, evaluate, *arguments, f"--output={killed}")
+    assert "shapes: 11 images in" in out
+    first, second = (json.loads((f / "result.json").read_text()) for f in (whole, killed))
+    assert first["results"] == second["results"]
+    # With other settings the records do not fit; with fewer images they do.
+    override = "--config.evals.seg.shapes."
+    error = message(
+        monkeypatch, capsys, evaluate, *arguments, f"--output={killed}", f"{override}m_image=1"
     )
-    assert json.loads(output.read_text())["config"]["evals"]["seg"]["shapes"]["limit"] == 4
+    assert "settings.0.m_image=5, not 1: choose another --output" in error
+    out = run(monkeypatch, capsys, evaluate, *arguments, f"--output={killed}", f"{override}limit=4")
+    assert "shapes: 0 images in" in out
 
 
 def test_evaluate_command_errors(monkeypatch, capsys, workdir, tmp_path):
@@ -102,10 +126,10 @@ def test_evaluate_command_errors(monkeypatch, capsys, workdir, tmp_path):
     assert error.startswith("error: No finished checkpoint under")
     error = message(monkeypatch, capsys, evaluate, f"--checkpoint={workdir}", "--config.optim.lr=1")
     assert "only --config.evals" in error
-    error = message(
-        monkeypatch, capsys, evaluate, f"--checkpoint={workdir}", f"--output={tmp_path}"
-    )
-    assert error == f"error: Is a directory: {tmp_path}"
+    file = tmp_path / "file"
+    file.touch()
+    error = message(monkeypatch, capsys, evaluate, f"--checkpoint={workdir}", f"--output={file}")
+    assert error.startswith("error: Not a directory")
 
 
 def test_segment_command(monkeypatch, capsys, workdir, photos, tmp_path):

@@ -17,7 +17,7 @@ def test_by_hand():
     confusion = confusion_matrix(prediction, truth, 4)
     np.testing.assert_array_equal(confusion[:2, :2], [[1, 1], [1, 1]])
     np.testing.assert_allclose(class_iou(confusion), [1 / 3, 1 / 3, np.nan, np.nan])
-    assert mean_iou(confusion) == pytest.approx(1 / 3)
+    assert mean_iou(class_iou(confusion)) == pytest.approx(1 / 3)
 
 
 def test_labels_beyond_the_classes_are_an_error():

@@ -41,11 +41,6 @@ def segmentation_source(settings):
     return SegmentationFolder(settings.data, settings.root, settings.split)
 
 
-def segmentation_classes(settings) -> tuple[str, ...]:
-    """Names of its labels 0..C-1, background included where it is one; needs no files."""
-    return class_names(settings.data)
-
-
 class ShapesSegmentation:
     """Generated scenes with their masks."""
 

@@ -1,7 +1,6 @@
-"""Zero-shot segmentation of a benchmark: mean IoU and the IoU of every class."""
+"""Zero-shot segmentation of a benchmark: a record per image, and mean IoU over all of them."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -10,89 +9,118 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from simseg_jax.data.augment import decode_image, resize
+from simseg_jax.data.augment import decode_image
 from simseg_jax.data.benchmarks import segmentation_source
+from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.errors import UserError
-from simseg_jax.masks.postprocess import resize_nearest
-from simseg_jax.masks.protocols import paper_protocol
+from simseg_jax.evaluators.records import Record
 from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou
-from simseg_jax.sharding import local_rows, to_global_batch
-from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
-from simseg_jax.zeroshot.prompts import TEMPLATES
+from simseg_jax.sharding import local_params
+from simseg_jax.zeroshot.engine import Engine, ahead
 
 
 class SegmentationEvaluator:
-    """One entry of `config.evals.seg`; results do not depend on batch size or device count."""
+    """A benchmark under one or more variants of its settings.
 
-    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, encoder: TextEncoder, settings):
-        self.mesh, self.settings = mesh, settings
+    Settings are entries of `config.evals.seg`; variants may differ in what follows the encoder (see
+    `PaperProtocol`, `StandardProtocol`). Labels count from 1; label 0 is the class background or,
+    for benchmarks without it, "no class". Results do not depend on batch size, devices, processes.
+    """
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, patch_size: int, mesh: Mesh, encoder: TextEncoder, *variants
+    ):
+        self.variants, self.settings = variants, variants[0]
+        settings = self.settings
         self.source = segmentation_source(settings)
+        names = prompt_names(settings.data, settings.names)
         self.class_names = self.source.class_names
-        count = len(self.source)
-        self.count = min(settings.limit, count) if settings.limit else count
+        self.background = self.source.background
+        if not self.background:
+            names, self.class_names = (("background",), *names), ("none", *self.class_names)
+        self.count = len(self.source)
         if not self.count:
             raise UserError(f"The benchmark {settings.data} in {settings.root!r} has no images.")
-        if settings.batch_size % mesh.size:
-            raise UserError(
-                f"An evaluation's batch_size={settings.batch_size} must be a multiple of the "
-                f"number of devices, which is {mesh.size}."
-            )
-        templates = TEMPLATES[settings.prompts]
-        self.prompts = tokenize_prompts(encoder, self.class_names, templates)
-        self.embed = class_embedder(graphdef, settings.m_text, mesh.size)
-        self.predict = paper_protocol(graphdef, settings)
+        if settings.limit:
+            self.count = min(settings.limit, self.count)
+        self.engine = Engine(graphdef, patch_size, mesh, encoder, variants, names, self.background)
 
-    def run(self, params, progress=iter) -> Iterator[tuple[str, float]]:
+    def run(self, params, progress: Callable[[Iterable], Iterable] = iter):
         """Yields ("miou", fraction) and ("iou/<class>", fraction) for classes that occur.
 
-        progress: wraps the iterator over batches, to show a bar.
+        Of the first variant; progress wraps the iterator over images, to show a bar.
         """
-        classes = len(self.class_names)
-        confusion = np.zeros((classes, classes), np.int64)
-        for examples, masks, _ in self.predictions(params, progress):
-            for example, mask in zip(examples, masks, strict=True):
-                truth = example["mask"]
-                confusion += confusion_matrix(resize_nearest(mask, *truth.shape), truth, classes)
+        confusion = self.confusion(self.records(params, progress=progress))
         if jax.process_count() > 1:
             confusion = multihost_utils.process_allgather(confusion).sum(axis=0)
-        yield "miou", mean_iou(confusion)
-        for name, iou in zip(self.class_names, class_iou(confusion), strict=True):
+        yield from self.scores(confusion)
+
+    def confusion(self, records: Iterable[Record], variant: int = 0) -> np.ndarray:
+        """Pixels int64 [C, C] of all records, rows truth, columns prediction."""
+        confusion = np.zeros((len(self.class_names),) * 2, np.int64)
+        for record in records:
+            truth, prediction, pixels = record.counts[variant].T
+            confusion[truth, prediction] += pixels
+        return confusion
+
+    def scores(self, confusion: np.ndarray) -> Iterator[tuple[str, float]]:
+        """The numbers of `run` from a confusion matrix."""
+        ious = class_iou(confusion)
+        if not self.background:
+            ious[0] = np.nan
+        yield "miou", mean_iou(ious)
+        for name, iou in zip(self.class_names, ious, strict=True):
             if np.isfinite(iou):
                 yield f"iou/{name}", float(iou)
 
-    def predictions(self, params, progress=iter, count: int | None = None):
-        """Yields (examples, index masks [n, S, S], response of n rows) per batch of this process.
+    def records(
+        self,
+        params,
+        indices: Sequence[int] | None = None,
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> Iterator[Record]:
+        """One record per image of this process's share of `indices` (all of them by default)."""
+        share = (range(self.count) if indices is None else indices)[
+            jax.process_index() :: jax.process_count()
+        ]
+        with ThreadPoolExecutor(self.engine.threads) as pool:
 
-        While the device computes one batch, threads decode the next.
-        """
-        class_embeddings = self.embed(params, *self.prompts)
-        processes = jax.process_count()
-        local_batch = self.settings.batch_size // processes
-        count = self.count if count is None else min(count, self.count)
-        indices = range(jax.process_index(), count, processes)
-        # Every process runs as many batches as the one with the most images.
-        batches = range(math.ceil(math.ceil(count / processes) / local_batch))
-        size = self.settings.resolution
-        with ThreadPoolExecutor(4) as pool:
+            def finished() -> Iterator[tuple]:
+                for examples, masks, responses in self._run(params, progress(share)):
+                    for i, example in enumerate(examples):
+                        yield example, masks[:, i], [response.scores[i] for response in responses]
 
-            def fetch(i: int) -> Iterator[tuple[dict, np.ndarray]]:
-                return pool.map(self._load, indices[i * local_batch : (i + 1) * local_batch])
+            yield from ahead(pool, self._record, finished(), 2 * self.settings.batch_size)
 
-            upcoming = fetch(0)
-            for i in progress(batches):
-                loaded, upcoming = list(upcoming), fetch(i + 1)
-                images = np.zeros((local_batch, size, size, 3), np.uint8)
-                for row, (_, image) in enumerate(loaded):
-                    images[row] = image
-                batch = to_global_batch(images, self.mesh)
-                masks, response = self.predict(params, class_embeddings, batch)
-                examples = [example for example, _ in loaded]
-                masks, response = jax.tree.map(local_rows, (masks, response))
-                keep = slice(len(examples))
-                yield examples, masks[keep], response.rows(keep)
+    def predictions(self, params, indices: Sequence[int]) -> Iterator[tuple]:
+        """Yields (example, labels [H, W], response) of the first variant, for pictures."""
+        for examples, masks, responses in self._run(params, indices, in_order=True):
+            for i, example in enumerate(examples):
+                labels = self.engine.protocol.restore(masks[0, i], example["mask"].shape)
+                yield example, labels, responses[0].rows(i)
 
-    def _load(self, index: int) -> tuple[dict, np.ndarray]:
+    def _run(self, params, indices: Iterable[int], in_order: bool = False):
+        params = local_params(params, self.engine.mesh)
+        jobs = (lambda index=index: self._load(index) for index in indices)
+        return self.engine.run(params, jobs, self.engine.embed(params), in_order)
+
+    def _load(self, index: int):
         example = self.source[index]
+        mask = example["mask"]
+        if not self.background:
+            mask = np.where(mask == 255, mask, mask + 1)
         image = decode_image(example["image"], example["name"])
-        return example, resize(image, self.settings.resolution)
+        return {**example, "mask": mask, "index": index}, image, mask.shape
+
+    def _record(self, finished: tuple) -> Record:
+        example, masks, scores = finished
+        truth, classes = example["mask"], len(self.class_names)
+        counts = []
+        for mask in masks:
+            labels = self.engine.protocol.restore(mask, truth.shape)
+            confusion = confusion_matrix(labels, truth, classes)
+            pairs = np.argwhere(confusion)
+            counts.append(np.concatenate([pairs, confusion[confusion > 0][:, None]], axis=1))
+        scores = [np.where(np.isfinite(s), s, np.nan) for s in scores]
+        return Record(example["index"], example["name"], counts, scores)

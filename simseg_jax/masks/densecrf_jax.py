@@ -26,16 +26,15 @@ def crf_masks(
     positions: BatchLattice,
     vertices: int,
     crf: CRF = PAPER,
-    classes: jax.Array | None = None,
+    needed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Masks bool [B, K, H, W] of two-label problems, and the vertices needed per image.
 
     images: uint8 [B, H, W, 3]; foreground: probabilities float32 [B, K, H, W]; positions: of
     `batch_positions`; vertices: room per image on average over the batch. The masks are right only
-    if no more than that were needed. classes: int32 [], compute only so many of the K, the others
-    stay empty.
+    if no more than that were needed. needed: bool [K], leave the other masks empty.
     """
-    message, needed = _message(images, positions, vertices, crf)
+    message, used = _message(images, positions, vertices, crf)
     batch, count, height, width = foreground.shape
 
     def refine(k, masks):
@@ -50,8 +49,13 @@ def crf_masks(
         mask = (odds > 0).reshape(batch, 1, height, width)
         return jax.lax.dynamic_update_slice_in_dim(masks, mask, k, axis=1)
 
+    def refine_if_needed(k, masks):
+        if needed is None:
+            return refine(k, masks)
+        return jax.lax.cond(needed[k], lambda masks: refine(k, masks), lambda masks: masks, masks)
+
     empty = jnp.zeros(foreground.shape, bool)
-    return jax.lax.fori_loop(0, count if classes is None else classes, refine, empty), needed
+    return jax.lax.fori_loop(0, count, refine_if_needed, empty), used
 
 
 def crf_probabilities(
@@ -65,7 +69,7 @@ def crf_probabilities(
 
     labels: probabilities of L exclusive labels, float32 [B, L, H, W]; the rest as in `crf_masks`.
     """
-    message, needed = _message(images, positions, vertices, crf)
+    message, used = _message(images, positions, vertices, crf)
     batch, count, height, width = labels.shape
     unary = jnp.log(labels.swapaxes(0, 1).reshape(count, -1) + EPSILON)
 
@@ -73,7 +77,7 @@ def crf_probabilities(
         return jax.nn.softmax(unary + jax.lax.map(message, q), axis=0)
 
     q = jax.lax.fori_loop(0, crf.iterations, update, jax.nn.softmax(unary, axis=0))
-    return q.reshape(count, batch, height, width).swapaxes(0, 1), needed
+    return q.reshape(count, batch, height, width).swapaxes(0, 1), used
 
 
 def _message(images: jax.Array, positions: BatchLattice, vertices: int, crf: CRF):

@@ -3,6 +3,8 @@
 The jax functions are batched and traceable; they run inside one jitted program per batch.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,14 +44,21 @@ def closing(masks: jax.Array, side: int = 7) -> jax.Array:
 
     Pixels outside the image count for neither, as in OpenCV.
     """
-    window = (1,) * (masks.ndim - 2) + (side, side)
-    strides = (1,) * masks.ndim
-    dilated = jax.lax.reduce_window(masks, False, jax.lax.bitwise_or, window, strides, "SAME")
-    return jax.lax.reduce_window(dilated, True, jax.lax.bitwise_and, window, strides, "SAME")
+
+    def along(masks: jax.Array, axis: int, initial: bool, operation: Callable) -> jax.Array:
+        # A square is a row of columns: two short windows instead of side x side comparisons.
+        window = tuple(side if i == axis else 1 for i in range(masks.ndim))
+        strides = (1,) * masks.ndim
+        return jax.lax.reduce_window(masks, initial, operation, window, strides, "SAME")
+
+    for initial, operation in ((False, jax.lax.bitwise_or), (True, jax.lax.bitwise_and)):
+        for axis in (masks.ndim - 1, masks.ndim - 2):
+            masks = along(masks, axis, initial, operation)
+    return masks
 
 
 def compose(masks: jax.Array, scores: jax.Array, classes: jax.Array, drawn: jax.Array) -> jax.Array:
-    """Index masks [B, H, W] int32 from per-candidate masks [B, K, H, W].
+    """Index masks uint8 [B, H, W] from per-candidate masks [B, K, H, W]; at most 255 classes.
 
     The original multiplies every mask with its class score and takes the argmax over classes with
     0 for the background. Candidates come in descending order of score, so that is the first
@@ -59,7 +68,7 @@ def compose(masks: jax.Array, scores: jax.Array, classes: jax.Array, drawn: jax.
     masks = masks & drawn[:, :, None, None]
     first = jnp.argmax(masks, axis=1)
     label = jnp.take_along_axis(classes[:, :, None, None], first[:, None], axis=1)[:, 0]
-    return jnp.where(masks.any(axis=1), label, 0)
+    return jnp.where(masks.any(axis=1), label, 0).astype(jnp.uint8)
 
 
 def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from PIL import Image
 from support import tiny_eval
 
 from simseg_jax.data.augment import decode_image
-from simseg_jax.data.benchmarks import LAYOUTS, segmentation_classes, segmentation_source
-from simseg_jax.data.classes import BENCHMARKS, label_set, prompt_names
+from simseg_jax.data.benchmarks import LAYOUTS, segmentation_source
+from simseg_jax.data.classes import BENCHMARKS, class_names, label_set, prompt_names
 from simseg_jax.data.pascal_context import CATEGORY_IDS, decode_rle
 from simseg_jax.errors import UserError
 
@@ -57,7 +57,7 @@ def test_label_sets_are_complete(name, count):
 
 @pytest.mark.parametrize("data", BENCHMARKS)
 def test_every_benchmark_has_names_for_prompts(data):
-    classes = segmentation_classes(tiny_eval(data=data))
+    classes = class_names(data)
     original, synonyms = prompt_names(data), prompt_names(data, "synonyms")
     assert original == tuple((name,) for name in classes)
     assert len(synonyms) == len(classes)

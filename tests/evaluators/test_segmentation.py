@@ -26,7 +26,7 @@ def evaluate(model, devices=8, **settings):
     graphdef, params, encoder = model
     mesh = make_mesh(devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        evaluator = SegmentationEvaluator(graphdef, mesh, encoder, tiny_eval(**settings))
+        evaluator = SegmentationEvaluator(graphdef, 8, mesh, encoder, tiny_eval(**settings))
         return dict(evaluator.run(params))
 
 
@@ -34,7 +34,8 @@ def test_result_does_not_depend_on_batch_size_or_devices(model):
     expected = evaluate(model)
     assert 0 < expected["miou"] < 1
     assert expected == evaluate(model, batch_size=16)
-    assert expected == evaluate(model, devices=1, batch_size=3)
+    assert expected == evaluate(model, devices=1, batch_size=7)
+    assert expected == evaluate(model, devices=1, batch_size=1)
 
 
 def test_limit_and_names(model):
@@ -47,19 +48,37 @@ def test_limit_and_names(model):
 
 def test_perfect_predictions_score_one(model, monkeypatch):
     graphdef, params, encoder = model
-    mesh = make_mesh()
-    with jax.set_mesh(mesh):
-        evaluator = SegmentationEvaluator(graphdef, mesh, encoder, tiny_eval(resolution=64))
-        oracle = iter([evaluator.source[i]["mask"] for i in range(24)][:20])
+    evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, tiny_eval(resolution=64))
+    protocol, oracle = evaluator.engine.protocol, iter(range(24))
+    original = protocol.finish
 
-        def predict(params, class_embeddings, images):
-            _, response = original(params, class_embeddings, images)
-            rows = [next(oracle, np.zeros((64, 64), int)) for _ in range(len(images))]
-            return np.stack(rows), response
+    def finish(started):
+        masks, responses = original(started)
+        perfect = [evaluator.source[next(oracle)]["mask"] for _ in masks[0]]
+        return np.stack(perfect)[None], responses
 
-        original = evaluator.predict
-        monkeypatch.setattr(evaluator, "predict", predict)
-        assert dict(evaluator.run(params))["miou"] == 1.0
+    monkeypatch.setattr(protocol, "finish", finish)
+    assert dict(evaluator.run(params))["miou"] == 1.0
+
+
+@pytest.mark.parametrize("protocol", ["paper", "standard"])
+def test_records_add_up_and_keep_every_pixel(model, protocol):
+    graphdef, params, encoder = model
+    settings = tiny_eval(protocol=protocol, window=32, limit=10)
+    other = tiny_eval(protocol=protocol, window=32, limit=10, m_text=2)
+    evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, settings, other)
+    records = list(evaluator.records(params))
+    assert sorted(record.index for record in records) == list(range(10))
+    for record in records:
+        assert [counts[:, 2].sum() for counts in record.counts] == [64 * 64] * 2
+        assert record.scores[0].shape == (11,)
+    scores = dict(evaluator.scores(evaluator.confusion(records)))
+    assert scores == evaluate(model, protocol=protocol, window=32, limit=10)
+    some = list(evaluator.records(params, [7, 2]))
+    assert {record.index for record in some} == {2, 7}
+    by_index = {record.index: record for record in records}
+    for record in some:
+        np.testing.assert_array_equal(record.counts[1], by_index[record.index].counts[1])
 
 
 def test_unusable_settings_are_explained(model):
@@ -73,3 +92,15 @@ def test_unusable_settings_are_explained(model):
 def test_voc_in_its_official_layout(model):
     results = evaluate(model, data="voc", root=str(VOC), limit=12, prompts="plain")
     assert 0 < results["miou"] < 1
+
+
+@pytest.mark.skipif(not VOC.is_dir(), reason=f"VOC images are missing: {VOC}")
+@pytest.mark.parametrize("protocol", ["paper", "standard"])
+def test_benchmark_without_background(model, protocol):
+    results = evaluate(
+        model, data="voc20", root=str(VOC), limit=4, protocol=protocol, window=32, prompts="plain"
+    )
+    assert "iou/none" not in results
+    assert len([name for name in results if name.startswith("iou/")]) >= 3
+    classes = [value for name, value in results.items() if name.startswith("iou/")]
+    assert np.mean(classes) == pytest.approx(results["miou"])

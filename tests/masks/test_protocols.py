@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from support import assert_close
 from simseg_jax.config import segmentation_eval
 from simseg_jax.data.augment import denormalized_uint8
 from simseg_jax.errors import UserError
-from simseg_jax.masks import densecrf
-from simseg_jax.masks.postprocess import min_max, resize_nearest, upsample
-from simseg_jax.masks.protocols import paper_protocol
-from simseg_jax.zeroshot.classifier import class_embedder
+from simseg_jax.masks.postprocess import resize_nearest
+from simseg_jax.masks.protocols import PaperProtocol
+from simseg_jax.masks.refine import image_for_crf
+from simseg_jax.sharding import make_mesh
+from simseg_jax.zeroshot.classifier import Prompts, class_embedder
 
 PHOTOS = ("astronaut", "chelsea")
 needs_crf = pytest.mark.skipif(
@@ -25,15 +27,31 @@ needs_crf = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def class_embeddings(golden_model, golden):
     _, graphdef, params = golden_model
-    embed = class_embedder(graphdef, m_text=1)
-    return embed(params, golden["seg_class_ids"].astype(np.int32), golden["seg_class_mask"])
+    ids, mask = (golden[f"seg_class_{name}"] for name in ("ids", "mask"))
+    classes = np.repeat(np.arange(len(ids)), ids.shape[1])
+    prompts = Prompts(ids.reshape(-1, 25).astype(np.int32), mask.reshape(-1, 25), classes)
+    return class_embedder(graphdef)(params, prompts, 1)
 
 
-def predict(golden_model, golden, class_embeddings, photos, **settings):
+def predict(golden_model, golden, class_embeddings, photos, devices=1, refine="none", **settings):
+    """Masks [B, S, S] and response of the photos in one batch."""
+    variants = [segmentation_eval(refine=refine, **settings)]
+    masks, responses = predict_variants(
+        golden_model, golden, class_embeddings, photos, variants, devices
+    )
+    return masks[0], responses[0]
+
+
+def predict_variants(golden_model, golden, class_embeddings, photos, variants, devices=1):
     _, graphdef, params = golden_model
     images = np.stack([golden[f"seg/{photo}/input_uint8"] for photo in photos])
-    protocol = paper_protocol(graphdef, segmentation_eval(**settings))
-    return protocol(params, class_embeddings, images)
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    protocol = PaperProtocol(graphdef, 16, mesh, variants)
+    with jax.set_mesh(mesh):
+        started = protocol.start(
+            params, {1: class_embeddings, 2: class_embeddings}, {"image": images}
+        )
+        return protocol.finish(started)
 
 
 def test_class_embeddings(class_embeddings, golden):
@@ -84,29 +102,88 @@ def test_image_for_the_crf_is_truncated_like_the_original(golden, photo):
     np.testing.assert_array_equal(image, golden[f"seg/{photo}/denormalised_uint8"])
 
 
-@needs_crf
-@pytest.mark.parametrize("photo", PHOTOS)
-def test_crf_masks_equal_the_reference(golden, photo):
-    shape = golden[f"seg/{photo}/mask_shape"]
-    bits = np.unpackbits(golden[f"seg/{photo}/crf_and_closed"])[: np.prod(shape)]
-    expected = bits.reshape(shape)[:, 0].astype(bool)
-    maps = jnp.asarray(golden[f"seg/{photo}/similarity_18x18"])
-    probabilities = np.asarray(upsample(min_max(maps), 16))
-    image = golden[f"seg/{photo}/denormalised_uint8"]
-    np.testing.assert_array_equal(densecrf.pydensecrf_masks(image, probabilities), expected)
+def test_device_image_for_the_crf_is_the_same():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    np.testing.assert_array_equal(image_for_crf(jnp.asarray(levels)), denormalized_uint8(levels))
 
 
-@needs_crf
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"refine": "crf", "crf": {"backend": "numpy"}},
+        {"refine": "crf", "crf": {"backend": "jax"}},
+        pytest.param({"refine": "pydensecrf"}, marks=needs_crf),
+    ],
+    ids=["numpy", "jax", "pydensecrf"],
+)
 def test_predictions_with_crf_equal_the_reference_at_every_pixel(
-    golden_model, golden, class_embeddings
+    golden_model, golden, class_embeddings, settings
 ):
-    masks, _ = predict(golden_model, golden, class_embeddings, PHOTOS, refine="pydensecrf")
+    masks, _ = predict(golden_model, golden, class_embeddings, PHOTOS, **settings)
     for mask, photo in zip(masks, PHOTOS, strict=True):
         expected = golden[f"seg/{photo}/prediction"]
-        np.testing.assert_array_equal(resize_nearest(np.asarray(mask), *expected.shape), expected)
+        np.testing.assert_array_equal(resize_nearest(mask, *expected.shape), expected)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax"])
+def test_crf_on_several_devices(golden_model, golden, class_embeddings, backend):
+    settings = {"refine": "crf", "crf": {"backend": backend}}
+    one, _ = predict(golden_model, golden, class_embeddings, PHOTOS, **settings)
+    two, _ = predict(golden_model, golden, class_embeddings, PHOTOS, devices=2, **settings)
+    np.testing.assert_array_equal(one, two)
+
+
+def test_too_little_room_for_the_lattice_runs_again(
+    golden_model, golden, class_embeddings, monkeypatch
+):
+    settings = {"refine": "crf", "crf": {"backend": "jax"}}
+    expected, _ = predict(golden_model, golden, class_embeddings, PHOTOS, **settings)
+    monkeypatch.setattr("simseg_jax.masks.protocols.lattice_size", lambda height, width: 9000)
+    masks, _ = predict(golden_model, golden, class_embeddings, PHOTOS, **settings)
+    np.testing.assert_array_equal(masks, expected)
+
+
+@pytest.mark.parametrize(("backend", "count"), [("numpy", 6), ("jax", 3)])
+def test_variants_in_one_pass_equal_single_runs(
+    golden_model, golden, class_embeddings, backend, count
+):
+    crf = {"crf": {"backend": backend}}
+    changes = [
+        {"refine": "crf", "sigma_weight": 0.25},
+        {"refine": "none"},
+        {"refine": "crf", "m_image": 1, "sigma_weight": 0.5},
+        {"refine": "crf", "sigma_weight": 1.5, "candidates": 3},
+        {"refine": "crf", "closing": 1},
+        {"refine": "pamr", "m_text": 2, "top_k": 5},
+    ]
+    variants = [segmentation_eval(**crf, **change) for change in changes[:count]]
+    masks, responses = predict_variants(golden_model, golden, class_embeddings, PHOTOS, variants)
+    for settings, mask, response in zip(variants, masks, responses, strict=True):
+        alone, expected = predict_variants(
+            golden_model, golden, class_embeddings, PHOTOS, [settings]
+        )
+        np.testing.assert_array_equal(mask, alone[0])
+        for name, field in expected[0]._asdict().items():
+            np.testing.assert_allclose(getattr(response, name), field, rtol=1e-5, err_msg=name)
+    assert len({mask.tobytes() for mask in masks}) >= count - 2
+
+
+def test_without_background_class_zero_is_not_scored(golden_model, golden, class_embeddings):
+    _, graphdef, params = golden_model
+    images = np.stack([golden[f"seg/{photo}/input_uint8"] for photo in PHOTOS])
+    protocol = PaperProtocol(
+        graphdef, 16, make_mesh(devices=jax.devices()[:1]), [segmentation_eval(top_k=30)], False
+    )
+    _, (response,) = protocol.finish(
+        protocol.start(params, {1: class_embeddings}, {"image": images})
+    )
+    assert not (response.classes == 0).any()
+    scores = response.scores[:, 1:]
+    expected = scores.mean(axis=1) + scores.std(axis=1, ddof=1)
+    np.testing.assert_allclose(response.threshold, expected, rtol=1e-5)
 
 
 def test_missing_pydensecrf_says_how_to_get_it(golden_model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydensecrf.densecrf", None)
     with pytest.raises(UserError, match="pydensecrf2"):
-        paper_protocol(golden_model[1], segmentation_eval(refine="pydensecrf"))
+        PaperProtocol(golden_model[1], 16, make_mesh(), [segmentation_eval(refine="pydensecrf")])

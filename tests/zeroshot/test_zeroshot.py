@@ -1,12 +1,18 @@
 import jax
 import numpy as np
-from support import assert_close, tiny_config
+import pytest
+from PIL import Image
+from support import assert_close, tiny_config, tiny_eval
 
 from simseg_jax.config import model_config
-from simseg_jax.data.classes import class_names
+from simseg_jax.data.classes import class_names, prompt_names
+from simseg_jax.data.shapes import scene
 from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import init_params, make_model
+from simseg_jax.sharding import make_mesh
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.engine import Engine
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
 
@@ -19,17 +25,62 @@ def test_templates_and_classes():
     assert {"plant", "monitor", "table"} <= set(class_names("voc"))
 
 
-def test_chunks_do_not_change_class_embeddings(monkeypatch):
+@pytest.fixture(scope="module")
+def model():
     tokenizer = load_tokenizer("shapes")
     architecture = model_config(tiny_config(), len(tokenizer))
     params = init_params(architecture, jax.random.key(0))
-    graphdef = make_model(architecture)
-    prompts = tokenize_prompts(
-        TextEncoder(tokenizer, 12), class_names("shapes"), TEMPLATES["shapes"]
-    )
-    assert prompts[0].shape == (11, 4, 12)
-    whole = class_embedder(graphdef, m_text=1)(params, *prompts)
+    return make_model(architecture), params, TextEncoder(tokenizer, 12)
+
+
+def test_chunks_do_not_change_class_embeddings(model, monkeypatch):
+    graphdef, params, encoder = model
+    prompts = tokenize_prompts(encoder, prompt_names("shapes"), TEMPLATES["shapes"])
+    assert prompts.ids.shape == prompts.mask.shape == (44, 12)
+    whole = class_embedder(graphdef)(params, prompts, 1)
     assert whole.shape == (11, 16)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, rtol=1e-6)
     monkeypatch.setattr("simseg_jax.zeroshot.classifier.CHUNK", 7)
-    assert_close(class_embedder(graphdef, m_text=1, devices=2)(params, *prompts), whole, 1e-6)
+    assert_close(class_embedder(graphdef, devices=2)(params, prompts, 1), whole, 1e-6)
+
+
+def test_synonyms_share_a_class(model):
+    graphdef, params, encoder = model
+    embed = class_embedder(graphdef)
+    alone = embed(params, tokenize_prompts(encoder, [("star",), ("moon",)], ("a {}",)), 1)
+    names = [("star", "moon"), ("heart",)]
+    both = embed(params, tokenize_prompts(encoder, names, ("a {}",)), 1)
+    mean = np.asarray(alone).mean(axis=0)
+    assert_close(both[0], mean / np.linalg.norm(mean), 1e-6)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_engine_batches_images_of_equal_shape(model, in_order):
+    """Order, padding and grouping, with the standard protocol, whose inputs differ in size."""
+    graphdef, params, encoder = model
+    mesh = make_mesh(devices=jax.devices()[:2])
+    settings = tiny_eval(protocol="standard", resolution=32, window=32, stride=16, batch_size=4)
+    engine = Engine(graphdef, 8, mesh, encoder, [settings], prompt_names("shapes"))
+    sizes = [(40, 32), (60, 32), (40, 32), (40, 32), (60, 32), (40, 32), (40, 32)]
+    images = [Image.fromarray(scene(i, "val")[0]).resize(size) for i, size in enumerate(sizes)]
+    jobs = [lambda i=i, x=x: (i, x, (x.height, x.width)) for i, x in enumerate(images)]
+    results = list(engine.run(params, jobs, engine.embed(params), in_order))
+    order = [i for kept, _, _ in results for i in kept]
+    groups = [[0], [1], [2, 3], [4], [5, 6]] if in_order else [[0, 2, 3, 5], [1, 4], [6]]
+    assert [kept for kept, _, _ in results] == groups or not in_order
+    assert sorted(order) == list(range(7))
+    assert (order == list(range(7))) == in_order
+    for kept, masks, (response,) in results:
+        assert masks.shape[:2] == (1, len(kept))
+        assert response.scores.shape == (len(kept), 11)
+
+
+def test_an_error_while_loading_reaches_the_caller(model):
+    graphdef, params, encoder = model
+    engine = Engine(graphdef, 8, make_mesh(), encoder, [tiny_eval()], prompt_names("shapes"))
+
+    def fail():
+        raise UserError("Cannot decode it.")
+
+    with pytest.raises(UserError, match="Cannot decode"):
+        list(engine.run(params, [fail], engine.embed(params)))

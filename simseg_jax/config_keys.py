@@ -1,0 +1,149 @@
+"""Every configuration key with its default and meaning; nothing else knows a default.
+
+Each leaf is (default, meaning); the default fixes the type.
+"""
+
+from simseg_jax.data.classes import BENCHMARKS
+from simseg_jax.masks.densecrf import PAPER
+from simseg_jax.masks.pamr import DILATIONS
+from simseg_jax.models.simseg import POOLS
+from simseg_jax.zeroshot.prompts import TEMPLATES
+
+KEYS = {
+    "seed": (0, "seeds parameters, data order, augmentation and dropout"),
+    "steps": (1000, "training steps; ignored when epochs > 0"),
+    "epochs": (0.0, "passes over the images; > 0 sets the number of steps"),
+    "batch_size": (4096, "pairs per step over all devices: the contrastive batch"),
+    "dtype": ("auto", "compute type: float32, bfloat16 or auto (bfloat16 on accelerators)"),
+    "log_every": (10, "steps between two lines of metrics"),
+    "eval_every": (0, "steps between evaluations; 0: only after training"),
+    "pictures": (8, "images on the contact sheet written after training; 0: none"),
+    "model": {
+        "image": {
+            "image_size": (224, "side of training images in pixels"),
+            "patch_size": (16, "side of a patch in pixels"),
+            "width": (384, "channels of the ViT"),
+            "depth": (12, "blocks of the ViT"),
+            "heads": (6, "attention heads of the ViT"),
+            "mlp_width": (1536, "hidden channels of its MLPs"),
+        },
+        "text": {
+            "vocab_size": (0, "rows of the word embedding; 0: the size of the vocabulary"),
+            "max_positions": (512, "rows of the position embedding"),
+            "width": (768, "channels of BERT"),
+            "depth": (12, "layers of BERT"),
+            "heads": (12, "attention heads of BERT"),
+            "mlp_width": (3072, "hidden channels of its MLPs"),
+            "dropout": (0.1, "dropout of embeddings, attention and residuals"),
+        },
+        "embed_dim": (512, "channels of the common embedding"),
+        "pool": ("loda", "loda: top-M per channel; mean: dense alignment; cls: CLS tokens"),
+        "m_image": (5, "M^I in training: responses per channel over patches"),
+        "m_text": (5, "M^T in training: responses per channel over words"),
+        "mask_padding": (False, "keep [PAD] out of text pooling in training; the authors do not"),
+        "temperature": (0.07, "initial temperature"),
+    },
+    "optim": {
+        "lr": (3e-4, "peak learning rate"),
+        "warmup": (0.025, "share of the steps with linear warm-up from 0"),
+        "final_lr": (0.1, "learning rate at the end of the cosine, as a share of the peak"),
+        "b1": (0.9, "AdamW beta 1"),
+        "b2": (0.98, "AdamW beta 2"),
+        "eps": (1e-6, "AdamW epsilon"),
+        "weight_decay": (0.2, "decoupled weight decay"),
+        "clip_norm": (0.0, "bound on the global gradient norm; 0: none"),
+        "lr_rules": (((".*", 1.0),), "(path pattern, lr multiplier), first match; 0 freezes"),
+        "decay_rules": (((".*", 1.0),), "(path pattern, weight-decay multiplier), first match"),
+    },
+    "data": {
+        "source": ("folder", "folder: images and a caption table; shapes: generated scenes"),
+        "root": ("", "folder: where the images and tables are"),
+        "images": ("Images", "folder: name of the image folder under root"),
+        "captions": ("captions.csv", "folder: CSV under root with columns image, caption"),
+        "split": ("train.txt", "folder: list of image names, '' for all; shapes: train, val, test"),
+        "size": (8192, "shapes: number of scenes"),
+        "vocab": ("bert-base-uncased", "vocabulary: hub name, vocab.txt, tokenizer folder, shapes"),
+        "max_length": (25, "tokens per caption, [CLS] and [SEP] included"),
+        "edit_rate": (0.2, "share of word pieces masked (50 %), replaced (10 %), deleted (40 %)"),
+        "crop_area": ((0.6, 1.0), "RandomResizedCrop: range of the area kept"),
+        "crop_aspect": ((3 / 4, 4 / 3), "RandomResizedCrop: range of width / height"),
+        "autoaugment": (True, "AutoAugment, ImageNet policy"),
+        "threads": (16, "threads that read and prepare examples"),
+        "workers": (0, "processes that do so (0: threads of this process only)"),
+        "prefetch": (500, "examples prepared ahead"),
+    },
+    "mesh": {"fsdp": (1, "devices that share one copy of the parameters; the rest is data")},
+    "checkpoint": {
+        "every": (1000, "steps between checkpoints; the last step is always saved"),
+        "keep": (3, "newest checkpoints kept"),
+        "resume": ("", "WORKDIR of another run to start from when this one has no checkpoint"),
+    },
+    "evals": {"seg": {}},
+}
+
+# Keys of each entry of evals.seg: one zero-shot segmentation benchmark and how it is evaluated.
+# "paper" and "standard" name the protocol a key belongs to; the others belong to both.
+SEGMENTATION_KEYS = {
+    "data": ("voc", f"one of {', '.join(BENCHMARKS)} (shapes: generated scenes)"),
+    "root": ("", "the benchmark's folder, such as VOC2012, VOC2010 or ADEChallengeData2016"),
+    "split": ("val", "name of a list or folder of the benchmark; shapes: train, val, test"),
+    "names": ("original", "class names in prompts: original (the authors'), synonyms, a text file"),
+    "size": (256, "shapes: number of scenes"),
+    "limit": (0, "use the first so many images; 0: all"),
+    "protocol": ("paper", "paper: class threshold, masks per class; standard: argmax per pixel"),
+    "resolution": (288, "paper: side of the square image; standard: shorter side, usually 448"),
+    "prompts": ("imagenet", "templates: imagenet (the 80 of CLIP), plain, shapes"),
+    "m_image": (5, "M^I: responses per channel over patches"),
+    "m_text": (1, "M^T: responses per channel over words, padding masked"),
+    "top_k": (10, "paper: class scores that set the threshold; 30 for many classes"),
+    "sigma_weight": (1.0, "paper: threshold = mean + sigma_weight * standard deviation of those"),
+    "candidates": (5, "paper: classes an image can show at most"),
+    "refine": ("crf", "crf: dense CRF; none: p > 0.5; pamr; pydensecrf: crf in C++, extra crf"),
+    "closing": (7, "paper: side in pixels of the square that closes small holes; 1: none"),
+    "crf": {
+        "backend": ("auto", "numpy (threads of the host), jax (device), auto: jax on GPUs only"),
+        "gaussian_sxy": (PAPER.gaussian_sxy, "deviation of the position kernel in pixels"),
+        "gaussian_compat": (PAPER.gaussian_compat, "weight of that kernel"),
+        "bilateral_sxy": (PAPER.bilateral_sxy, "position deviation of the bilateral kernel"),
+        "bilateral_srgb": (PAPER.bilateral_srgb, "its colour deviation in levels 0..255"),
+        "bilateral_compat": (PAPER.bilateral_compat, "weight of that kernel"),
+        "iterations": (PAPER.iterations, "mean-field updates"),
+    },
+    "pamr": {
+        "iterations": (10, "smoothing steps"),
+        "dilations": (DILATIONS, "distances of the neighbours in pixels"),
+    },
+    "window": (448, "standard: side of the sliding window; 0: the whole image at once"),
+    "stride": (224, "standard: step of the sliding window"),
+    "background": ("threshold", "standard: threshold, or text: the word background competes"),
+    "background_threshold": (0.5, "standard: a pixel whose best value is below is background"),
+    "softmax_scale": (0.0, "standard: values are softmax(scale * cosine); 0: cosines"),
+    "batch_size": (32, "images per batch over all devices of a process"),
+    "threads": (0, "threads that decode, refine and count; 0: one per core, at most 32"),
+}
+
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "model.pool": POOLS,
+    "data.source": ("folder", "shapes"),
+}
+
+SEGMENTATION_CHOICES = {
+    "data": tuple(BENCHMARKS),
+    "protocol": ("paper", "standard"),
+    "prompts": tuple(TEMPLATES),
+    "refine": ("none", "crf", "pydensecrf", "pamr"),
+    "crf.backend": ("auto", "numpy", "jax"),
+    "background": ("threshold", "text"),
+}
+
+# fmt: off
+AT_LEAST_ONE = (
+    "batch_size", "log_every", "model.embed_dim", "model.m_image", "model.m_text", "data.size",
+    "data.threads", "data.prefetch", "checkpoint.every", "checkpoint.keep",
+)
+SEGMENTATION_AT_LEAST_ONE = (
+    "size", "resolution", "m_image", "m_text", "candidates", "closing", "crf.iterations",
+    "pamr.iterations", "stride", "batch_size",
+)
+# fmt: on

@@ -1,0 +1,78 @@
+"""Pixel-adaptive mask refinement: PAMR (Araslanov & Roth, CVPR 2020), as TCL (CVPR 2023) uses it.
+
+Every pixel's mask value becomes, ten times over, a mean of its neighbours' values; neighbours of
+similar colour weigh more. Local, parameter-free and all on the device, unlike the dense CRF.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+# Differences count relative to a tenth of the local standard deviation; EPS guards flat regions.
+SHARPNESS, EPS = 0.1, 1e-8
+
+
+@functools.partial(jax.jit, static_argnames=("iterations", "dilations"))
+def pamr(
+    images: jax.Array,
+    masks: jax.Array,
+    iterations: int = 10,
+    dilations: tuple[int, ...] = DILATIONS,
+) -> jax.Array:
+    """Refined soft masks float32 [B, K, H, W] of the same images and soft masks.
+
+    images: [B, H, W, 3], uint8 or float. TCL feeds ImageNet-normalised values; any other range
+    gives the same result, since a channel's scale and offset cancel in the affinity (up to EPS,
+    far below one grey level). masks: [B, K, H, W]; values in [0, 1] stay there up to rounding.
+    K masks share one affinity [B, 8 * len(dilations), H, W], the largest array here.
+    """
+    weights = affinity(images, dilations)
+
+    def smooth(_, masks: jax.Array) -> jax.Array:
+        refined = jnp.zeros_like(masks)
+        for n, view in enumerate(neighbours(masks, dilations)):
+            refined += weights[:, n, None] * view
+        return refined
+
+    return jax.lax.fori_loop(0, iterations, smooth, masks.astype(jnp.float32))
+
+
+def affinity(images: jax.Array, dilations: Sequence[int]) -> jax.Array:
+    """Weights of every pixel's neighbours, [B, H, W, 3] -> [B, 8 * len(dilations), H, W], sum 1.
+
+    Softmax over the neighbours of -|difference| / (0.1 * deviation), averaged over the colour
+    channels. The unbiased standard deviation is that of the 3x3 windows of all dilations together,
+    so the pixel itself counts once per dilation.
+    """
+    channels = jnp.moveaxis(images.astype(jnp.float32), -1, 1)
+    total, squares = jnp.zeros_like(channels), jnp.zeros_like(channels)
+    for view in neighbours(channels, dilations):
+        total += view - channels
+        squares += (view - channels) ** 2
+    # One pass is accurate enough: sums of differences to the pixel, which is itself a ninth of the
+    # sample, so that the subtraction leaves at least a ninth of `squares`.
+    count = 9 * len(dilations)
+    deviation = jnp.sqrt((squares - total**2 / count) / (count - 1))
+    scale = 1 / (EPS + SHARPNESS * deviation)
+    logits = []
+    for view in neighbours(channels, dilations):
+        far = jnp.abs(view - channels) * scale
+        # Not jnp.mean: XLA on CPU does not fuse that reduction, which is six times slower.
+        logits.append((far[:, 0] + far[:, 1] + far[:, 2]) / -3)
+    return jax.nn.softmax(jnp.stack(logits, axis=1), axis=1)
+
+
+def neighbours(x: jax.Array, dilations: Sequence[int]) -> Iterator[jax.Array]:
+    """The 8 neighbours at each distance, as shifted views of [..., H, W]; borders repeat."""
+    height, width = x.shape[-2:]
+    reach = max(dilations)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(reach, reach)] * 2, mode="edge")
+    for distance in dilations:
+        for dy in (-distance, 0, distance):
+            for dx in (-distance, 0, distance):
+                if dy or dx:
+                    top, left = reach + dy, reach + dx
+                    yield padded[..., top : top + height, left : left + width]

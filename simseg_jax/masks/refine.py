@@ -1,0 +1,122 @@
+"""From similarity maps in [0, 1] to masks: p > 0.5 as it is, or after dense CRF or PAMR.
+
+`refine_on_device` is traceable and runs inside the program of a protocol; `refine_on_host` serves
+the back ends that are NumPy or C++.
+"""
+
+import functools
+from concurrent.futures import Executor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from simseg_jax.data.augment import denormalized_uint8
+from simseg_jax.masks.densecrf import CRF, crf_masks, import_pydensecrf, pydensecrf_masks
+from simseg_jax.masks.densecrf_jax import crf_masks as crf_masks_jax
+from simseg_jax.masks.pamr import pamr
+from simseg_jax.masks.permutohedral_jax import BatchLattice, batch_positions
+from simseg_jax.masks.postprocess import upsample
+from simseg_jax.sharding import BATCH, replicated
+
+
+def on_host(settings) -> bool:
+    """Whether the refinement of an entry of `config.evals.seg` leaves the device."""
+    if settings.refine == "pydensecrf":
+        import_pydensecrf()
+        return True
+    backend = settings.crf.backend
+    if backend == "auto":
+        backend = "jax" if jax.default_backend() == "gpu" else "numpy"
+    return settings.refine == "crf" and backend == "numpy"
+
+
+def crf_of(settings) -> CRF:
+    """The kernels in the settings."""
+    return CRF(**{key: value for key, value in settings.crf.items() if key != "backend"})
+
+
+def image_for_crf(images: jax.Array) -> jax.Array:
+    """uint8 [..., 3] as the original hands it to its CRF: some levels are one darker."""
+    levels = denormalized_uint8(np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1))
+    # Looked up, because fused arithmetic could round to another level.
+    channels = [jnp.asarray(levels[:, c])[images[..., c]] for c in range(3)]
+    return jnp.stack(channels, axis=-1)
+
+
+@functools.lru_cache(maxsize=4)
+def _positions(size: int, sxy: float, batch: int, mesh: Mesh) -> BatchLattice:
+    return jax.device_put(batch_positions(size, size, sxy, batch), replicated(mesh))
+
+
+def positions_for(settings, images: int, mesh: Mesh) -> BatchLattice | None:
+    """The position lattice that `refine_on_device` wants for a batch of so many images."""
+    if settings.refine != "crf":
+        return None
+    per_device = images // mesh.size
+    return _positions(settings.resolution, settings.crf.gaussian_sxy, per_device, mesh)
+
+
+def refine_on_device(
+    settings,
+    images: jax.Array,
+    maps: jax.Array,
+    needed: jax.Array,
+    positions: BatchLattice | None,
+    vertices: int,
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """Masks bool [B, K, S, S] and the lattice vertices needed per image (0 without CRF).
+
+    images: uint8 [B, S, S, 3]; maps: [B, K, g, g] in [0, 1]; needed: bool [B, K], the masks that
+    will be looked at. positions, vertices: see `densecrf_jax.crf_masks`; each device of the mesh
+    pools the room of its own images.
+    """
+    factor = images.shape[1] // maps.shape[-1]
+    if settings.refine == "crf":
+
+        def refine(images, maps, needed, positions):
+            masks, count = crf_masks_jax(
+                image_for_crf(images),
+                upsample(maps, factor),
+                positions,
+                vertices,
+                crf_of(settings),
+                needed.any(axis=0),
+            )
+            return masks, count[None]
+
+        sharded = jax.shard_map(
+            refine, mesh=mesh, in_specs=(BATCH, BATCH, BATCH, P()), out_specs=BATCH, check_vma=False
+        )
+        masks, counts = sharded(images, maps, needed, positions)
+        return masks, counts.max()
+    if settings.refine == "pamr":
+        options = settings.pamr
+        maps = pamr(images, upsample(maps, factor), options.iterations, tuple(options.dilations))
+        return maps > 0.5, jnp.int32(0)
+    return upsample(maps > 0.5, factor), jnp.int32(0)
+
+
+def refine_on_host(
+    settings, images: np.ndarray, maps: np.ndarray, needed: np.ndarray, pool: Executor
+) -> np.ndarray:
+    """Masks bool [B, K, S, S]; those not needed stay empty. Images are spread over the threads.
+
+    Threads, not processes: NumPy and SciPy leave the interpreter's lock for nearly all of the time.
+    """
+    masks_of = pydensecrf_masks if settings.refine == "pydensecrf" else crf_masks
+    crf = crf_of(settings)
+    size = images.shape[1]
+
+    def refine(image: np.ndarray, maps: np.ndarray, needed: np.ndarray) -> np.ndarray:
+        masks = np.zeros((len(maps), size, size), bool)
+        if needed.any():
+            factor = size // maps.shape[-1]
+            foreground = maps[needed].repeat(factor, axis=1).repeat(factor, axis=2)
+            masks[needed] = masks_of(denormalized_uint8(image), foreground, crf)
+        return masks
+
+    return np.stack(list(pool.map(refine, images, maps, needed)))

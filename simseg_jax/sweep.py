@@ -1,0 +1,214 @@
+"""Many settings of one benchmark in one pass: the evaluation tables of the paper and any others."""
+
+import argparse
+import csv
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from simseg_jax.checkpoint import TrainedModel, load_model
+from simseg_jax.config import segmentation_eval, validate_segmentation
+from simseg_jax.dotted import assign, get, leaves, literal
+from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.evaluate import collect, evaluation_config
+from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.zeroshot.engine import PROTOCOLS
+
+EPILOG = """examples:
+  python -m simseg_jax.sweep --checkpoint=runs/shapes --table=sigma
+  python -m simseg_jax.sweep --checkpoint=runs/shapes --set=top_k=5,10,20 --set=refine=none,crf
+
+Tables of the paper: sigma (2), resolution (3), crf (4), responses (11: M^I x M^T at evaluation).
+--set makes others, over all combinations of values; what differs only after the encoder costs no
+further pass over the images. --output receives table.csv, table.png and one record per image, so
+that the same command continues a sweep that was killed.
+"""
+
+
+class Table(NamedTuple):
+    """Values of the keys to combine, and what the paper reports, by benchmark and values."""
+
+    title: str
+    values: dict[str, tuple]
+    paper: dict[str, dict[tuple, float]]
+
+
+def _paper(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict[tuple, float]]:
+    return {data: dict(zip(keys, row, strict=True)) for data, row in rows.items()}
+
+
+SIGMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+RESOLUTIONS = (224, 288, 336, 384, 448)
+RESPONSES = (1, 3, 5)
+# VOC, Context and COCO-Object with ViT-S (paper, tables 2, 3, 4 and 11), in percent.
+TABLES = {
+    "sigma": Table(
+        "Weight of the standard deviation in the class threshold (paper, table 2)",
+        {"sigma_weight": SIGMAS},
+        _paper(
+            [(sigma,) for sigma in SIGMAS], voc=(51.0, 53.0, 55.1, 56.6, 57.1, 57.8, 56.4, 51.7)
+        ),
+    ),
+    "resolution": Table(
+        "Resolution at evaluation (paper, table 3)",
+        {"resolution": RESOLUTIONS},
+        _paper([(size,) for size in RESOLUTIONS], voc=(55.9, 56.6, 56.2, 55.0, 54.4)),
+    ),
+    "crf": Table(
+        "Mask refinement (paper, table 4)",
+        {"refine": ("none", "crf")},
+        _paper(
+            [("none",), ("crf",)], voc=(53.8, 56.6), context=(23.5, 25.8), coco_object=(25.7, 27.2)
+        ),
+    ),
+    "responses": Table(
+        "Responses per channel at evaluation (paper, table 11)",
+        {"m_text": RESPONSES, "m_image": RESPONSES},
+        _paper(
+            list(itertools.product(RESPONSES, RESPONSES)),
+            voc=(55.4, 56.3, 56.6, 45.1, 45.2, 45.9, 33.3, 33.0, 33.0),
+        ),
+    ),
+}
+
+
+@report_user_errors
+def main() -> None:
+    """Evaluates all combinations, prints them beside the paper's, writes CSV and a plot."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simseg_jax.sweep",
+        description="Evaluates a checkpoint under many settings of one benchmark.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
+    parser.add_argument("--benchmark", help="which entry of evals.seg; default: the first")
+    parser.add_argument("--table", choices=TABLES, help="a table of the paper")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=A,B,...", help="values of a key"
+    )
+    parser.add_argument("--output", help="folder; default: CHECKPOINT/sweep-STEP/TABLE")
+    args, overrides = parser.parse_known_args()
+    if bool(args.table) == bool(args.set):
+        raise UserError(f"Give either --table ({', '.join(TABLES)}) or --set=KEY=A,B,...")
+    model = load_model(args.checkpoint, args.step)
+    entries = evaluation_config(model.config, args.config, overrides).evals.seg
+    name = args.benchmark or next(iter(entries), None)
+    if name not in entries:
+        raise UserError(
+            f"There is no benchmark {name!r} in evals.seg, only: {', '.join(entries) or 'none'}."
+        )
+    settings = entries[name]
+    if args.table:
+        table = fit(TABLES[args.table], settings, model.config.model.image)
+    else:
+        table = Table(f"Settings of {name}", parse_values(settings, args.set), {})
+    title = args.table or "-".join(table.values)
+    folder = Path(args.output or Path(args.checkpoint) / f"sweep-{model.step}" / title)
+    rows = sweep(model, settings, table, folder)
+    if jax.process_index() == 0:
+        print(format_rows(table, rows))
+        write(folder, table, rows)
+        print(f"{len(rows)} settings on {name}; table.csv and table.png are in {folder}")
+
+
+def fit(table: Table, settings, image) -> Table:
+    """The table for a model whose images are not 224 pixels wide: resolutions in proportion."""
+    if "resolution" not in table.values or image.image_size == 224:
+        return table
+    unit = image.patch_size
+    sizes = [round(s * image.image_size / 224 / unit) * unit for s in table.values["resolution"]]
+    paper = {
+        data: dict(zip(((size,) for size in sizes), row.values(), strict=True))
+        for data, row in table.paper.items()
+    }
+    return table._replace(values={"resolution": tuple(sizes)}, paper=paper)
+
+
+def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
+    """Key -> values of --set arguments, each of the type of the key."""
+    values = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        current = get(settings, key)
+        if not equals or not text or isinstance(current, tuple):
+            raise UserError(f"Cannot read --set={argument}: write --set=sigma_weight=0.5,1.")
+        parts = [part.strip() for part in text.split(",")]
+        values[key] = tuple(p if isinstance(current, str) else literal(key, p) for p in parts)
+    return values
+
+
+def sweep(model: TrainedModel, settings, table: Table, folder: Path) -> list[dict]:
+    """One row per combination: its values, "miou" and, where the paper has one, "paper DATA"."""
+    variable = PROTOCOLS[settings.protocol].variable
+    # Settings that agree in everything up to the encoder share a pass over the images.
+    passes: dict[tuple, list[tuple]] = {}
+    for combination in itertools.product(*table.values.values()):
+        changed = segmentation_eval(**settings.to_dict())
+        for key, value in zip(table.values, combination, strict=True):
+            assign(changed, key, value)
+        validate_segmentation(changed, model.config.model.image.patch_size)
+        shared = tuple(v for k, v in leaves(changed) if k.split(".")[0] not in variable)
+        passes.setdefault(shared, []).append((combination, changed))
+    rows = []
+    for number, group in enumerate(passes.values(), 1):
+        evaluator = SegmentationEvaluator(*model.parts, *[changed for _, changed in group])
+        name = f"pass {number} of {len(passes)}"
+        records, _ = collect(model, evaluator, name, folder / f"pass-{number}")
+        for variant, (combination, _) in enumerate(group):
+            scores = dict(evaluator.scores(evaluator.confusion(records, variant)))
+            row = dict(zip(table.values, combination, strict=True))
+            row["miou"] = scores["miou"]
+            row |= {f"paper {d}": p[combination] / 100 for d, p in table.paper.items()}
+            rows.append(row)
+    return rows
+
+
+def format_rows(table: Table, rows: Sequence[dict]) -> str:
+    """Title and aligned columns; fractions with four digits."""
+    lines = [
+        [str(v) if key in table.values else f"{v:.4f}" for key, v in row.items()] for row in rows
+    ]
+    cells = [list(rows[0]), *lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(rows[0]))]
+    text = ["  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([table.title, *text])
+
+
+def write(folder: Path, table: Table, rows: Sequence[dict]) -> None:
+    """table.csv and table.png: one line per combination of all keys but the last."""
+    # Imported late: only a plot needs it, and it takes a second.
+    from matplotlib.figure import Figure
+
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    *outer, x = table.values
+    columns = [column for column in rows[0] if column not in table.values]
+    figure = Figure(figsize=(5 * len(columns), 3.6), layout="constrained")
+    figure.suptitle(table.title)
+    # The paper's numbers are of other images and models: panels of their own, not one scale.
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=True):
+        for values, group in itertools.groupby(rows, key=lambda row: [row[key] for key in outer]):
+            line = list(group)
+            label = ", ".join(f"{k} {v}" for k, v in zip(outer, values, strict=True))
+            # Between values that are words there is nothing to connect.
+            draw = axes.bar if isinstance(line[0][x], str) else axes.plot
+            draw([str(r[x]) for r in line], [r[column] for r in line], label=label)
+        axes.set(title=column, xlabel=x, ylabel="mIoU")
+        axes.grid(alpha=0.3)
+    if outer:
+        figure.legend(handles=panels[0].lines, loc="outside right upper")
+    figure.savefig(folder / "table.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

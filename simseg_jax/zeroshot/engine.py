@@ -1,0 +1,144 @@
+"""Runs a protocol over a stream of images: decoding, device and host work overlap.
+
+Used by the evaluators and by `segment`. Every process works on its own images with its own devices,
+so that processes need not agree on anything before the end.
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from PIL import Image
+
+from simseg_jax.data.text import TextEncoder
+from simseg_jax.errors import UserError
+from simseg_jax.masks.protocols import PaperProtocol
+from simseg_jax.masks.standard import StandardProtocol
+from simseg_jax.sharding import local_mesh
+from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.prompts import TEMPLATES
+
+PROTOCOLS = {"paper": PaperProtocol, "standard": StandardProtocol}
+
+# What a stream holds: something to keep, its image, and (height, width) of the mask wanted.
+Job = Callable[[], tuple[Any, Image.Image, tuple[int, int]]]
+
+
+class Engine:
+    """Masks of any images for fixed classes.
+
+    variants: entries of `config.evals.seg` that share what reads and encodes an image. names: the
+    prompt names of every class, those of the background first. background: whether the benchmark
+    has that class; label 0 means "none" otherwise.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        patch_size: int,
+        mesh: Mesh,
+        encoder: TextEncoder,
+        variants: Sequence,
+        names: Sequence[Sequence[str]],
+        background: bool = True,
+    ):
+        settings = variants[0]
+        self.variants, self.batch_size = variants, settings.batch_size
+        self.mesh = local_mesh(mesh)
+        if self.batch_size % self.mesh.size:
+            raise UserError(
+                f"An evaluation's batch_size={self.batch_size} must be a multiple of the "
+                f"number of devices, which is {self.mesh.size}."
+            )
+        self.threads = settings.threads or min(32, os.cpu_count() or 1)
+        self.prompts = tokenize_prompts(encoder, names, TEMPLATES[settings.prompts])
+        self.embed_classes = class_embedder(graphdef, self.mesh.size)
+        self.protocol = PROTOCOLS[settings.protocol](
+            graphdef, patch_size, self.mesh, variants, background
+        )
+
+    def embed(self, params) -> dict[int, jax.Array]:
+        """Class embeddings [C, D] for every M^T of the variants; params: on `self.mesh`."""
+        with jax.set_mesh(self.mesh):
+            sizes = sorted({settings.m_text for settings in self.variants})
+            return {m: self.embed_classes(params, self.prompts, m) for m in sizes}
+
+    def run(
+        self,
+        params,
+        jobs: Iterable[Job],
+        class_embeddings: dict[int, jax.Array],
+        in_order: bool = False,
+    ) -> Iterator[tuple[list, np.ndarray, list]]:
+        """Yields (n things kept, masks uint8 [V, n, ...], V responses) until all jobs are done.
+
+        Masks become labels of the image's pixels by `protocol.restore`. Images that need the same
+        program meet in a batch, which changes their order unless it must be kept. params and
+        class_embeddings: on `self.mesh`.
+        """
+        running: deque[tuple[list, Any]] = deque()
+        with ThreadPoolExecutor(self.threads) as pool:
+            loaded = ahead(pool, self._load, jobs, 2 * self.batch_size)
+            for kept, batch in self._batches(loaded, in_order):
+                with jax.set_mesh(self.mesh):
+                    running.append((kept, self.protocol.start(params, class_embeddings, batch)))
+                if len(running) > 1:
+                    # While the device is busy with the next batch.
+                    yield self._finish(*running.popleft())
+            while running:
+                yield self._finish(*running.popleft())
+
+    def _load(self, job: Job) -> tuple[Any, dict[str, np.ndarray]]:
+        kept, image, shape = job()
+        return kept, self.protocol.load(image, shape)
+
+    def _finish(self, kept: list, started) -> tuple[list, np.ndarray, list]:
+        with jax.set_mesh(self.mesh):
+            masks, responses = self.protocol.finish(started)
+        keep = slice(len(kept))
+        return kept, masks[:, keep], [response.rows(keep) for response in responses]
+
+    def _batches(self, loaded: Iterable, in_order: bool) -> Iterator[tuple[list, dict]]:
+        waiting: dict[tuple, list] = {}
+        for kept, arrays in loaded:
+            shapes = tuple(array.shape for array in arrays.values())
+            if in_order and waiting and shapes not in waiting:
+                yield self._stack(waiting.popitem()[1])
+            group = waiting.setdefault(shapes, [])
+            group.append((kept, arrays))
+            if len(group) == self.batch_size:
+                yield self._stack(waiting.pop(shapes))
+        for group in waiting.values():
+            yield self._stack(group)
+
+    def _stack(self, group: list) -> tuple[list, dict[str, np.ndarray]]:
+        # Few sizes, hence few programs: a power of two times the devices.
+        rows = self.mesh.size
+        while rows < len(group):
+            rows *= 2
+        rows = min(rows, self.batch_size)
+        batch = {}
+        for name, first in group[0][1].items():
+            batch[name] = np.zeros((rows, *first.shape), first.dtype)
+            for row, (_, arrays) in zip(batch[name], group, strict=False):
+                row[:] = arrays[name]
+        return [kept for kept, _ in group], batch
+
+
+def ahead(pool: Executor, function: Callable, items: Iterable, depth: int) -> Iterator:
+    """Results of `function` in order, computed by the pool up to `depth` items in advance."""
+    items = iter(items)
+    futures: deque[Future] = deque()
+    while True:
+        for item in itertools.islice(items, depth - len(futures)):
+            futures.append(pool.submit(function, item))
+        if not futures:
+            return
+        yield futures.popleft().result()
