@@ -116,7 +116,7 @@ SEGMENTATION_KEYS = {
     "window": (448, "standard: side of the sliding window; 0: the whole image at once"),
     "stride": (224, "standard: step of the sliding window"),
     "background": ("threshold", "standard: threshold, or text: the word background competes"),
-    "background_threshold": (0.5, "standard: a pixel whose best value is below is background"),
+    "background_threshold": (0.2, "standard: below it is background; depends on the checkpoint"),
     "softmax_scale": (0.0, "standard: values are softmax(scale * cosine); 0: cosines"),
     "batch_size": (32, "images per batch over all devices of a process"),
     "threads": (0, "threads that decode, refine and count; 0: one per core, at most 32"),
