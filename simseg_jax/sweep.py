@@ -106,7 +106,7 @@ def main() -> None:
         )
     settings = entries[name]
     if args.table:
-        table = fit(TABLES[args.table], settings, model.config.model.image)
+        table = fit(TABLES[args.table], model.config.model.image)
     else:
         table = Table(f"Settings of {name}", parse_values(settings, args.set), {})
     title = args.table or "-".join(table.values)
@@ -118,7 +118,7 @@ def main() -> None:
         print(f"{len(rows)} settings on {name}; table.csv and table.png are in {folder}")
 
 
-def fit(table: Table, settings, image) -> Table:
+def fit(table: Table, image) -> Table:
     """The table for a model whose images are not 224 pixels wide: resolutions in proportion."""
     if "resolution" not in table.values or image.image_size == 224:
         return table
