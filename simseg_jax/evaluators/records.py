@@ -97,8 +97,8 @@ def gather(records: dict[int, Record]) -> dict[int, Record]:
     """The records of all processes, by index. All processes must call this together."""
     lines = "\n".join(record.to_json() for record in records.values())
     parts = [part.decode("utf-8").splitlines() for part in gather_bytes(lines.encode("utf-8"))]
-    merged = (Record.from_json(line) for part in parts for line in part)
-    return dict(sorted((record.index, record) for record in merged))
+    merged = {r.index: r for part in parts for r in map(Record.from_json, part)}
+    return {index: merged[index] for index in sorted(merged)}
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
