@@ -7,24 +7,23 @@ For a finished WORKDIR, on the scenes it was evaluated on, the mean IoU of
   any model without refinement);
 - foreground given: true object pixels, each labelled with the strongest map of a present class;
 - classes given: the model's masks of exactly the classes that are present;
-- as evaluated: the paper protocol, threshold included;
-- with dense CRF: the same, refined (if pydensecrf is installed).
+- without refinement: the paper protocol with p > 0.5, threshold included;
+- with dense CRF: as evaluated.
 """
 
 import argparse
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from simseg_jax.checkpoint import load_model
 from simseg_jax.config import segmentation_eval
-from simseg_jax.errors import UserError
+from simseg_jax.data.classes import class_names
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.masks.postprocess import closing, compose, min_max, resize_nearest, upsample
 from simseg_jax.metrics import class_iou, confusion_matrix
 
-ROWS = ("grid", "foreground given", "classes given", "as evaluated")
+ORACLES = ("grid", "foreground given", "classes given")
 
 
 def majority_on_grid(truth: np.ndarray, size: int, patch: int, classes: int) -> np.ndarray:
@@ -34,50 +33,42 @@ def majority_on_grid(truth: np.ndarray, size: int, patch: int, classes: int) -> 
     return np.kron(votes.argmax(axis=-1), np.ones((patch, patch), int))
 
 
-def with_truth(response, truths, patch: int, settings):
-    """(masks of exactly the present classes, strongest present class everywhere) [B, S, S]."""
-    classes = np.arange(response.scores.shape[1])
-    present = jnp.array([np.isin(classes, truth) & (classes > 0) for truth in truths])
-    drawn = jnp.take_along_axis(present, response.classes, axis=1)
-    maps = min_max(response.similarity)
+def with_truth(response, truth: np.ndarray, patch: int, settings):
+    """(masks of exactly the present classes, strongest present class everywhere) [S, S]."""
+    present = np.isin(response.classes, truth) & (response.classes > 0)
+    maps = min_max(jnp.asarray(response.similarity))
     masks = closing(upsample(maps > 0.5, patch), settings.closing)
-    given = compose(masks, response.scores, response.classes, drawn)
-    strongest = jnp.where(drawn[:, :, None, None], maps, -1).argmax(axis=1)
-    labels = jnp.take_along_axis(response.classes[:, :, None, None], strongest[:, None], axis=1)
-    return np.asarray(given), np.asarray(upsample(labels[:, 0], patch))
+    batch = (x[None] for x in (masks, response.scores, response.classes, present))
+    given = compose(*map(jnp.asarray, batch))[0]
+    strongest = np.where(present[:, None, None], maps, -1).argmax(axis=0)
+    return np.asarray(given), np.asarray(upsample(response.classes[strongest], patch))
 
 
-def all_confusions(model, settings) -> dict[str, np.ndarray]:
-    """Row of the table -> confusion matrix, without the row that refines."""
-    evaluator = evaluator_with(model, settings)
-    classes = len(evaluator.class_names)
+def oracle_confusions(model, settings) -> dict[str, np.ndarray]:
+    """Confusion matrix of every row of the table that is given part of the truth."""
     # The oracles need the maps of all classes, not of the candidates only.
-    everything = evaluator_with(model, settings, candidates=classes)
+    count = len(class_names(settings.data))
+    evaluator = evaluator_with(model, settings, {"candidates": count, "refine": "none"})
     patch, size = model.config.model.image.patch_size, settings.resolution
-    confusions = {name: np.zeros((classes, classes), np.int64) for name in ROWS}
-    batches = zip(
-        evaluator.predictions(model.params), everything.predictions(model.params), strict=True
-    )
-    for (examples, predictions, _), (_, _, response) in batches:
-        truths = [example["mask"] for example in examples]
-        given, strongest = with_truth(response, truths, patch, settings)
-        for i, truth in enumerate(truths):
-            answers = (
-                majority_on_grid(truth, size, patch, classes),
-                np.where(resize_nearest(truth, size, size) > 0, strongest[i], 0),
-                given[i],
-                predictions[i],
-            )
-            for name, answer in zip(ROWS, answers, strict=True):
-                answer = resize_nearest(answer, *truth.shape)
-                confusions[name] += confusion_matrix(answer, truth, classes)
+    confusions = {name: np.zeros((count, count), np.int64) for name in ORACLES}
+    for example, _, response in evaluator.predictions(model.params, range(evaluator.count)):
+        truth = example["mask"]
+        given, strongest = with_truth(response, truth, patch, settings)
+        answers = (
+            majority_on_grid(truth, size, patch, count),
+            np.where(resize_nearest(truth, size, size) > 0, strongest, 0),
+            given,
+        )
+        for name, answer in zip(ORACLES, answers, strict=True):
+            answer = resize_nearest(answer, *truth.shape)
+            confusions[name] += confusion_matrix(answer, truth, count)
     return confusions
 
 
-def evaluator_with(model, settings, **changes) -> SegmentationEvaluator:
-    """The evaluator of a trained model with some of its settings changed."""
-    changed = segmentation_eval(**{**settings, **changes})
-    return SegmentationEvaluator(model.graphdef, model.mesh, model.encoder, changed)
+def evaluator_with(model, settings, *changes: dict) -> SegmentationEvaluator:
+    """The evaluator of a trained model, one variant for each set of changes to its settings."""
+    variants = [segmentation_eval(**{**settings.to_dict(), **change}) for change in changes]
+    return SegmentationEvaluator(*model.parts, *variants)
 
 
 def main() -> None:
@@ -86,20 +77,16 @@ def main() -> None:
     parser.add_argument("workdir", help="folder of a finished run")
     model = load_model(parser.parse_args().workdir)
     settings = model.config.evals.seg.shapes
-    with jax.set_mesh(model.mesh):
-        evaluator = evaluator_with(model, settings)
-        confusions = all_confusions(model, settings)
-        scores = {name: class_iou(matrix) for name, matrix in confusions.items()}
-        try:
-            refined = dict(evaluator_with(model, settings, refine="pydensecrf").run(model.params))
-            ious = [refined.get(f"iou/{name}", np.nan) for name in evaluator.class_names]
-            scores["with dense CRF"] = np.array(ious)
-        except UserError as error:
-            print(error)
-    print(f"{'mIoU':>24}  " + " ".join(f"{name[:6]:>6}" for name in evaluator.class_names))
+    confusions = oracle_confusions(model, settings)
+    evaluator = evaluator_with(model, settings, {"refine": "none"}, {"refine": "crf"})
+    records = list(evaluator.records(model.params))
+    confusions["without refinement"] = evaluator.confusion(records, 0)
+    confusions["with dense CRF"] = evaluator.confusion(records, 1)
+    scores = {name: class_iou(matrix) for name, matrix in confusions.items()}
+    print(f"{'mIoU':>25}  " + " ".join(f"{name[:6]:>6}" for name in evaluator.class_names))
     for name, ious in scores.items():
-        print(f"{name:<17}{np.nanmean(ious):>7.4f}  " + " ".join(f"{x:6.3f}" for x in ious))
-    for name in ("classes given", "as evaluated"):
+        print(f"{name:<18}{np.nanmean(ious):>7.4f}  " + " ".join(f"{x:6.3f}" for x in ious))
+    for name in ("classes given", "without refinement", "with dense CRF"):
         matrix = confusions[name]
         objects = matrix[1:].sum()
         right, missed = np.diagonal(matrix)[1:].sum() / objects, matrix[1:, 0].sum() / objects

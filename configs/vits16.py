@@ -5,7 +5,7 @@ python -m simseg_jax.main --config=configs/vits16.py --workdir=runs/vits16 \
 
 DATA holds Images/ and captions.csv (header `image,caption`); the authors used 15M pairs.
 Hardware: the paper used 32 V100; here not run yet. Hours: not measured.
-Expected (paper, VOC 2012 val): 56.6 mIoU with refine=pydensecrf, 53.8 with refine=none;
+Expected (paper, VOC 2012 val): 56.6 mIoU, 53.8 with refine=none;
 19.1 with model.pool=mean. Not reproduced with this code yet.
 """
 

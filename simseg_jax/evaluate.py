@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
+    parser.add_argument("--benchmark", help="names in evals.seg, with commas; default: all of them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type")
     parser.add_argument("--output", help="folder; default: CHECKPOINT/evaluation-STEP")
     parser.add_argument("--pictures", type=int, default=8, help="worst and best images; 0: none")
@@ -56,13 +57,11 @@ def main() -> None:
         jax.distributed.initialize()
     model = load_model(args.checkpoint, args.step, args.dtype and jnp.dtype(args.dtype))
     config = evaluation_config(model.config, args.config, overrides)
-    if not config.evals.seg:
-        raise UserError(f"{args.checkpoint} was trained without benchmarks: give --config=FILE.")
+    benchmarks = choose(config, args.benchmark)
     folder = Path(args.output or Path(args.checkpoint) / f"evaluation-{model.step}")
     # All of them first, so that a missing file is found now.
     evaluators = {
-        name: SegmentationEvaluator(*model.parts, settings)
-        for name, settings in config.evals.seg.items()
+        name: SegmentationEvaluator(*model.parts, settings) for name, settings in benchmarks.items()
     }
     results = {}
     for name, evaluator in evaluators.items():
@@ -94,6 +93,19 @@ def evaluation_config(config: Config, file: str | None, overrides: list[str]) ->
         with config.unlocked():
             config.evals = load_config(file).evals
     return apply_overrides(config, overrides)
+
+
+def choose(config: Config, names: str | None) -> dict[str, Config]:
+    """The named benchmarks (with commas between) of a configuration, or all of them."""
+    benchmarks = dict(config.evals.seg.items())
+    known = ", ".join(benchmarks)
+    if not benchmarks:
+        raise UserError("The checkpoint was trained without benchmarks: give --config=FILE.")
+    chosen = [name.strip() for name in names.split(",")] if names else list(benchmarks)
+    for name in chosen:
+        if name not in benchmarks:
+            raise UserError(f"There is no benchmark {name!r} in evals.seg, only: {known}.")
+    return {name: benchmarks[name] for name in chosen}
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from simseg_jax.checkpoint import TrainedModel, load_model
 from simseg_jax.config import segmentation_eval, validate_segmentation
 from simseg_jax.dotted import assign, get, leaves, literal
 from simseg_jax.errors import UserError, report_user_errors
-from simseg_jax.evaluate import collect, evaluation_config
+from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.zeroshot.engine import PROTOCOLS
 
@@ -98,13 +98,8 @@ def main() -> None:
     if bool(args.table) == bool(args.set):
         raise UserError(f"Give either --table ({', '.join(TABLES)}) or --set=KEY=A,B,...")
     model = load_model(args.checkpoint, args.step)
-    entries = evaluation_config(model.config, args.config, overrides).evals.seg
-    name = args.benchmark or next(iter(entries), None)
-    if name not in entries:
-        raise UserError(
-            f"There is no benchmark {name!r} in evals.seg, only: {', '.join(entries) or 'none'}."
-        )
-    settings = entries[name]
+    config = evaluation_config(model.config, args.config, overrides)
+    name, settings = next(iter(choose(config, args.benchmark).items()))
     if args.table:
         table = fit(TABLES[args.table], model.config.model.image)
     else:

@@ -1,0 +1,42 @@
+"""Every segmentation benchmark under the paper's and the field's usual protocol; not for training.
+
+python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/benchmarks.py \
+    --benchmark=voc,context,coco_object
+
+Without --benchmark all eleven are run. The data are expected under data/ (make it a link, or set
+--config.evals.seg.NAME.root), in the layouts people have: VOC2012 as unpacked; PASCAL Context as
+PNGs of mmsegmentation, as trainval_merged.json or as .mat files; COCO-Stuff raw or converted;
+ADEChallengeData2016; Cityscapes with gtFine labelIds or labelTrainIds.
+
+Hardware: any. Hours: not measured with a trained ViT-S; on 2 CPU cores an image of the paper
+protocol takes 0.12 s. Expected (paper, ViT-S/16 on CC3M + CC12M): voc 56.6, context 25.8,
+coco_object 27.2 mIoU; the paper has no numbers for the others. Not reproduced with this code yet.
+"""
+
+from simseg_jax.config import Config, default_config, segmentation_eval
+
+VOC2012, VOC2010 = "data/VOCdevkit/VOC2012", "data/VOCdevkit/VOC2010"
+COCO = "data/coco_stuff164k"
+
+
+def get_config() -> Config:
+    """The paper protocol where it was published, the standard one on everything."""
+    config = default_config()
+    seg = config.evals.seg
+    seg.voc = segmentation_eval(data="voc", root=VOC2012)
+    seg.context = segmentation_eval(data="context", root=VOC2010, top_k=30)
+    seg.coco_object = segmentation_eval(data="coco_object", root=COCO)
+    for data, root in (
+        ("voc", VOC2012),
+        ("voc20", VOC2012),
+        ("context", VOC2010),
+        ("context59", VOC2010),
+        ("coco_object", COCO),
+        ("coco_stuff", COCO),
+        ("ade20k", "data/ADEChallengeData2016"),
+        ("cityscapes", "data/cityscapes"),
+    ):
+        seg[f"{data}_standard"] = segmentation_eval(
+            data=data, root=root, protocol="standard", resolution=448, refine="none", batch_size=8
+        )
+    return config
