@@ -8,6 +8,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # No test asks the network.
+# The processes that share the tests inherit it.
+os.environ.setdefault("SIMSEG_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="simseg_jax_tests_"))
 
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from simseg_jax.models.simseg import make_model
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests train the same tiny model: compile it once per session.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="simseg_jax_tests_"))
+jax.config.update("jax_compilation_cache_dir", os.environ["SIMSEG_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which pytest never parses.
 
