@@ -28,7 +28,12 @@ setup(
         "transformers>=5.0,<6",
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.19", "pyright[nodejs]>=1.1.400,<2"],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.15,<0.19",
+            "pyright[nodejs]>=1.1.400,<2",
+        ],
         # Compiles C++: for comparison with the authors' post-processing.
         "crf": ["pydensecrf2>=1.1,<2"],
         "cuda": ["jax[cuda12]>=0.9,<0.14"],

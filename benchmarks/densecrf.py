@@ -36,7 +36,7 @@ def photographs(root: str | None, count: int) -> np.ndarray:
         return np.stack([np.asarray(image.resize((SIZE, SIZE))) for image in images])
     rng = np.random.default_rng(0)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(SIZE), np.fft.fftfreq(SIZE)))
-    amplitude = 1 / np.maximum(frequency, 1 / SIZE) ** 1.2
+    amplitude = 1 / np.maximum(frequency, 1 / SIZE) ** 1.8
     spectrum = np.fft.fft2(rng.standard_normal((count, 3, SIZE, SIZE))) * amplitude
     noise = np.fft.ifft2(spectrum).real.transpose(0, 2, 3, 1)
     # Channels of photographs are alike.
@@ -77,21 +77,25 @@ def pydensecrf_built_once(image: np.ndarray, foreground: np.ndarray) -> np.ndarr
     return np.array(masks, dtype=bool).reshape(foreground.shape)
 
 
-def in_batches(images: np.ndarray, foreground: np.ndarray, run: Callable) -> np.ndarray:
-    """The JAX back end, with more room for the lattice when an image needs it."""
-    positions = batch_positions(SIZE, SIZE, PAPER.gaussian_sxy, len(images))
-    vertices = densecrf_jax.lattice_size(SIZE, SIZE)
-    masks, used = run(images, foreground, positions, vertices, PAPER)
-    while int(used) > vertices:
-        vertices *= 2
-        masks, used = run(images, foreground, positions, vertices, PAPER)
-    return np.asarray(masks)
+class Batched:
+    """The JAX back end; like the protocol it remembers when images needed more room."""
+
+    def __init__(self, batch: int):
+        self.run = jax.jit(densecrf_jax.crf_masks, static_argnums=(3, 4))
+        self.positions = batch_positions(SIZE, SIZE, PAPER.gaussian_sxy, batch)
+        self.vertices = densecrf_jax.lattice_size(SIZE, SIZE)
+
+    def __call__(self, images: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+        while True:
+            masks, used = self.run(images, foreground, self.positions, self.vertices, PAPER)
+            if int(used) <= self.vertices:
+                return np.asarray(masks)
+            self.vertices *= 2
 
 
 def measure(images: np.ndarray, classes: int, batch: int) -> tuple[dict, dict]:
     """(median milliseconds per image, smallest share of equal pixels of a mask) of every side."""
     foreground = probability_maps(images, classes)
-    run = jax.jit(densecrf_jax.crf_masks, static_argnums=(3, 4))
 
     def one_by_one(function: Callable) -> Callable:
         return lambda x, p: np.stack([function(*pair) for pair in zip(x, p, strict=True)])
@@ -103,7 +107,7 @@ def measure(images: np.ndarray, classes: int, batch: int) -> tuple[dict, dict]:
                 one_by_one(densecrf.pydensecrf_masks),
                 one_by_one(pydensecrf_built_once),
                 one_by_one(densecrf.crf_masks),
-                lambda x, p: in_batches(x, p, run),
+                Batched(batch),
             ),
             strict=True,
         )

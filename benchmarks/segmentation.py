@@ -233,9 +233,9 @@ def main() -> None:
     parser.add_argument("--root", help="the folder VOC2012; default: generated images")
     parser.add_argument("--checkpoint", help="WORKDIR of a run; default: random weights")
     parser.add_argument("--refine", choices=("crf", "none"), default="crf")
-    parser.add_argument("--images", type=int, default=40, help="the first so many images")
-    parser.add_argument("--chunk", type=int, default=20, help="images per turn")
-    parser.add_argument("--batch", type=int, default=4, help="our batch size")
+    parser.add_argument("--images", type=int, default=80, help="the first so many images")
+    parser.add_argument("--chunk", type=int, default=40, help="images per turn")
+    parser.add_argument("--batch", type=int, default=8, help="our batch size")
     args = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")  # Float32 on a GPU too.
     with tempfile.TemporaryDirectory() as folder:
