@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from simseg_jax.errors import UserError
 
 
-def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every key below `config`."""
     for key, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | dict):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -1,6 +1,5 @@
 """The batch evaluation job: a checkpoint and its benchmarks -> tables, JSON, CSV and pictures."""
 
-import argparse
 import csv
 import json
 import time
@@ -12,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from simseg_jax.checkpoint import TrainedModel, load_model
+from simseg_jax.command_line import add_checkpoint_options, add_evals_options, make_parser
 from simseg_jax.config import Config, apply_overrides, load_config
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
@@ -35,17 +35,13 @@ was killed. With --distributed every process of a SLURM job, TPU pod or MPI laun
 @report_user_errors
 def main() -> None:
     """Evaluates a checkpoint, prints the tables, writes everything into a folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m simseg_jax.evaluate",
-        description="Evaluates a checkpoint on the benchmarks of its configuration (evals.seg).",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EPILOG,
-        allow_abbrev=False,
+    parser = make_parser(
+        "evaluate",
+        "Evaluates a checkpoint on the benchmarks of its configuration (evals.seg).",
+        EPILOG,
     )
-    parser.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
-    parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
-    parser.add_argument("--benchmark", help="names in evals.seg, with commas; default: all of them")
+    add_checkpoint_options(parser)
+    add_evals_options(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type")
     parser.add_argument("--output", help="folder; default: CHECKPOINT/evaluation-STEP")
     parser.add_argument("--pictures", type=int, default=8, help="worst and best images; 0: none")

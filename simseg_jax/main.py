@@ -1,10 +1,10 @@
 """The training command: `python -m simseg_jax.main --config=... --workdir=...`."""
 
-import argparse
 import time
 
 import jax
 
+from simseg_jax.command_line import make_parser
 from simseg_jax.config import describe, load_config
 from simseg_jax.errors import report_user_errors
 from simseg_jax.train import train
@@ -22,12 +22,8 @@ with its default (the files in configs/ change some):
 @report_user_errors
 def main() -> None:
     """Parses the command line, trains, prints where the results are."""
-    parser = argparse.ArgumentParser(
-        prog="python -m simseg_jax.main",
-        description="Trains a segmenter from image-caption pairs and evaluates it.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EPILOG + describe(),
-        allow_abbrev=False,
+    parser = make_parser(
+        "main", "Trains a segmenter from image-caption pairs and evaluates it.", EPILOG + describe()
     )
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument("--workdir", required=True, help="folder for everything the run writes")

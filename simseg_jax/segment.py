@@ -1,6 +1,5 @@
 """Images and words -> masks: the `Segmenter` class and its command line."""
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -12,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simseg_jax.checkpoint import TrainedModel, load_model
+from simseg_jax.command_line import add_checkpoint_options, make_parser
 from simseg_jax.config import segmentation_eval, validate_segmentation
 from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
 from simseg_jax.data.augment import decode_image
@@ -158,16 +158,9 @@ def _save(folder: Path, name: str, image: Image.Image, answer: Segmentation) -> 
 @report_user_errors
 def main() -> None:
     """Segments the images of the command line and writes masks, overlays and scores."""
-    parser = argparse.ArgumentParser(
-        prog="python -m simseg_jax.segment",
-        description="Segments images with words.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EPILOG,
-        allow_abbrev=False,
-    )
+    parser = make_parser("segment", "Segments images with words.", EPILOG)
     parser.add_argument("images", nargs="+", help="image files or folders")
-    parser.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    add_checkpoint_options(parser)
     parser.add_argument("--words", required=True, help="comma-separated words to look for")
     parser.add_argument("--output", required=True, help="folder for masks, overlays, scores.json")
     parser.add_argument("--contrast", help="comma-separated words scored but not drawn")

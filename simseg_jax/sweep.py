@@ -1,6 +1,5 @@
 """Many settings of one benchmark in one pass: the evaluation tables of the paper and any others."""
 
-import argparse
 import csv
 import itertools
 from collections.abc import Sequence
@@ -10,18 +9,20 @@ from typing import NamedTuple
 import jax
 
 from simseg_jax.checkpoint import TrainedModel, load_model
+from simseg_jax.command_line import add_checkpoint_options, add_evals_options, make_parser
 from simseg_jax.config import segmentation_eval, validate_segmentation
-from simseg_jax.dotted import assign, get, leaves, literal
+from simseg_jax.dotted import assign, get, literal
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.zeroshot.engine import PROTOCOLS
+from simseg_jax.zeroshot.engine import before_encoder
 
 EPILOG = """examples:
   python -m simseg_jax.sweep --checkpoint=runs/shapes --table=sigma
   python -m simseg_jax.sweep --checkpoint=runs/shapes --set=top_k=5,10,20 --set=refine=none,crf
 
 Tables of the paper: sigma (2), resolution (3), crf (4), responses (11: M^I x M^T at evaluation).
+A sweep is of one benchmark: the first one, or the one that --benchmark names.
 --set makes others, over all combinations of values; what differs only after the encoder costs no
 further pass over the images. --output receives table.csv, table.png and one record per image, so
 that the same command continues a sweep that was killed.
@@ -78,17 +79,11 @@ TABLES = {
 @report_user_errors
 def main() -> None:
     """Evaluates all combinations, prints them beside the paper's, writes CSV and a plot."""
-    parser = argparse.ArgumentParser(
-        prog="python -m simseg_jax.sweep",
-        description="Evaluates a checkpoint under many settings of one benchmark.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EPILOG,
-        allow_abbrev=False,
+    parser = make_parser(
+        "sweep", "Evaluates a checkpoint under many settings of one benchmark.", EPILOG
     )
-    parser.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
-    parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
-    parser.add_argument("--benchmark", help="which entry of evals.seg; default: the first")
+    add_checkpoint_options(parser)
+    add_evals_options(parser)
     parser.add_argument("--table", choices=TABLES, help="a table of the paper")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=A,B,...", help="values of a key"
@@ -99,6 +94,7 @@ def main() -> None:
         raise UserError(f"Give either --table ({', '.join(TABLES)}) or --set=KEY=A,B,...")
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
+    # One benchmark: the first of those chosen.
     name, settings = next(iter(choose(config, args.benchmark).items()))
     if args.table:
         table = fit(TABLES[args.table], model.config.model.image)
@@ -141,7 +137,6 @@ def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
 
 def sweep(model: TrainedModel, settings, table: Table, folder: Path) -> list[dict]:
     """One row per combination: its values, "miou" and, where the paper has one, "paper DATA"."""
-    variable = PROTOCOLS[settings.protocol].variable
     # Settings that agree in everything up to the encoder share a pass over the images.
     passes: dict[tuple, list[tuple]] = {}
     for combination in itertools.product(*table.values.values()):
@@ -149,8 +144,7 @@ def sweep(model: TrainedModel, settings, table: Table, folder: Path) -> list[dic
         for key, value in zip(table.values, combination, strict=True):
             assign(changed, key, value)
         validate_segmentation(changed, model.config.model.image.patch_size)
-        shared = tuple(v for k, v in leaves(changed) if k.split(".")[0] not in variable)
-        passes.setdefault(shared, []).append((combination, changed))
+        passes.setdefault(before_encoder(changed), []).append((combination, changed))
     rows = []
     for number, group in enumerate(passes.values(), 1):
         evaluator = SegmentationEvaluator(*model.parts, *[changed for _, changed in group])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from simseg_jax.dotted import leaves
 from simseg_jax.errors import UserError
 from simseg_jax.sharding import gather_bytes
 
@@ -85,7 +86,7 @@ class RecordStore:
             found = {}
         if found == self.identity:
             return
-        old, new = (dict(_flat(x)) for x in (found, self.identity))
+        old, new = (dict(leaves(x)) for x in (found, self.identity))
         key = next(key for key in {**new, **old} if old.get(key) != new.get(key))
         raise UserError(
             f"{path} holds results with {key}={old.get(key)!r}, not {new.get(key)!r}: "
@@ -99,11 +100,3 @@ def gather(records: dict[int, Record]) -> dict[int, Record]:
     parts = [part.decode("utf-8").splitlines() for part in gather_bytes(lines.encode("utf-8"))]
     merged = {r.index: r for part in parts for r in map(Record.from_json, part)}
     return {index: merged[index] for index in sorted(merged)}
-
-
-def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

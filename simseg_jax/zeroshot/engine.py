@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from simseg_jax.data.text import TextEncoder
+from simseg_jax.dotted import leaves
 from simseg_jax.errors import UserError
 from simseg_jax.masks.protocols import PaperProtocol
 from simseg_jax.masks.standard import StandardProtocol
@@ -26,6 +27,13 @@ from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
 PROTOCOLS = {"paper": PaperProtocol, "standard": StandardProtocol}
+
+
+def before_encoder(settings) -> tuple:
+    """The settings that decide what the encoder sees: variants of an `Engine` share them."""
+    variable = PROTOCOLS[settings.protocol].variable
+    return tuple(item for item in leaves(settings) if item[0].split(".")[0] not in variable)
+
 
 # What a stream holds: something to keep, its image, and (height, width) of the mask wanted.
 Job = Callable[[], tuple[Any, Image.Image, tuple[int, int]]]
@@ -50,6 +58,8 @@ class Engine:
         background: bool = True,
     ):
         settings = variants[0]
+        if len(set(map(before_encoder, variants))) > 1:
+            raise ValueError("Variants may differ only in what follows the encoder.")
         self.variants, self.batch_size = variants, settings.batch_size
         self.mesh = local_mesh(mesh)
         if self.batch_size % self.mesh.size:

@@ -84,3 +84,10 @@ def test_an_error_while_loading_reaches_the_caller(model):
 
     with pytest.raises(UserError, match="Cannot decode"):
         list(engine.run(params, [fail], engine.embed(params)))
+
+
+def test_variants_must_share_the_encoder(model):
+    graphdef, _, encoder = model
+    variants = [tiny_eval(), tiny_eval(resolution=64)]
+    with pytest.raises(ValueError, match="what follows the encoder"):
+        Engine(graphdef, 8, make_mesh(), encoder, variants, prompt_names("shapes"))
