@@ -6,7 +6,6 @@ returns at once, and `finish`) and a mask into labels of the image's own pixels 
 """
 
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -28,7 +27,13 @@ from simseg_jax.masks.postprocess import (
     min_max,
     resize_nearest,
 )
-from simseg_jax.masks.refine import on_host, positions_for, refine_on_device, refine_on_host
+from simseg_jax.masks.refine import (
+    on_host,
+    positions_for,
+    refine_on_device,
+    refine_on_host,
+    threads_of,
+)
 from simseg_jax.models.simseg import SimSeg, bind, l2_normalize
 from simseg_jax.sharding import to_global_batch
 
@@ -132,7 +137,7 @@ class PaperProtocol:
         # Settings of every stage, and whether it leaves the device.
         self.refinements = [variants[blocks[0][0]] for blocks in self.stages]
         self.on_host = [on_host(settings) for settings in self.refinements]
-        self.pool = ThreadPoolExecutor(variants[0].threads or min(32, os.cpu_count() or 1))
+        self.pool = ThreadPoolExecutor(threads_of(variants[0]))
         self.vertices = lattice_size(self.size, self.size)
         self.predict_jit = jax.jit(self._predict, static_argnames="vertices")
         self.finish_jit = jax.jit(self._finish)

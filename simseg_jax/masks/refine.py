@@ -5,6 +5,7 @@ the back ends that are NumPy or C++.
 """
 
 import functools
+import os
 from concurrent.futures import Executor
 
 import jax
@@ -31,6 +32,11 @@ def on_host(settings) -> bool:
     if backend == "auto":
         backend = "jax" if jax.default_backend() == "gpu" else "numpy"
     return settings.refine == "crf" and backend == "numpy"
+
+
+def threads_of(settings) -> int:
+    """How many threads work on the host."""
+    return settings.threads or min(32, os.cpu_count() or 1)
 
 
 def crf_of(settings) -> CRF:

@@ -5,7 +5,6 @@ so that processes need not agree on anything before the end.
 """
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -19,8 +18,8 @@ from PIL import Image
 
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.dotted import leaves
-from simseg_jax.errors import UserError
 from simseg_jax.masks.protocols import PaperProtocol
+from simseg_jax.masks.refine import threads_of
 from simseg_jax.masks.standard import StandardProtocol
 from simseg_jax.sharding import local_mesh
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
@@ -60,14 +59,10 @@ class Engine:
         settings = variants[0]
         if len(set(map(before_encoder, variants))) > 1:
             raise ValueError("Variants may differ only in what follows the encoder.")
-        self.variants, self.batch_size = variants, settings.batch_size
-        self.mesh = local_mesh(mesh)
-        if self.batch_size % self.mesh.size:
-            raise UserError(
-                f"An evaluation's batch_size={self.batch_size} must be a multiple of the "
-                f"number of devices, which is {self.mesh.size}."
-            )
-        self.threads = settings.threads or min(32, os.cpu_count() or 1)
+        self.variants, self.mesh = variants, local_mesh(mesh)
+        # Every device gets as many images; results do not depend on it.
+        self.batch_size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
+        self.threads = threads_of(settings)
         self.prompts = tokenize_prompts(encoder, names, TEMPLATES[settings.prompts])
         self.embed_classes = class_embedder(graphdef, self.mesh.size)
         self.protocol = PROTOCOLS[settings.protocol](
