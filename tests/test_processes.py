@@ -73,7 +73,7 @@ def test_two_processes_evaluate_like_one(workdir, tmp_path):
 
     # One of them was killed half way; with the other's records only those are missing.
     (tmp_path / "shapes" / files[1]).write_text("\n".join(lines[1][:4]) + "\n")
-    first, _ = run_together(EVALUATE, 2, *arguments)
+    first, _ = run_together(EVALUATE, 2, *arguments, "--benchmark=shapes")
     assert "shapes: 7 images in" in first
-    assert "windows: 0 images in" in first
-    assert json.loads((tmp_path / "result.json").read_text())["results"] == expected
+    again = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert again == {key: value for key, value in expected.items() if "/shapes/" in key}
