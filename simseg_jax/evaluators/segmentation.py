@@ -45,6 +45,8 @@ class SegmentationEvaluator:
         if settings.limit:
             self.count = min(settings.limit, self.count)
         self.engine = Engine(graphdef, patch_size, mesh, encoder, variants, names, self.background)
+        # The parameters last used and their class embeddings.
+        self._embedded: tuple = (None, None)
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter):
         """Yields ("miou", fraction) and ("iou/<class>", fraction) for classes that occur.
@@ -101,9 +103,12 @@ class SegmentationEvaluator:
                 yield example, labels, responses[0].rows(i)
 
     def _run(self, params, indices: Iterable[int], in_order: bool = False):
-        params = local_params(params, self.engine.mesh)
+        local = local_params(params, self.engine.mesh)
+        if self._embedded[0] is not params:
+            # Thousands of prompts: pictures take the embeddings of the evaluation before them.
+            self._embedded = params, self.engine.embed(local)
         jobs = (lambda index=index: self._load(index) for index in indices)
-        return self.engine.run(params, jobs, self.engine.embed(params), in_order)
+        return self.engine.run(local, jobs, self._embedded[1], in_order)
 
     def _load(self, index: int):
         example = self.source[index]

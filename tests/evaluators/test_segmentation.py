@@ -82,6 +82,17 @@ def test_records_add_up_and_keep_every_pixel(model, protocol):
         np.testing.assert_array_equal(record.counts[1], by_index[record.index].counts[1])
 
 
+def test_class_embeddings_follow_the_parameters(model):
+    graphdef, params, encoder = model
+    evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, tiny_eval(limit=2))
+    calls, embed = [], evaluator.engine.embed
+    evaluator.engine.embed = lambda params: calls.append(params) or embed(params)
+    others = jax.tree.map(lambda x: x + 0.1, params)
+    for current in (params, params, others, params):
+        list(evaluator.records(current))
+    assert [c is params for c in calls] == [True, False, True]
+
+
 def test_unusable_settings_are_explained(model):
     with pytest.raises(UserError, match="No VOC folder"):
         evaluate(model, data="voc", root="nowhere")
