@@ -1,6 +1,5 @@
 """The batch evaluation job: a checkpoint and its benchmarks -> tables, JSON, CSV and pictures."""
 
-import csv
 import json
 import time
 from pathlib import Path
@@ -16,13 +15,12 @@ from simseg_jax.config import Config, apply_overrides, load_config
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.evaluators.statistics import class_table, format_table, image_ious
-from simseg_jax.metrics import class_iou
+from simseg_jax.evaluators.statistics import class_table, format_table, image_ious, write_csv
 from simseg_jax.visualize import write_contact_sheet
 
 EPILOG = """examples:
   python -m simseg_jax.evaluate --checkpoint=runs/shapes
-  python -m simseg_jax.evaluate --checkpoint=runs/shapes --config.evals.seg.shapes.refine=crf
+  python -m simseg_jax.evaluate --checkpoint=runs/shapes --config.evals.seg.shapes.refine=none
   python -m simseg_jax.evaluate --checkpoint=runs/f8k --config=configs/vits16.py \\
       --config.evals.seg.voc.root=data/VOCdevkit/VOC2012 --output=runs/f8k/voc
 
@@ -125,11 +123,8 @@ def evaluate(
         if chosen and pictures:
             write_contact_sheet(folder / f"{title}.png", evaluator, model.params, chosen)
     if jax.process_index() == 0:
-        rows = class_table(records, class_iou(confusion), evaluator.class_names)
-        with (folder / "classes.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = class_table(records, evaluator.ious(confusion), evaluator.class_names)
+        write_csv(folder / "classes.csv", rows)
         print(format_table(rows))
         print(f"{name}: {fresh} images in {seconds:.1f} s\n")
     return dict(evaluator.scores(confusion))

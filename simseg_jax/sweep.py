@@ -1,6 +1,5 @@
 """Many settings of one benchmark in one pass: the evaluation tables of the paper and any others."""
 
-import csv
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from simseg_jax.dotted import assign, get, literal
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.evaluators.statistics import write_csv
 from simseg_jax.zeroshot.engine import before_encoder
 
 EPILOG = """examples:
@@ -175,10 +175,7 @@ def write(folder: Path, table: Table, rows: Sequence[dict]) -> None:
     # Imported late: only a plot needs it, and it takes a second.
     from matplotlib.figure import Figure
 
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "table.csv", rows)
     *outer, x = table.values
     columns = [column for column in rows[0] if column not in table.values]
     figure = Figure(figsize=(5 * len(columns), 3.6), layout="constrained")

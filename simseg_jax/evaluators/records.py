@@ -42,6 +42,15 @@ class Record(NamedTuple):
         return cls(index, name, arrays, [np.array(s, np.float64) for s in scores])
 
 
+def total_confusion(records: Iterable[Record], classes: int, variant: int = 0) -> np.ndarray:
+    """Pixels int64 [C, C] of all records, rows truth, columns prediction."""
+    confusion = np.zeros((classes, classes), np.int64)
+    for record in records:
+        truth, prediction, pixels = record.counts[variant].T
+        confusion[truth, prediction] += pixels
+    return confusion
+
+
 class RecordStore:
     """A folder of JSON lines, one file per process; the first line says what was evaluated.
 

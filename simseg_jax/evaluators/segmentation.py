@@ -14,7 +14,7 @@ from simseg_jax.data.benchmarks import segmentation_source
 from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.errors import UserError
-from simseg_jax.evaluators.records import Record
+from simseg_jax.evaluators.records import Record, total_confusion
 from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.sharding import local_params
 from simseg_jax.zeroshot.engine import Engine, ahead
@@ -60,17 +60,18 @@ class SegmentationEvaluator:
 
     def confusion(self, records: Iterable[Record], variant: int = 0) -> np.ndarray:
         """Pixels int64 [C, C] of all records, rows truth, columns prediction."""
-        confusion = np.zeros((len(self.class_names),) * 2, np.int64)
-        for record in records:
-            truth, prediction, pixels = record.counts[variant].T
-            confusion[truth, prediction] += pixels
-        return confusion
+        return total_confusion(records, len(self.class_names), variant)
 
-    def scores(self, confusion: np.ndarray) -> Iterator[tuple[str, float]]:
-        """The numbers of `run` from a confusion matrix."""
+    def ious(self, confusion: np.ndarray) -> np.ndarray:
+        """IoU of every class [C], NaN for those that do not occur and for label 0 as "no class"."""
         ious = class_iou(confusion)
         if not self.background:
             ious[0] = np.nan
+        return ious
+
+    def scores(self, confusion: np.ndarray) -> Iterator[tuple[str, float]]:
+        """The numbers of `run` from a confusion matrix."""
+        ious = self.ious(confusion)
         yield "miou", mean_iou(ious)
         for name, iou in zip(self.class_names, ious, strict=True):
             if np.isfinite(iou):

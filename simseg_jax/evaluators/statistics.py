@@ -1,11 +1,13 @@
 """Tables from the records of a segmentation benchmark: per class and per image."""
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from simseg_jax.evaluators.records import Record
-from simseg_jax.metrics import class_iou
+from simseg_jax.evaluators.records import Record, total_confusion
+from simseg_jax.metrics import class_iou, mean_iou
 
 
 def class_table(records: Sequence[Record], ious: np.ndarray, names: Sequence[str]) -> list[dict]:
@@ -53,14 +55,16 @@ def format_table(rows: Sequence[dict]) -> str:
 
 def image_ious(records: Sequence[Record], classes: int) -> np.ndarray:
     """Mean IoU [n] of every image over the labels that it shows or that are predicted on it."""
-    result = []
-    for record in records:
-        confusion = np.zeros((classes, classes), np.int64)
-        truth, prediction, pixels = record.counts[0].T
-        confusion[truth, prediction] = pixels
-        ious = class_iou(confusion)
-        result.append(ious[np.isfinite(ious)].mean() if len(truth) else np.nan)
-    return np.array(result)
+    confusions = (total_confusion([record], classes) for record in records)
+    return np.array([mean_iou(class_iou(confusion)) for confusion in confusions])
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """The rows under a header with the keys of the first one."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _occurring(records: Sequence[Record], classes: int, column: int) -> np.ndarray:

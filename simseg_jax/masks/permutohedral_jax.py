@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simseg_jax.masks.permutohedral import Embedding, Lattice, blur_gain, position_lattice
+from simseg_jax.masks.permutohedral import Embedding, blur_gain, position_lattice
 
 BOUNDS = "promise_in_bounds"
 # Rounds of probing before a table counts as too full: reached far beyond the load it is made for.
@@ -54,7 +54,19 @@ class BatchLattice(NamedTuple):
 
 def batch_positions(height: int, width: int, sxy: float, batch: int) -> BatchLattice:
     """The lattice of pixel positions, built on the host, repeated for `batch` images."""
-    return _repeat(position_lattice(height, width, sxy), batch)
+    lattice = position_lattice(height, width, sxy)
+    shift = lattice.vertices * np.arange(batch, dtype=np.int32)[:, None]
+
+    def tiled(vertices: np.ndarray) -> np.ndarray:
+        # Missing neighbours of every image point behind all vertices.
+        moved = np.where(vertices < lattice.vertices, vertices + shift, lattice.vertices * batch)
+        return moved.reshape(-1)
+
+    columns = np.stack([tiled(c) for c in lattice.columns.T])
+    before, after = (np.stack([tiled(n) for n in side]) for side in lattice.neighbours)
+    weights = np.tile(lattice.weights.T, (1, batch))
+    count = np.int32(lattice.vertices * batch)
+    return BatchLattice(*map(jnp.asarray, (columns, weights, before, after, count)))
 
 
 def build_lattice(space: Embedding, images: jax.Array, capacity: int, slots: int) -> BatchLattice:
@@ -87,21 +99,6 @@ def build_lattice(space: Embedding, images: jax.Array, capacity: int, slots: int
         jnp.full(capacity + 1, capacity, jnp.int32).at[b].set(me, mode=BOUNDS)[:-1] for b in before
     ]
     return BatchLattice(columns, weights, jnp.stack(before), jnp.stack(after), count)
-
-
-def _repeat(lattice: Lattice, batch: int) -> BatchLattice:
-    shift = lattice.vertices * np.arange(batch, dtype=np.int32)[:, None]
-
-    def tiled(vertices: np.ndarray) -> np.ndarray:
-        # Missing neighbours of every image point behind all vertices.
-        moved = np.where(vertices < lattice.vertices, vertices + shift, lattice.vertices * batch)
-        return moved.reshape(-1)
-
-    columns = np.stack([tiled(c) for c in lattice.columns.T])
-    before, after = (np.stack([tiled(n) for n in side]) for side in lattice.neighbours)
-    weights = np.tile(lattice.weights.T, (1, batch))
-    count = np.int32(lattice.vertices * batch)
-    return BatchLattice(*map(jnp.asarray, (columns, weights, before, after, count)))
 
 
 def _elevations(space: Embedding, images: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from simseg_jax.config import model_config
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.evaluators.statistics import class_table
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.sharding import make_mesh
 
@@ -111,6 +112,13 @@ def test_benchmark_without_background(model, protocol):
         model, data="voc20", root=str(VOC), limit=4, protocol=protocol, window=32, prompts="plain"
     )
     assert "iou/none" not in results
+    graphdef, params, encoder = model
+    settings = tiny_eval(data="voc20", root=str(VOC), limit=4, protocol=protocol, window=32)
+    evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, settings)
+    records = list(evaluator.records(params))
+    ious = evaluator.ious(evaluator.confusion(records))
+    names = [row["class"] for row in class_table(records, ious, evaluator.class_names)]
+    assert "none" not in names
     assert len([name for name in results if name.startswith("iou/")]) >= 3
     classes = [value for name, value in results.items() if name.startswith("iou/")]
     assert np.mean(classes) == pytest.approx(results["miou"])
