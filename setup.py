@@ -12,7 +12,11 @@ setup(
     package_data={"simseg_jax.data": ["label_sets/*.txt"]},
     install_requires=[
         "absl-py>=2.1,<3",
+        "array-record>=0.8,<0.9",
+        # SIMD resizing; where there is no wheel, PIL does the same three times as slowly.
+        "cykooz-resizer>=4,<5; platform_machine != 'aarch64'",
         "flax>=0.12.4,<0.14",
+        "fsspec>=2025.3",
         "grain>=0.2.15,<0.3",
         "jax>=0.9,<0.14",
         "matplotlib>=3.9,<4",
@@ -22,7 +26,9 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.14",
         "pillow>=11,<14",
+        "protobuf>=5,<8",
         "scipy>=1.14,<2",
+        "simplejpeg>=1.8,<2",
         "tensorboardX>=2.6.4,<3",
         "tqdm>=4.66,<5",
         "transformers>=5.0,<6",
@@ -36,6 +42,10 @@ setup(
         ],
         # Compiles C++: for comparison with the authors' post-processing.
         "crf": ["pydensecrf2>=1.1,<2"],
+        "parquet": ["pyarrow>=18,<28"],
+        # promise, which tensorflow-datasets asks for, has no wheel: pip builds it, in pure Python.
+        "prepare": ["tensorflow-datasets>=4.9.7,<5", "importlib-resources>=6"],
+        "beam": ["apache-beam>=2.70,<3"],
         "cuda": ["jax[cuda12]>=0.9,<0.14"],
         "tpu": ["jax[tpu]>=0.9,<0.14"],
     },

@@ -30,7 +30,7 @@ from PIL import Image
 from simseg_jax.checkpoint import load_model
 from simseg_jax.config import default_config, model_config, segmentation_eval
 from simseg_jax.data import shapes
-from simseg_jax.data.augment import MEAN, STD
+from simseg_jax.data.images import MEAN, STD
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou

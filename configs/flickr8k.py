@@ -1,7 +1,7 @@
 """A small real run: Flickr8k's 6,000 training images, five captions each, small encoders.
 
 python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/flickr8k \
-    --config.data.root=flickr8k --config.data.vocab=vocab.txt
+    --config.data.train.flickr8k.path=flickr8k/captions.csv --config.data.vocab=vocab.txt
 
 flickr8k/ holds Images/, captions.csv (header `image,caption`) and train.txt; vocab.txt is BERT's
 uncased vocabulary (without data.vocab it is fetched from the hub).
@@ -11,7 +11,7 @@ Hardware: 2 CPU cores, 11 minutes (55 pairs/s). Expected: the loss falls from 4.
 images give 0.020 mIoU. More epochs and a larger model need a GPU; not measured.
 """
 
-from simseg_jax.config import Config, default_config
+from simseg_jax.config import Config, data_set, default_config
 
 
 def get_config() -> Config:
@@ -29,6 +29,9 @@ def get_config() -> Config:
     config.optim.lr = 5e-4
     # So short a run sees every image a few times only: strong distortion would slow it down.
     config.data.autoaugment = False
+    config.data.train.flickr8k = data_set(
+        path="flickr8k/captions.csv", images="Images", split="train.txt"
+    )
     config.data.threads = 2
     config.checkpoint.every = 100
     return config

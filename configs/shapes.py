@@ -11,7 +11,7 @@ benchmarks/shapes_limit.py shows what limits the score: without refinement label
 reach 0.804 at most, the maps with the right classes given 0.624.
 """
 
-from simseg_jax.config import Config, default_config, segmentation_eval
+from simseg_jax.config import Config, data_set, default_config, segmentation_eval
 
 
 def get_config() -> Config:
@@ -34,10 +34,9 @@ def get_config() -> Config:
     )
     config.model.embed_dim = 128
     config.optim.lr = 2e-3
+    config.data.train.shapes = data_set(format="shapes", split="train", size=8192)
     config.data.update(
         {
-            "source": "shapes",
-            "split": "train",
             "vocab": "shapes",
             "max_length": 21,  # of the longest caption
             "crop_area": (0.3, 1.0),  # shows objects at up to 1.8 times their size

@@ -1,7 +1,8 @@
 """The paper's larger run: as configs/vits16.py with ViT-B/16.
 
 python -m simseg_jax.main --config=configs/vitb16.py --workdir=runs/vitb16 \
-    --config.data.root=DATA --config.evals.seg.voc.root=VOCdevkit/VOC2012
+    --config.data.train.cc3m.path=DATA/cc3m --config.data.train.cc12m.path=DATA/cc12m \
+    --config.evals.seg.voc.root=VOCdevkit/VOC2012
 
 Hardware and hours: not run yet. Expected (paper, VOC 2012 val): 57.4 mIoU with dense CRF; not
 reproduced with this code yet.

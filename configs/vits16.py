@@ -1,15 +1,17 @@
 """The paper's main run: ViT-S/16 and BERT-base on CC3M + CC12M, LoDA with M^I = M^T = 5.
 
 python -m simseg_jax.main --config=configs/vits16.py --workdir=runs/vits16 \
-    --config.data.root=DATA --config.evals.seg.voc.root=VOCdevkit/VOC2012
+    --config.data.train.cc3m.path=DATA/cc3m --config.data.train.cc12m.path=DATA/cc12m \
+    --config.evals.seg.voc.root=VOCdevkit/VOC2012
 
-DATA holds Images/ and captions.csv (header `image,caption`); the authors used 15M pairs.
+DATA/cc3m and DATA/cc12m are written by python -m simseg_jax.data.prepare, or hold the tar shards of
+img2dataset; the authors used 15M pairs. Set data.workers to the cores of a host.
 Hardware: the paper used 32 V100; here not run yet. Hours: not measured.
 Expected (paper, VOC 2012 val): 56.6 mIoU, 53.8 with refine=none;
 19.1 with model.pool=mean. Not reproduced with this code yet.
 """
 
-from simseg_jax.config import Config, default_config, segmentation_eval
+from simseg_jax.config import Config, data_set, default_config, segmentation_eval
 
 
 def get_config() -> Config:
@@ -17,7 +19,8 @@ def get_config() -> Config:
     config = default_config()
     config.epochs = 20.0
     config.batch_size = 4096
-    config.data.split = ""
+    config.data.train.cc3m = data_set(path="cc3m")
+    config.data.train.cc12m = data_set(path="cc12m")
     config.checkpoint.every = 2000
     config.eval_every = 10_000
     config.evals.seg.voc = segmentation_eval(data="voc", root="VOCdevkit/VOC2012")

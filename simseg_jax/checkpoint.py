@@ -1,7 +1,7 @@
 """Orbax checkpoints of a run, and a trained model for inference out of one.
 
-WORKDIR/checkpoints/<step> holds `params`, `optimizer` (moments and step) and `data` (the state of
-the input iterator), with the resolved configuration as metadata; WORKDIR/tokenizer the vocabulary.
+WORKDIR/checkpoints/<step> holds `params` and `optimizer` (moments and step), with the resolved
+configuration and the position in the training stream as metadata; WORKDIR/tokenizer the vocabulary.
 """
 
 import dataclasses
@@ -51,17 +51,19 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return Path(newest.path) if newest else None
 
-    def save(self, step: int, state: dict, data, config: Config) -> None:
-        """Writes in the background; arrays and iterator state are captured before it returns."""
+    def save(self, step: int, state: dict, position: int, config: Config) -> None:
+        """Writes in the background; the arrays are captured before it returns.
+
+        position: examples of the training stream that led to this state.
+        """
         self._checkpointer.save_checkpointables_async(
             step,
             {
                 "params": state["params"],
                 "optimizer": {"opt": state["opt"], "step": state["step"]},
-                "data": data,
             },
             force=True,
-            custom_metadata={"config": config.to_dict()},
+            custom_metadata={"config": config.to_dict(), "position": position},
         )
 
 
@@ -70,8 +72,8 @@ def step_path(workdir: Path, step: int) -> Path:
     return workdir / CHECKPOINTS / str(step)
 
 
-def restore_state(path: Path, abstract_state: dict, data, config: Config):
-    """State of one checkpoint with the shardings of `abstract_state`; sets `data` in place."""
+def restore_state(path: Path, abstract_state: dict, config: Config) -> tuple[dict, int]:
+    """(state with the shardings of `abstract_state`, position in the stream) of one checkpoint."""
     saved = saved_config(path)
     before = dict(leaves(saved.model))
     for key, value in leaves(config.model):
@@ -86,10 +88,10 @@ def restore_state(path: Path, abstract_state: dict, data, config: Config):
         {
             "params": abstract_state["params"],
             "optimizer": {"opt": abstract_state["opt"], "step": abstract_state["step"]},
-            "data": data,
         },
     )
-    return {"params": loaded["params"], **loaded["optimizer"]}
+    state = {"params": loaded["params"], **loaded["optimizer"]}
+    return state, _metadata(path).custom_metadata["position"]
 
 
 @dataclasses.dataclass(frozen=True)

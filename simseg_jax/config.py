@@ -17,6 +17,9 @@ from ml_collections import ConfigDict
 from simseg_jax.config_keys import (
     AT_LEAST_ONE,
     CHOICES,
+    DATA_SET_AT_LEAST_ONE,
+    DATA_SET_CHOICES,
+    DATA_SET_KEYS,
     KEYS,
     SEGMENTATION_AT_LEAST_ONE,
     SEGMENTATION_CHOICES,
@@ -33,10 +36,18 @@ Config = Any
 
 
 def default_config() -> Config:
-    """The paper's settings with no data source and no evaluation yet."""
+    """The paper's settings with no data set and no evaluation yet."""
     config = _from_table(KEYS).lock()
-    # The set of evaluations is the one place where a configuration names keys of its own.
+    # The two places where a configuration names keys of its own.
+    config.data.train.unlock()
     config.evals.seg.unlock()
+    return config
+
+
+def data_set(**settings) -> Config:
+    """One entry of `config.data.train`: a data set of image-caption pairs."""
+    config = _from_table(DATA_SET_KEYS).lock()
+    _update(config, settings)
     return config
 
 
@@ -80,6 +91,10 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
 def validate(config: Config) -> None:
     """Raises a `UserError` naming the first key that cannot work."""
     _check_values(config, CHOICES, AT_LEAST_ONE)
+    for name, entry in config.data.train.items():
+        validate_data_set(entry, f"data.train.{name}.")
+    if not 0 <= config.data.max_bad <= 1:
+        raise UserError(f"data.max_bad={config.data.max_bad} is a share of the examples in [0, 1].")
     for name, entry in config.evals.seg.items():
         validate_segmentation(entry, config.model.image.patch_size, f"evals.seg.{name}.")
     image, text = config.model.image, config.model.text
@@ -103,6 +118,13 @@ def validate(config: Config) -> None:
         raise UserError("Set steps or epochs to a positive number.")
     if not 0 <= config.optim.warmup < 1:
         raise UserError(f"optim.warmup={config.optim.warmup} is a share of the steps in [0, 1).")
+
+
+def validate_data_set(settings: Config, prefix: str = "") -> None:
+    """Checks one entry of `config.data.train`; `prefix` stands before its keys in the message."""
+    _check_values(settings, DATA_SET_CHOICES, DATA_SET_AT_LEAST_ONE, prefix)
+    if settings.weight <= 0:
+        raise UserError(f"{prefix}weight={settings.weight} must be positive.")
 
 
 def validate_segmentation(settings: Config, patch_size: int, prefix: str = "") -> None:
@@ -151,7 +173,11 @@ def to_json(config: Config) -> str:
 def from_dict(saved: dict) -> Config:
     """A configuration stored as plain values (`to_dict`, JSON); keys added since take defaults."""
     config = default_config()
-    _update(config, {key: value for key, value in saved.items() if key != "evals"})
+    data = {key: value for key, value in saved["data"].items() if key != "train"}
+    rest = {key: value for key, value in saved.items() if key != "evals"}
+    _update(config, {**rest, "data": data})
+    for name, settings in saved["data"]["train"].items():
+        config.data.train[name] = data_set(**settings)
     for name, settings in saved["evals"]["seg"].items():
         config.evals.seg[name] = segmentation_eval(**settings)
     validate(config)
@@ -169,7 +195,11 @@ def describe() -> str:
     """All keys, one per line with default and meaning: the end of the command line's help."""
     return "\n".join(
         f"  {key} = {default!r}\n      {text}"
-        for table, prefix in ((KEYS, ""), (SEGMENTATION_KEYS, "evals.seg.<name>."))
+        for table, prefix in (
+            (KEYS, ""),
+            (DATA_SET_KEYS, "data.train.<name>."),
+            (SEGMENTATION_KEYS, "evals.seg.<name>."),
+        )
         for key, default, text in _flatten(table, prefix)
     )
 

@@ -9,6 +9,8 @@ from simseg_jax.masks.pamr import DILATIONS
 from simseg_jax.models.simseg import POOLS
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
+FORMATS = ("auto", "csv", "coco", "tfds", "array_record", "webdataset", "parquet", "shapes")
+
 KEYS = {
     "seed": (0, "seeds parameters, data order, augmentation and dropout"),
     "steps": (1000, "training steps; ignored when epochs > 0"),
@@ -56,21 +58,21 @@ KEYS = {
         "decay_rules": (((".*", 1.0),), "(path pattern, weight-decay multiplier), first match"),
     },
     "data": {
-        "source": ("folder", "folder: images and a caption table; shapes: generated scenes"),
-        "root": ("", "folder: where the images and tables are"),
-        "images": ("Images", "folder: name of the image folder under root"),
-        "captions": ("captions.csv", "folder: CSV under root with columns image, caption"),
-        "split": ("train.txt", "folder: list of image names, '' for all; shapes: train, val, test"),
-        "size": (8192, "shapes: number of scenes"),
+        "train": {},
+        "mixture": ("shuffle", "shuffle: all data sets together; debiased: each batch from one"),
         "vocab": ("bert-base-uncased", "vocabulary: hub name, vocab.txt, tokenizer folder, shapes"),
         "max_length": (25, "tokens per caption, [CLS] and [SEP] included"),
         "edit_rate": (0.2, "share of word pieces masked (50 %), replaced (10 %), deleted (40 %)"),
         "crop_area": ((0.6, 1.0), "RandomResizedCrop: range of the area kept"),
         "crop_aspect": ((3 / 4, 4 / 3), "RandomResizedCrop: range of width / height"),
         "autoaugment": (True, "AutoAugment, ImageNet policy"),
-        "threads": (16, "threads that read and prepare examples"),
-        "workers": (0, "processes that do so (0: threads of this process only)"),
-        "prefetch": (500, "examples prepared ahead"),
+        "transform": ("fast", "fast: libjpeg-turbo, AutoAugment on the device; pil: all on hosts"),
+        "max_bad": (0.1, "stop when more than this share of the examples is damaged"),
+        "max_pixels": (89_478_485, "larger images count as damaged: decompression bombs"),
+        "threads": (16, "threads that read and prepare examples, in every worker"),
+        "workers": (0, "processes that do so; 0: only this one. One per core feeds most"),
+        "prefetch": (512, "examples prepared ahead, by every worker"),
+        "cache": ("", "folder for indexes and copies of Parquet; '': ~/.cache/simseg_jax"),
     },
     "mesh": {"fsdp": (1, "devices that share one copy of the parameters; the rest is data")},
     "checkpoint": {
@@ -79,6 +81,18 @@ KEYS = {
         "resume": ("", "WORKDIR of another run to start from when this one has no checkpoint"),
     },
     "evals": {"seg": {}},
+}
+
+# Keys of each entry of data.train: one data set of image-caption pairs.
+DATA_SET_KEYS = {
+    "path": ("", "file, folder, pattern ({000..331}, *) or URL (gs://, s3://, hf://) of the data"),
+    "format": ("auto", f"one of {', '.join(FORMATS)}; auto: told by the files"),
+    "split": ("", "tfds: name of the split, '' for train; csv, coco: file listing the images"),
+    "images": ("", "csv, coco: folder of the images, relative to the table's"),
+    "image_key": ("", "column or feature with the image; '': the usual names"),
+    "caption_key": ("", "column or feature with the caption or captions; '': the usual names"),
+    "weight": (1.0, "times an epoch shows this data set; 0.5 shows half of it"),
+    "size": (8192, "shapes: number of generated scenes"),
 }
 
 # Keys of each entry of evals.seg: one zero-shot segmentation benchmark and how it is evaluated.
@@ -125,8 +139,11 @@ SEGMENTATION_KEYS = {
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "model.pool": POOLS,
-    "data.source": ("folder", "shapes"),
+    "data.mixture": ("shuffle", "debiased"),
+    "data.transform": ("fast", "pil"),
 }
+
+DATA_SET_CHOICES = {"format": FORMATS}
 
 SEGMENTATION_CHOICES = {
     "data": tuple(BENCHMARKS),
@@ -139,9 +156,10 @@ SEGMENTATION_CHOICES = {
 
 # fmt: off
 AT_LEAST_ONE = (
-    "batch_size", "log_every", "model.embed_dim", "model.m_image", "model.m_text", "data.size",
-    "data.threads", "data.prefetch", "checkpoint.every", "checkpoint.keep",
+    "batch_size", "log_every", "model.embed_dim", "model.m_image", "model.m_text",
+    "data.threads", "data.prefetch", "data.max_pixels", "checkpoint.every", "checkpoint.keep",
 )
+DATA_SET_AT_LEAST_ONE = ("size",)
 SEGMENTATION_AT_LEAST_ONE = (
     "size", "resolution", "m_image", "m_text", "candidates", "closing", "crf.iterations",
     "pamr.iterations", "stride", "batch_size",

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -26,3 +27,14 @@ def report_user_errors(main):
             sys.exit(f"error: {error.strerror}: {error.filename}")
 
     return wrapped
+
+
+def require_file(path: Path, what: str, advice: str = "") -> Path:
+    """`path` if it is a file, else a `UserError` that says what was looked for and where.
+
+    advice: how to get the file, the end of the message.
+    """
+    if not path.is_file():
+        advice = f"; {advice}" if advice else ""
+        raise UserError(f"{what[0].upper()}{what[1:]} is missing: no file {path}{advice}.")
+    return path

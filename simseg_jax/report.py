@@ -33,6 +33,7 @@ class Reporter:
             # A log file gets a line now and then, a terminal a moving bar.
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
+        self.waited = 0.0
         self.pause()
         if not self.enabled:
             return
@@ -54,8 +55,14 @@ class Reporter:
             self.file.close()
             self.tensorboard.close()
 
-    def train(self, step: int, metrics: dict[str, jax.Array], schedule: optax.Schedule) -> None:
-        """Metrics of the update that led to `step`: moves the bar, logs every `log_every` steps."""
+    def train(
+        self, step: int, metrics: dict[str, jax.Array], schedule: optax.Schedule, waited: float
+    ) -> None:
+        """Metrics of the update that led to `step`: moves the bar, logs every `log_every` steps.
+
+        waited: seconds that this process has waited for data so far, in all.
+        """
+        self.waited = waited
         self.bar.update(step - self.bar.n)
         if not self.enabled or (step % self.log_every and step < self.steps):
             return
@@ -65,11 +72,15 @@ class Reporter:
         # Over the whole stretch since the last pause: a single step is reported when the next one
         # has been started, which tells little about its own time.
         seconds = max(time.monotonic() - self.stretch_time, 1e-9)
-        speed = (step - self.stretch_step) * self.batch_size / seconds
-        self.write(step, {**values, "pairs_per_second": speed})
+        steps = max(step - self.stretch_step, 1)
+        speed = steps * self.batch_size / seconds
+        waited -= self.stretch_waited
+        values |= {"pairs_per_second": speed, "data_wait_seconds": waited / steps}
+        self.write(step, values)
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
-            f"temperature {values['temperature']:.4f}, {speed:,.0f} pairs/s",
+            f"temperature {values['temperature']:.4f}, {speed:,.0f} pairs/s, "
+            f"waiting for data {min(1, waited / seconds):.0%}",
             refresh=False,
         )
 
@@ -85,6 +96,7 @@ class Reporter:
     def pause(self) -> None:
         """Starts a new stretch for the pairs per second: what came before does not count."""
         self.stretch_step, self.stretch_time = int(self.bar.n), time.monotonic()
+        self.stretch_waited = self.waited
 
     def progress(self, images: Iterable, name: str) -> Iterable:
         """`images` under a bar of their own that vanishes when they are done."""

@@ -14,8 +14,8 @@ from simseg_jax.checkpoint import TrainedModel, load_model
 from simseg_jax.command_line import add_checkpoint_options, make_parser
 from simseg_jax.config import segmentation_eval, validate_segmentation
 from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
-from simseg_jax.data.augment import decode_image
 from simseg_jax.data.classes import prompt_names
+from simseg_jax.data.images import decode_image
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.masks.protocols import Response
 from simseg_jax.visualize import index_png, legend, overlay, stack

@@ -5,7 +5,7 @@ parameter (and its optimiser moments) is also split over `fsdp`. All functions r
 `jax.jit`: XLA inserts the collectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -70,6 +70,17 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def map_batch(function: Callable, *arrays: jax.Array) -> jax.Array:
+    """function(*arrays) on every device's own part of the batch, for work on single examples.
+
+    Left to itself XLA would gather the whole batch for a loop over its examples.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH)(*arrays)
 
 
 def to_global_batch(batch, mesh: Mesh):

@@ -21,9 +21,9 @@ from simseg_jax.checkpoint import (
     with_sharding,
 )
 from simseg_jax.config import Config
-from simseg_jax.data.augment import normalize
-from simseg_jax.data.pipeline import train_iterator
-from simseg_jax.data.sources import training_source
+from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
+from simseg_jax.data.images import normalize
+from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
@@ -31,17 +31,27 @@ from simseg_jax.loss import contrastive_loss
 from simseg_jax.models.simseg import bind, init_params, make_model
 from simseg_jax.optim import adamw, cosine_schedule
 from simseg_jax.report import Reporter
-from simseg_jax.sharding import batch_sharding, make_mesh, state_sharding, to_global_batch
+from simseg_jax.sharding import (
+    batch_sharding,
+    make_mesh,
+    map_batch,
+    state_sharding,
+    to_global_batch,
+)
 from simseg_jax.visualize import write_contact_sheet
 
 
 def make_update(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, seed: int
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    *,
+    autoaugment: bool = False,
 ) -> Callable:
     """update(state, batch) -> (state, metrics): one pure training step.
 
     state: {"params", "opt", "step"}; batch: {"image": uint8 [B, H, W, 3], "ids": int32 [B, T],
-    "mask": bool [B, T]}. Dropout follows from (seed, step) alone.
+    "mask": bool [B, T]}. Dropout and augmentation follow from (seed, step) alone.
     """
 
     def loss_of(params, batch, key):
@@ -51,6 +61,10 @@ def make_update(
         return contrastive_loss(images, texts, model.temperature[...])
 
     def update(state, batch):
+        if autoaugment:
+            images = batch["image"]
+            keys = draw_keys(seed, state["step"], len(images))
+            batch = {**batch, "image": map_batch(augment_batch, images, keys)}
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
         (loss, metrics), gradients = value_and_grad(state["params"], batch, key)
@@ -97,22 +111,24 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
         )
 
     # ---- data
-    source = training_source(config.data)
     tokenizer = load_tokenizer(config.data.vocab)
     encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
-    data = train_iterator(
-        source,
+    examples = Examples(
         config.data,
         image_size=config.model.image.image_size,
         batch_size=config.batch_size,
         encoder=encoder,
         seed=config.seed,
+    )
+    data = TrainBatches(
+        examples,
+        batch_size=config.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
     steps = config.steps
     if config.epochs > 0:
-        steps = max(1, round(config.epochs * len(source) / config.batch_size))
+        steps = max(1, round(config.epochs * len(examples) / config.batch_size))
 
     # ---- model, optimiser, state
     architecture = config_lib.model_config(config, len(tokenizer))
@@ -128,7 +144,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
     state_shapes = jax.eval_shape(init_state)
     shardings = state_sharding(state_shapes, mesh)
     update = jax.jit(
-        make_update(graphdef, optimizer, config.seed),
+        make_update(graphdef, optimizer, config.seed, autoaugment=on_device(config.data)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,
@@ -146,7 +162,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
     restorable = _newest_checkpoint(workdir, config.checkpoint.resume)
     if restorable:
         abstract = with_sharding(state_shapes, shardings)
-        state = restore_state(restorable, abstract, data, config)
+        state, data.position = restore_state(restorable, abstract, config)
     else:
         state = jax.jit(init_state, out_shardings=shardings)()
     start = int(state["step"])
@@ -172,10 +188,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
     ):
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         reporter.say(
-            f"{count:,} parameters, {len(source):,} images, {steps:,} steps of "
+            f"{count:,} parameters, {len(examples):,} examples an epoch, {steps:,} steps of "
             f"{config.batch_size} pairs on {mesh.size} {jax.devices()[0].platform} device(s)"
             + (f", continuing from {restorable}" if restorable else "")
         )
+        for line in examples.describe():
+            reporter.say(line)
         pending = None  # Metrics of the newest step, which the device may still be computing.
         for step in range(start, steps + 1):
             last, stopping = step == steps, stop.requested(step)
@@ -184,12 +202,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
             measure = last or (fresh and _hits(step, config.eval_every))
             if pending and (save or measure):
                 # Nothing that follows a non-finite update may be saved or evaluated.
-                _report(reporter, checkpoints, step, pending, schedule)
+                _report(reporter, checkpoints, step, pending, schedule, data.waited)
                 pending = None
             if save:
-                # Before the next batch is taken: the iterator's state belongs to this step. And
-                # before the evaluation: should that fail, the training is not lost.
-                checkpoints.save(step, state, data, config)
+                # Before the next batch is taken: the position in the data belongs to this step.
+                # And before the evaluation: should that fail, the training is not lost.
+                checkpoints.save(step, state, data.position, config)
                 reporter.pause()
             if measure:
                 results = evaluate(evaluators, state["params"], reporter, step)
@@ -198,7 +216,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
             batch = to_global_batch(next(data), mesh)
             state, metrics = update(state, batch)
             if pending:
-                _report(reporter, checkpoints, step, pending, schedule)
+                _report(reporter, checkpoints, step, pending, schedule, data.waited)
             if step == start:
                 reporter.pause()  # The first call compiles.
             pending = metrics
@@ -270,7 +288,7 @@ def _newest_checkpoint(workdir: Path, resume: str) -> Path | None:
     return step_path(other, steps[-1])
 
 
-def _report(reporter: Reporter, checkpoints: Checkpoints, step: int, metrics, schedule) -> None:
+def _report(reporter: Reporter, checkpoints: Checkpoints, step, metrics, schedule, waited) -> None:
     """Reports the update that led to `step`; stops the run when that was not finite."""
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -284,4 +302,4 @@ def _report(reporter: Reporter, checkpoints: Checkpoints, step: int, metrics, sc
             )
             + "from there, with a lower optim.lr or with optim.clip_norm=1.0."
         )
-    reporter.train(step, metrics, schedule)
+    reporter.train(step, metrics, schedule, waited)

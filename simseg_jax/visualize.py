@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from simseg_jax.data.augment import decode_image
+from simseg_jax.data.images import decode_image
 from simseg_jax.masks.protocols import Response
 
 CELL = 128  # side of a picture on a contact sheet
@@ -55,7 +55,7 @@ def legend(labels: Sequence[tuple[int, str]], width: int) -> Image.Image:
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places, x, y = [], 4, 4
     for label, name in labels:
-        extent = size + round(measure.textlength(name, font=_font())) + 12
+        extent = size + round(measure.textlength(name, font=font())) + 12
         if x > 4 and x + extent > width:
             x, y = 4, y + size
         places.append((x, y, label, name))
@@ -65,7 +65,7 @@ def legend(labels: Sequence[tuple[int, str]], width: int) -> Image.Image:
     for x, y, label, name in places:
         colour = tuple(int(c) for c in palette()[label])
         draw.rectangle((x, y + 1, x + 11, y + 12), fill=colour, outline="black")
-        draw.text((x + size - 2, y), name, fill="black", font=_font())
+        draw.text((x + size - 2, y), name, fill="black", font=font())
     return strip
 
 
@@ -112,14 +112,15 @@ def _row(example: dict, labels: np.ndarray, response, names: Sequence[str]) -> I
     cells.append(("ground truth", overlay(image, np.where(truth == 255, 0, truth), 0.75)))
     row = Image.new("RGB", (len(cells) * (CELL + 4), CELL + 2 * TEXT_HEIGHT + 8), "white")
     draw = ImageDraw.Draw(row)
-    draw.text((2, 2), example.get("caption", example["name"]), fill="black", font=_font())
+    draw.text((2, 2), example.get("caption", example["name"]), fill="black", font=font())
     for place, (title, picture) in enumerate(cells):
         x = place * (CELL + 4)
-        draw.text((x + 2, 2 + TEXT_HEIGHT), title, fill="black", font=_font(11))
+        draw.text((x + 2, 2 + TEXT_HEIGHT), title, fill="black", font=font(11))
         cell = Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST)
         row.paste(cell, (x, 4 + 2 * TEXT_HEIGHT))
     return row
 
 
-def _font(size: int = 12) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int = 12) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of all labels, `size` pixels high."""
     return ImageFont.load_default(size)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simseg_jax.config import default_config, segmentation_eval
+from simseg_jax.config import data_set, default_config, segmentation_eval
 
 
 def assert_close(actual, expected, tolerance: float = 1e-5):
@@ -44,8 +44,8 @@ def tiny_config():
     )
     config.model.embed_dim = 16
     config.optim.lr = 1e-3
-    config.data.update({"source": "shapes", "split": "train", "size": 64, "vocab": "shapes"})
-    config.data.update({"threads": 2, "prefetch": 32})
+    config.data.train.shapes = data_set(format="shapes", split="train", size=64)
+    config.data.update({"vocab": "shapes", "threads": 2, "prefetch": 32})
     config.checkpoint.every = 2
     return config
 

@@ -55,7 +55,7 @@ def test_overrides_change_typed_keys():
         [
             "--config.optim.lr=1",
             "--config.data.crop_area=(0.5, 1.0)",
-            "--config.data.root=some/folder",
+            "--config.data.train.shapes.path=some/folder",
             "--config.model.mask_padding=True",
             "--config.evals.seg.shapes.top_k=7",
             '--config.optim.lr_rules=((".*", 0.5),)',
@@ -64,7 +64,7 @@ def test_overrides_change_typed_keys():
     assert config.optim.lr == 1.0
     assert isinstance(config.optim.lr, float)
     assert config.data.crop_area == (0.5, 1.0)
-    assert config.data.root == "some/folder"
+    assert config.data.train.shapes.path == "some/folder"
     assert config.model.mask_padding is True
     assert config.evals.seg.shapes.top_k == 7
     assert config.optim.lr_rules == ((".*", 0.5),)

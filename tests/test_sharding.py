@@ -8,8 +8,7 @@ from jax.sharding import PartitionSpec as P
 from support import tiny_config
 
 from simseg_jax.config import model_config
-from simseg_jax.data.pipeline import train_iterator
-from simseg_jax.data.sources import training_source
+from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import init_params, make_model
@@ -28,14 +27,10 @@ STEPS = 5
 def batches():
     config = tiny_config()
     encoder = TextEncoder(load_tokenizer("shapes"), config.data.max_length, 0.2)
-    iterator = train_iterator(
-        training_source(config.data),
-        config.data,
-        image_size=32,
-        batch_size=config.batch_size,
-        encoder=encoder,
-        seed=0,
+    examples = Examples(
+        config.data, image_size=32, batch_size=config.batch_size, encoder=encoder, seed=0
     )
+    iterator = TrainBatches(examples, batch_size=config.batch_size)
     return [next(iterator) for _ in range(STEPS)], encoder.vocab_size
 
 

@@ -15,8 +15,7 @@ from PIL import Image
 from simseg_jax.data import layouts, shapes
 from simseg_jax.data.classes import BENCHMARKS, class_names
 from simseg_jax.data.pascal_context import context
-from simseg_jax.data.sources import require_file
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, require_file
 
 # data key of a benchmark on disk -> (root, split) -> its files.
 LAYOUTS = {

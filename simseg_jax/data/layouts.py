@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simseg_jax.data.sources import require_file
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, require_file
 
 IGNORE = 255
 

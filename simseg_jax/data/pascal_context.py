@@ -9,8 +9,7 @@ import scipy.io
 
 from simseg_jax.data.classes import label_set
 from simseg_jax.data.layouts import Layout, find_folder, numbered, png_masks, read_list
-from simseg_jax.data.sources import require_file
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, require_file
 
 ORIGIN = (
     "unpack VOCtrainval_03-May-2010.tar from host.robots.ox.ac.uk/pascal/VOC/voc2010, in its "

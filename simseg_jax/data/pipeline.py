@@ -1,56 +1,210 @@
-"""Source -> shuffled, sharded, augmented, tokenised batches, as a Grain iterator with state."""
+"""Data sets -> mixed, cropped, tokenised batches of one process, ready for the device.
 
-from collections.abc import Iterator
+Every example is a pure function of (seed, position in the global stream): not of the number of
+threads, workers or processes, nor of what was read before. The place to resume is one number.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
+from tqdm import tqdm
 
-from simseg_jax.data.augment import autoaugment, decode_image, random_resized_crop, resize
+from simseg_jax.data.autoaugment import autoaugment
+from simseg_jax.data.images import (
+    crop_and_resize,
+    decode_image,
+    draw_crop,
+    read_crop,
+)
+from simseg_jax.data.mixture import Mixture
+from simseg_jax.data.pairs import BadExample, open_source
 from simseg_jax.data.text import TextEncoder
+from simseg_jax.errors import UserError
+
+# Examples that a thread or worker prepares at a time: enough to make the bookkeeping cheap.
+CHUNK = 32
+# Bad examples are replaced by others of their data set, at most so many times in a row.
+ATTEMPTS = 20
+NAMED = 5
+NAME_BYTES = 200
 
 
-class PrepareExample(grain.transforms.RandomMap):
-    """Source example -> {"image": uint8 [S, S, 3], "ids": int32 [T], "mask": bool [T]}."""
-
-    def __init__(self, data, image_size: int, encoder: TextEncoder):
-        self.data, self.image_size, self.encoder = data, image_size, encoder
-
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        data = self.data
-        image = decode_image(element["image"], element.get("name", "a training image"))
-        if tuple(data.crop_area) != (1.0, 1.0):
-            image = random_resized_crop(
-                image, self.image_size, data.crop_area, data.crop_aspect, rng
-            )
-        if data.autoaugment:
-            image = autoaugment(image, rng)
-        captions = element["captions"]
-        ids, mask = self.encoder(captions[rng.integers(len(captions))], rng)
-        return {"image": resize(image, self.image_size), "ids": ids, "mask": mask}
+def on_device(data) -> bool:
+    """Whether the training step has to apply AutoAugment itself."""
+    return data.autoaugment and data.transform == "fast"
 
 
-def train_iterator(
-    source,
-    data,
-    *,
-    image_size: int,
-    batch_size: int,
-    encoder: TextEncoder,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[dict]:
-    """Endless batches of this process's share of every global batch.
+class Examples:
+    """The endless stream of training examples that `config.data` describes.
 
-    data: `config.data`. batch_size: the global one. The order and every random draw follow from
-    (seed, position) alone; `get_state()` / `set_state()` resume exactly.
+    image_size: side of the images in pixels; batch_size: the global one.
     """
-    pairs = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    # Draws belong to the position in the whole stream: the same whatever the number of processes.
-    pairs = pairs.random_map(PrepareExample(data, image_size, encoder))
-    pairs = pairs[process_index::process_count]
-    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
-    batches = pairs.to_iter_dataset(options).batch(batch_size // process_count)
-    if data.workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-    return iter(batches)
+
+    def __init__(self, data, *, image_size: int, batch_size: int, encoder: TextEncoder, seed: int):
+        self.data, self.image_size, self.encoder, self.seed = data, image_size, encoder, seed
+        self.sources = [open_source(settings, data.cache) for settings in data.train.values()]
+        sizes = [len(source) for source in self.sources]
+        weights = [settings.weight for settings in data.train.values()]
+        self.mixture = Mixture(sizes, weights, data.mixture, batch_size, seed)
+
+    def __len__(self) -> int:
+        """Examples in an epoch."""
+        return len(self.mixture)
+
+    def describe(self) -> list[str]:
+        """One line per data set: its size and what had to be left out."""
+        lines = []
+        for name, source in zip(self.data.train, self.sources, strict=True):
+            line = f"data.train.{name}: {len(source):,} examples"
+            if source.problems.count:
+                line += f"; {source.problems}"
+            lines.append(line)
+        return lines
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """Example at a position of the stream.
+
+        {"image": uint8 [S, S, 3], "ids": int32 [T], "mask": bool [T], "caption": str, "name": str,
+        "bad": tuple of str}: what was wrong with the examples that had to be replaced before.
+        """
+        chosen, index = self.mixture[position]
+        source, bad = self.sources[chosen], []
+        # A counter-based generator of its own for every example: cheap to make, nothing shared.
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
+        while len(bad) < ATTEMPTS:
+            try:
+                return {**self._prepare(source[index], rng), "bad": tuple(bad)}
+            except BadExample as problem:
+                bad.append(str(problem))
+                index = int(rng.integers(len(source)))
+        raise UserError(
+            f"{ATTEMPTS} examples in a row of data.train.{list(self.data.train)[chosen]} cannot be "
+            f"used, the last one: {bad[-1]}. Check the data set with python -m "
+            "simseg_jax.data.inspect."
+        )
+
+    def _prepare(self, pair: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        data, name = self.data, pair["name"]
+
+        def draw(width: int, height: int):
+            return draw_crop(width, height, data.crop_area, data.crop_aspect, rng)
+
+        try:
+            if data.transform == "pil":
+                whole = decode_image(pair["image"], name)
+                image = crop_and_resize(whole, draw(*whole.size), self.image_size)
+                if data.autoaugment:
+                    image = np.asarray(autoaugment(decode_image(image), rng))
+            else:
+                image = read_crop(pair["image"], self.image_size, draw, data.max_pixels)
+        except (ValueError, UserError) as error:
+            raise BadExample(name, error) from error
+        caption = pair["captions"][rng.integers(len(pair["captions"]))]
+        ids, mask = self.encoder(caption, rng)
+        return {"image": image, "ids": ids, "mask": mask, "caption": caption, "name": name}
+
+
+class Chunks:
+    """Chunk number -> its examples, stacked; picklable, for worker processes."""
+
+    def __init__(self, examples: Examples, batch_size: int, process: tuple[int, int]):
+        index, count = process
+        self.examples, self.batch_size = examples, batch_size
+        # One contiguous block of every global batch per process, one part of it per chunk: the
+        # global batch is the same whatever the number of processes.
+        self.per_batch = -(-batch_size // (count * CHUNK))
+        block = np.linspace(0, batch_size // count, self.per_batch + 1).astype(int)
+        self.bounds = block + index * (batch_size // count)
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        batch, part = divmod(number, self.per_batch)
+        start, stop = batch * self.batch_size + self.bounds[part : part + 2]
+        examples = [self.examples[int(position)] for position in range(start, stop)]
+        chunk = {key: np.stack([x[key] for x in examples]) for key in ("image", "ids", "mask")}
+        chunk["bad"] = np.array([len(example["bad"]) for example in examples], np.int32)
+        first = [example["bad"][0] if example["bad"] else "" for example in examples]
+        chunk["problem"] = np.array([x.encode() for x in first], f"S{NAME_BYTES}")
+        return chunk
+
+
+class TrainBatches:
+    """Endless batches of this process's share: {"image": uint8 [b, S, S, 3], "ids", "mask"}.
+
+    Assign `position` to continue from there. `waited` sums up the seconds that `next` took. Bad
+    examples are counted, the first few are named, and a `UserError` stops the run when their share
+    exceeds `config.data.max_bad`.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self.examples, self.batch_size = examples, batch_size
+        self.chunks = Chunks(examples, batch_size, (process_index, process_count))
+        self.position = 0
+        self.waited, self.taken, self.bad = 0.0, 0, 0
+
+    @property
+    def position(self) -> int:
+        """Examples of the global stream taken so far."""
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        # A run may go on with another batch size; batches start at multiples of it.
+        self._position = position // self.batch_size * self.batch_size
+        self._iterator = None
+
+    def _start(self):
+        data, per_batch = self.examples.data, self.chunks.per_batch
+        first = self._position // self.batch_size * per_batch
+        ahead = max(data.threads, -(-data.prefetch // CHUNK))
+        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)
+        # Endless: Python's largest index is out of reach of any training.
+        chunks = grain.MapDataset.range(first, 2**62).map(self.chunks).to_iter_dataset(options)
+        if data.workers:
+            chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+        batches = chunks.batch(per_batch, batch_fn=_concatenate)
+        # Copying the chunks together overlaps with the step, too.
+        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        began = time.monotonic()
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._position += self.batch_size
+        self._count(batch.pop("bad"), batch.pop("problem"))
+        self.waited += time.monotonic() - began
+        return batch
+
+    def _count(self, bad: np.ndarray, problems: np.ndarray) -> None:
+        self.taken += len(bad)
+        if not bad.any():
+            return
+        messages = [problem.decode(errors="ignore") for problem in problems[bad > 0]]
+        for message in messages[: max(0, NAMED - self.bad)]:
+            tqdm.write(f"Replaced by another example: {message}")
+        self.bad += int(bad.sum())
+        limit = self.examples.data.max_bad
+        # Not before there are enough of them for a share.
+        if self.bad > max(2 * NAMED, limit * self.taken):
+            raise UserError(
+                f"{self.bad} of the first {self.taken} training examples cannot be used, more than "
+                f"data.max_bad={limit}; the last one: {messages[-1]}. Repair the "
+                "data (python -m simseg_jax.data.prepare drops what is damaged) or raise max_bad."
+            )
+
+
+def _concatenate(chunks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}

@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from simseg_jax.data.pairs.example import Problems
 from simseg_jax.errors import UserError
 
 CATEGORIES = ("apple", "leaf", "brick", "star", "heart", "ring", "cross", "moon", "kite", "wheel")
@@ -58,14 +59,14 @@ class ShapesSource:
     """Training pairs: {"image": uint8 [64, 64, 3], "captions": (str,)}; masks stay out of sight."""
 
     def __init__(self, size: int, split: str = "train"):
-        self.size, self.split = size, check_split(split)
+        self.size, self.split, self.problems = size, check_split(split), Problems()
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict:
         image, _, caption = scene(int(index), self.split)
-        return {"image": image, "captions": (caption,)}
+        return {"image": image, "captions": (caption,), "name": f"scene {index} of {self.split}"}
 
 
 def check_split(split: str) -> str:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from simseg_jax.data.augment import normalize, resize
+from simseg_jax.data.images import normalize, resize
 from simseg_jax.masks.densecrf_jax import lattice_size
 from simseg_jax.masks.postprocess import (
     adaptive_threshold,

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from simseg_jax.data.augment import denormalized_uint8
+from simseg_jax.data.images import denormalized_uint8
 from simseg_jax.masks.densecrf import CRF, crf_masks, import_pydensecrf, pydensecrf_masks
 from simseg_jax.masks.densecrf_jax import crf_masks as crf_masks_jax
 from simseg_jax.masks.pamr import pamr

@@ -7,9 +7,9 @@ from conftest import SHARED
 from PIL import Image
 from support import tiny_eval
 
-from simseg_jax.data.augment import decode_image
 from simseg_jax.data.benchmarks import LAYOUTS, segmentation_source
 from simseg_jax.data.classes import BENCHMARKS, class_names, label_set, prompt_names
+from simseg_jax.data.images import decode_image
 from simseg_jax.data.pascal_context import CATEGORY_IDS, decode_rle
 from simseg_jax.errors import UserError
 

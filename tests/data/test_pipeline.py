@@ -1,108 +1,210 @@
+import io
+
 import numpy as np
 import pytest
-from support import tiny_config
+from PIL import Image
+from support import assert_trees_equal, tiny_config
 
-from simseg_jax.data.pipeline import train_iterator
+from simseg_jax.config import data_set
+from simseg_jax.data import pipeline
+from simseg_jax.data.pairs import BadExample, Problems
+from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 
 
 class NumberedSource:
-    """Image i is filled with the value i; one corrupt entry on request."""
+    """Image i is filled with the value i; the indices in `damaged` hold no image."""
 
-    def __init__(self, size, corrupt=None):
-        self.size, self.corrupt = size, corrupt
+    def __init__(self, size, damaged=(), offset=0):
+        self.size, self.damaged, self.offset, self.problems = size, damaged, offset, Problems()
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, index):
-        image = np.full((16, 16, 3), index, np.uint8)
-        if index == self.corrupt:
+        image = np.full((16, 16, 3), index + self.offset, np.uint8)
+        if index in self.damaged:
+            if index % 2:
+                raise BadExample(f"number {index}", "its file has vanished")
             image = b"no image"
         return {"image": image, "captions": ("a star", "a moon"), "name": f"number {index}"}
 
 
-def iterator(source, batch_size=8, process_index=0, process_count=1, seed=0, **settings):
-    data = tiny_config().data
-    data.update({"crop_area": (1.0, 1.0), "autoaugment": False, "max_length": 6, **settings})
-    encoder = TextEncoder(load_tokenizer("shapes"), data.max_length, data.edit_rate)
-    return train_iterator(
-        source,
-        data,
-        image_size=16,
-        batch_size=batch_size,
-        encoder=encoder,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
+@pytest.fixture
+def examples(monkeypatch):
+    """Makes `Examples` of given sources (data sets "a", "b", ...) and settings."""
+
+    def make(*sources, batch_size=8, seed=0, **settings):
+        data = tiny_config().data
+        weights = settings.pop("weights", [1.0] * len(sources))
+        data.train = {
+            name: data_set(path=name, weight=weight)
+            for name, weight in zip("abc", weights, strict=False)
+        }
+        by_name = dict(zip("abc", sources, strict=False))
+        monkeypatch.setattr(pipeline, "open_source", lambda s, _cache: by_name[s.path])
+        data.update({"crop_area": (1.0, 1.0), "autoaugment": False, "max_length": 6, **settings})
+        encoder = TextEncoder(load_tokenizer("shapes"), data.max_length, data.edit_rate)
+        return Examples(data, image_size=16, batch_size=batch_size, encoder=encoder, seed=seed)
+
+    return make
+
+
+def batches(examples, count, batch_size=8, position=0, process=(0, 1)):
+    stream = TrainBatches(
+        examples, batch_size=batch_size, process_index=process[0], process_count=process[1]
     )
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
+    stream.position = position
+    return [next(stream) for _ in range(count)]
 
 
 def indices(batches):
     return np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
 
 
-def test_an_epoch_shows_every_image_once_in_a_new_order():
-    batches = take(iterator(NumberedSource(32)), 8)
-    first, second = indices(batches[:4]), indices(batches[4:])
+def test_an_epoch_shows_every_image_once_in_a_new_order(examples):
+    taken = batches(examples(NumberedSource(32)), 8)
+    first, second = indices(taken[:4]), indices(taken[4:])
     np.testing.assert_array_equal(np.sort(first), np.arange(32))
     np.testing.assert_array_equal(np.sort(second), np.arange(32))
     assert not np.array_equal(first, second)
-    assert batches[0]["image"].dtype == np.uint8
-    assert batches[0]["ids"].shape == batches[0]["mask"].shape == (8, 6)
+    assert taken[0]["image"].dtype == np.uint8
+    assert taken[0]["ids"].shape == taken[0]["mask"].shape == (8, 6)
+    assert set(taken[0]) == {"image", "ids", "mask"}
 
 
-def test_processes_split_every_epoch():
-    source = NumberedSource(32)
-    whole = take(iterator(source, edit_rate=0.5), 4)
-    parts = [
-        take(iterator(source, process_index=i, process_count=2, edit_rate=0.5), 4) for i in (0, 1)
-    ]
-    for i in (0, 1):
-        np.testing.assert_array_equal(indices(parts[i]), indices(whole)[i::2])
-        # The random edits too belong to the example, not to the process that makes it.
-        ids = np.concatenate([batch["ids"] for batch in parts[i]])
-        np.testing.assert_array_equal(ids, np.concatenate([b["ids"] for b in whole])[i::2])
+@pytest.mark.parametrize("batch_size", [8, 72])  # 72: several chunks of unequal size.
+def test_the_global_batch_does_not_depend_on_the_processes(examples, batch_size):
+    source = NumberedSource(200)
+    made = examples(source, batch_size=batch_size, edit_rate=0.5)
+    whole = batches(made, 3, batch_size)
+    for count in (2, 4):
+        parts = [batches(made, 3, batch_size, process=(i, count)) for i in range(count)]
+        joined = [
+            {key: np.concatenate([part[step][key] for part in parts]) for key in whole[0]}
+            for step in range(3)
+        ]
+        assert_trees_equal(joined, whole)
 
 
-def test_order_follows_from_the_seed_whatever_the_threads():
-    first = take(iterator(NumberedSource(32), threads=1, edit_rate=0.5), 3)
-    again = take(iterator(NumberedSource(32), threads=4, prefetch=2, edit_rate=0.5), 3)
-    other = take(iterator(NumberedSource(32), seed=1), 3)
-    for a, b in zip(first, again, strict=True):
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
+def test_order_follows_from_the_seed_whatever_the_threads(examples):
+    first = batches(examples(NumberedSource(32), threads=1, edit_rate=0.5), 3)
+    again = batches(examples(NumberedSource(32), threads=4, prefetch=2, edit_rate=0.5), 3)
+    other = batches(examples(NumberedSource(32), seed=1), 3)
+    assert_trees_equal(first, again)
     assert not np.array_equal(indices(first), indices(other))
 
 
-def test_state_resumes_exactly():
-    original = iterator(NumberedSource(20), edit_rate=0.5)
-    take(original, 4)
-    state = original.get_state()
-    expected = take(original, 3)
-    resumed = iterator(NumberedSource(20), edit_rate=0.5)
-    resumed.set_state(state)
-    for a, b in zip(expected, take(resumed, 3), strict=True):
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
-
-
-def test_captions_are_drawn_at_random():
-    batches = iterator(NumberedSource(64), edit_rate=0.0)
-    ids = np.concatenate([batch["ids"] for batch in take(batches, 8)])
+def test_captions_are_drawn_at_random(examples):
+    ids = np.concatenate(
+        [b["ids"] for b in batches(examples(NumberedSource(64), edit_rate=0.0), 8)]
+    )
     assert len(np.unique(ids, axis=0)) == 2
 
 
-def test_full_augmentation_gives_the_right_shape():
-    batch = next(iterator(NumberedSource(8), autoaugment=True, crop_area=(0.5, 1.0)))
-    assert batch["image"].shape == (8, 16, 16, 3)
+def test_debiased_batches(examples):
+    sources = NumberedSource(40), NumberedSource(80, offset=100)
+    made = examples(*sources, mixture="debiased")
+    owners = [set(batch["image"][:, 0, 0, 0] >= 100) for batch in batches(made, 15)]
+    assert sorted(map(tuple, owners)) == [(False,)] * 5 + [(True,)] * 10
+    assert len(made) == 120
+    assert made.describe() == ["data.train.a: 40 examples", "data.train.b: 80 examples"]
 
 
-def test_a_corrupt_image_is_named():
-    with pytest.raises(UserError, match="Cannot decode number 5"):
-        take(iterator(NumberedSource(16, corrupt=5)), 2)
+def test_the_hosts_augmentation(examples):
+    """transform=pil applies AutoAugment here, fast leaves it to the device."""
+    flat = NumberedSource(32, offset=100)
+    settings = {"autoaugment": True, "crop_area": (0.5, 1.0)}
+    fast = batches(examples(flat, **settings), 4)
+    assert all(len(np.unique(image)) == 1 for batch in fast for image in batch["image"])
+    pil = batches(examples(flat, transform="pil", **settings), 4)
+    assert pil[0]["image"].shape == (8, 16, 16, 3)
+    assert any(len(np.unique(image)) > 1 for batch in pil for image in batch["image"])
+
+
+def test_both_transforms_make_the_same_crops(examples):
+    class Photos(NumberedSource):
+        def __getitem__(self, index):
+            file = io.BytesIO()
+            image = np.random.default_rng(index).integers(0, 256, (5, 6, 3), np.uint8)
+            # Too small for reduced decoding.
+            Image.fromarray(image).resize((30, 28)).save(file, "JPEG")
+            return {**super().__getitem__(index), "image": file.getvalue()}
+
+    settings = {"crop_area": (0.3, 1.0), "edit_rate": 0.5}
+    fast = batches(examples(Photos(16), **settings), 2)
+    pil = batches(examples(Photos(16), transform="pil", **settings), 2)
+    for a, b in zip(fast, pil, strict=True):
+        np.testing.assert_array_equal(a["ids"], b["ids"])
+        # The two filters round at different places.
+        assert np.abs(a["image"].astype(int) - b["image"]).max() <= 2
+
+
+def test_damaged_examples_are_replaced_counted_and_named(examples, capsys):
+    made = examples(NumberedSource(64, damaged=(3, 10, 20)))
+    stream = TrainBatches(made, batch_size=8)
+    taken = [next(stream) for _ in range(8)]
+    assert stream.bad == 3
+    assert not set(indices(taken)) & {3, 10, 20}
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split(": ", 1)[1] for line in lines)[1].startswith("number 20: ")
+    assert "Replaced by another example: number 3: its file has vanished." in lines
+    # The replacement belongs to the position as well.
+    assert_trees_equal(batches(examples(NumberedSource(64, damaged=(3, 10, 20))), 8), taken)
+
+
+def test_too_many_damaged_examples_stop_the_run(examples):
+    made = examples(NumberedSource(200, damaged=range(0, 200, 4)))
+    with pytest.raises(UserError, match=r"examples cannot be used, more than data.max_bad=0.1"):
+        batches(made, 25)
+    tolerant = examples(NumberedSource(200, damaged=range(0, 200, 4)), max_bad=0.5)
+    assert len(batches(tolerant, 25)) == 25
+    with pytest.raises(UserError, match=r"20 examples in a row of data.train.a cannot be used"):
+        batches(examples(NumberedSource(64, damaged=range(64))), 1)
+
+
+def test_bombs_count_as_damaged(examples):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "JPEG")
+
+    class Large(NumberedSource):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "image": file.getvalue()}
+
+    with pytest.raises(UserError, match=r"20x20 are more than data.max_pixels=100"):
+        batches(examples(Large(8), max_pixels=100), 1)
+
+
+def test_waiting_is_measured(examples):
+    stream = TrainBatches(examples(NumberedSource(32)), batch_size=8)
+    next(stream)
+    assert 0 < stream.waited < 60
+    assert stream.position == 8
+
+
+def test_a_position_of_another_batch_size_starts_at_a_whole_batch(examples):
+    stream = TrainBatches(examples(NumberedSource(32)), batch_size=8)
+    stream.position = 21
+    assert stream.position == 16
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Examples that worker processes can open themselves."""
+
+    def make(**settings):
+        config = tiny_config()
+        config.data.update({"edit_rate": 0.5, "prefetch": 64, **settings})
+        encoder = TextEncoder(load_tokenizer("shapes"), config.data.max_length, 0.5)
+        return Examples(config.data, image_size=32, batch_size=80, encoder=encoder, seed=0)
+
+    return make
+
+
+def test_resuming_with_any_number_of_workers_gives_the_same_batches(scenes):
+    """In the middle of an epoch (64 examples), from a run with 0 workers on with 0, 2 and 4."""
+    whole = batches(scenes(), 5, 80)
+    for workers in (0, 2, 4):
+        rest = batches(scenes(workers=workers), 3, 80, position=160)
+        assert_trees_equal(rest, whole[2:])

@@ -53,7 +53,7 @@ def test_outlines_lie_inside_the_unit_circle_roughly(name):
 def test_training_examples_carry_no_mask():
     source = ShapesSource(10)
     assert len(source) == 10
-    assert set(source[0]) == {"image", "captions"}
+    assert set(source[0]) == {"image", "captions", "name"}
 
 
 def test_the_vocabulary_spells_every_caption_and_prompt():

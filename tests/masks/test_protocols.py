@@ -9,7 +9,7 @@ import pytest
 from support import assert_close
 
 from simseg_jax.config import segmentation_eval
-from simseg_jax.data.augment import denormalized_uint8
+from simseg_jax.data.images import denormalized_uint8
 from simseg_jax.errors import UserError
 from simseg_jax.masks.postprocess import resize_nearest
 from simseg_jax.masks.protocols import PaperProtocol

@@ -7,7 +7,7 @@ from PIL import Image
 from support import assert_close
 
 from simseg_jax.config import segmentation_eval
-from simseg_jax.data.augment import normalize
+from simseg_jax.data.images import normalize
 from simseg_jax.masks.pamr import pamr
 from simseg_jax.masks.standard import StandardProtocol, bilinear
 from simseg_jax.models.simseg import bind

@@ -1,0 +1,137 @@
+"""AutoAugment (Cubuk et al. 2019) with PIL: the reference, and the host's path.
+
+It follows the implementation that the authors used: grey (128) fill, random signs for geometry and
+enhancement but not for rotation, magnitudes on ten evenly spaced levels. The operations only need
+an image, a level (0..9) and a sign (-1, 1); `autoaugment_jax` repeats them on the device.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+GREY = (128, 128, 128)
+
+# (probability, operation, level) twice per sub-policy: AutoAugment (Cubuk et al. 2019), table 9.
+IMAGENET_POLICY = (
+    ((0.4, "posterize", 8), (0.6, "rotate", 9)),
+    ((0.6, "solarize", 5), (0.6, "autocontrast", 5)),
+    ((0.8, "equalize", 8), (0.6, "equalize", 3)),
+    ((0.6, "posterize", 7), (0.6, "posterize", 6)),
+    ((0.4, "equalize", 7), (0.2, "solarize", 4)),
+    ((0.4, "equalize", 4), (0.8, "rotate", 8)),
+    ((0.6, "solarize", 3), (0.6, "equalize", 7)),
+    ((0.8, "posterize", 5), (1.0, "equalize", 2)),
+    ((0.2, "rotate", 3), (0.6, "solarize", 8)),
+    ((0.6, "equalize", 8), (0.4, "posterize", 6)),
+    ((0.8, "rotate", 8), (0.4, "color", 0)),
+    ((0.4, "rotate", 9), (0.6, "equalize", 2)),
+    ((0.0, "equalize", 7), (0.8, "equalize", 8)),
+    ((0.6, "invert", 4), (1.0, "equalize", 8)),
+    ((0.6, "color", 4), (1.0, "contrast", 8)),
+    ((0.8, "rotate", 8), (1.0, "color", 2)),
+    ((0.8, "color", 8), (0.8, "solarize", 7)),
+    ((0.4, "sharpness", 7), (0.6, "invert", 8)),
+    ((0.6, "shearX", 5), (1.0, "equalize", 9)),
+    ((0.4, "color", 0), (0.6, "equalize", 3)),
+    ((0.4, "equalize", 7), (0.2, "solarize", 4)),
+    ((0.6, "solarize", 5), (0.6, "autocontrast", 5)),
+    ((0.6, "invert", 4), (1.0, "equalize", 8)),
+    ((0.6, "color", 4), (1.0, "contrast", 8)),
+    ((0.8, "equalize", 8), (0.6, "equalize", 3)),
+)
+
+
+def draw(rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
+    """(number of the sub-policy, per operation: 0 if it is left out, else its sign)."""
+    policy = int(rng.integers(len(IMAGENET_POLICY)))
+    uniform, signs = rng.random(2), rng.choice((-1, 1), 2)
+    first, second = (
+        int(sign) if u < probability else 0
+        for u, sign, (probability, *_) in zip(uniform, signs, IMAGENET_POLICY[policy], strict=True)
+    )
+    return policy, (first, second)
+
+
+def autoaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Applies one random sub-policy of the ImageNet policy."""
+    policy, signs = draw(rng)
+    for sign, (_, operation, level) in zip(signs, IMAGENET_POLICY[policy], strict=True):
+        if sign:
+            image = OPERATIONS[operation](image, level, sign)
+    return image
+
+
+def shear(level: int, sign: int) -> float:
+    """Shift along one axis per pixel of the other."""
+    return sign * 0.3 * level / 9
+
+
+def translation(level: int, sign: int, side: int) -> float:
+    """Pixels along an axis whose length is `side`."""
+    return sign * 150 / 331 * level / 9 * side
+
+
+def angle(level: int) -> float:
+    """Degrees, counter-clockwise."""
+    return 30 * level / 9
+
+
+def factor(level: int, sign: int) -> float:
+    """Of an enhancement: 0 is the degenerate image, 1 the image itself."""
+    return 1 + sign * 0.9 * level / 9
+
+
+def bits(level: int) -> int:
+    """That posterize keeps."""
+    return round(8 - 4 * level / 9)
+
+
+def solarize_threshold(level: int) -> int:
+    """Values from here on are inverted."""
+    return math.ceil(256 - 256 * level / 9)
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...], filter: Image.Resampling) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, filter, fillcolor=GREY)
+
+
+def _shear_x(image: Image.Image, level: int, sign: int) -> Image.Image:
+    return _affine(image, (1, shear(level, sign), 0, 0, 1, 0), Image.Resampling.BICUBIC)
+
+
+def _shear_y(image: Image.Image, level: int, sign: int) -> Image.Image:
+    return _affine(image, (1, 0, 0, shear(level, sign), 1, 0), Image.Resampling.BICUBIC)
+
+
+def _translate_x(image: Image.Image, level: int, sign: int) -> Image.Image:
+    shift = translation(level, sign, image.width)
+    return _affine(image, (1, 0, shift, 0, 1, 0), Image.Resampling.NEAREST)
+
+
+def _translate_y(image: Image.Image, level: int, sign: int) -> Image.Image:
+    shift = translation(level, sign, image.height)
+    return _affine(image, (1, 0, 0, 0, 1, shift), Image.Resampling.NEAREST)
+
+
+def _enhance(enhancer: Callable) -> Callable:
+    return lambda image, level, sign: enhancer(image).enhance(factor(level, sign))
+
+
+OPERATIONS: dict[str, Callable[[Image.Image, int, int], Image.Image]] = {
+    "shearX": _shear_x,
+    "shearY": _shear_y,
+    "translateX": _translate_x,
+    "translateY": _translate_y,
+    "rotate": lambda image, level, _: image.rotate(angle(level), fillcolor=GREY),
+    "posterize": lambda image, level, _: ImageOps.posterize(image, bits(level)),
+    "solarize": lambda image, level, _: ImageOps.solarize(image, solarize_threshold(level)),
+    "autocontrast": lambda image, _level, _sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, _level, _sign: ImageOps.equalize(image),
+    "invert": lambda image, _level, _sign: ImageOps.invert(image),
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "brightness": _enhance(ImageEnhance.Brightness),
+}

@@ -1,0 +1,85 @@
+"""One entry point for all formats of training pairs."""
+
+import re
+from pathlib import Path
+
+from simseg_jax.data.pairs import remote
+from simseg_jax.data.pairs.parquet import ParquetSource
+from simseg_jax.data.pairs.records import INFO, RecordSource, tfds_source
+from simseg_jax.data.pairs.tables import TableSource
+from simseg_jax.data.pairs.tars import TarSource
+from simseg_jax.errors import UserError
+
+# How the names of files tell their format. A folder counts as the first one that any of its files
+# has: img2dataset leaves Parquet and JSON with statistics next to its tars.
+NAMES = {
+    "webdataset": r"\.(tar(\.(gz|bz2|xz|zst))?|tgz)$",
+    "array_record": r"\.array_?record",
+    "parquet": r"\.parquet$",
+}
+SHARDED = {"webdataset": TarSource, "array_record": RecordSource, "parquet": ParquetSource}
+TABLES = {"csv": r"\.(csv|tsv)$", "coco": r"\.json$"}
+
+
+def open_source(settings, cache: str = ""):
+    """The source of the training pairs that `settings` describes.
+
+    settings: with the attributes path, format, split, images, image_key, caption_key and size, as
+    in `data.train` of the configuration. cache: folder for indexes and copies, '' for
+    ~/.cache/simseg_jax.
+    """
+    path, form = settings.path, settings.format
+    folder = Path(cache or "~/.cache/simseg_jax").expanduser()
+    keys = settings.image_key, settings.caption_key
+    if form == "shapes":
+        # Imported here as its module imports this package.
+        from simseg_jax.data.shapes import ShapesSource
+
+        return ShapesSource(settings.size, settings.split or "train")
+    if not path:
+        raise UserError("The path of the training data is empty: set it to a file or folder.")
+    path = remote.local_path(path)
+    try:
+        if form == "auto":
+            form = _format_of(path)
+        if form in TABLES:
+            return TableSource(path, form, settings.images, settings.split, *keys)
+        if form == "tfds":
+            return tfds_source(_version(path), settings.split, *keys, folder)
+        found = remote.find(path)
+        # Of a folder those whose names tell the format, if there are any.
+        files = [file for file in found if re.search(NAMES[form], file.path)] or found
+        return SHARDED[form](path, files, *keys, folder)
+    except OSError as error:
+        raise UserError(f"Cannot open the training data {path}: {error}.") from error
+
+
+def _format_of(path: str) -> str:
+    """The format of what `path` names or, as a folder or pattern, holds."""
+    for form, pattern in {**TABLES, **NAMES}.items():
+        if re.search(pattern, path):
+            return form
+    if _version(path, required=False):
+        return "tfds"
+    names = [file.path for file in remote.find(path)]
+    for form, pattern in NAMES.items():
+        if any(re.search(pattern, name) for name in names):
+            return form
+    raise UserError(
+        f"{path} does not tell its format: no file in it, such as {names[0]}, ends in .tar, "
+        ".parquet or .array_record*; set format, or give the path of a .csv, .tsv or .json."
+    )
+
+
+def _version(path: str, required: bool = True) -> str:
+    """The folder with dataset_info.json: `path` or its newest version; '' if there is none."""
+    if remote.exists(remote.join(path, INFO)):
+        return path
+    folders = [f for f in remote.listing(path)[1] if re.search(r"/\d+\.\d+\.\d+$", f)]
+    folders.sort(key=lambda f: [int(n) for n in f.rpartition("/")[2].split(".")])
+    for folder in reversed(folders):
+        if remote.exists(remote.join(folder, INFO)):
+            return folder
+    if required:
+        raise UserError(f"{path} is no TFDS data set: neither it nor a version in it has {INFO}.")
+    return ""

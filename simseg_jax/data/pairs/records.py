@@ -1,0 +1,155 @@
+"""ArrayRecord shards of tf.train.Example, and TFDS data sets in that format, without TensorFlow."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader
+from google.protobuf.message import DecodeError
+from grain.sources import ArrayRecordDataSource
+
+from simseg_jax.data.pairs import remote, tf_example
+from simseg_jax.data.pairs.example import (
+    CAPTION_KEYS,
+    IMAGE_KEYS,
+    NAME_KEYS,
+    BadExample,
+    Problems,
+    choose_key,
+    clean_captions,
+    no_pairs,
+)
+from simseg_jax.data.pairs.remote import File
+from simseg_jax.errors import UserError
+
+INFO = "dataset_info.json"
+TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+READ_ERRORS = (OSError, ValueError, RuntimeError, DecodeError)
+
+
+class RecordSource:
+    """Records of ArrayRecord shards: tf.train.Example with an image and captions.
+
+    path: what the user named, for messages. promised: records per shard, for the message about one
+    that cannot be read. Remote shards are copied into the cache folder: the reader needs local
+    files.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        files: list[File],
+        image_key: str,
+        caption_key: str,
+        cache: Path,
+        promised: list[int] | None = None,
+    ):
+        self.path, self.problems = path, Problems()
+
+        def measure(file: File):
+            try:
+                path = remote.local_copy(file, cache)
+                reader = ArrayRecordReader(path)
+                count = reader.num_records()
+                reader.close()  # Raises what went wrong before: a damaged file counts 0 records.
+                return path, count
+            except (OSError, RuntimeError) as error:
+                if not remote.is_damage(error):
+                    raise
+                return file.path, error
+
+        with ThreadPoolExecutor(16) as pool:
+            measured = list(pool.map(measure, files))
+        shards = []
+        for number, (shard, count) in enumerate(measured):
+            if isinstance(count, Exception):
+                lost = f" with {promised[number]} records" if promised else ""
+                reason = str(count).partition(";")[0] or "truncated"
+                self.problems.add(f"{shard}: unreadable shard{lost} ({reason})")
+            elif count:
+                # The protocol of grain's file instructions; saves it from counting again.
+                shards.append(
+                    SimpleNamespace(filename=shard, skip=0, take=count, examples_in_shard=count)
+                )
+        if not shards:
+            raise no_pairs(path, self.problems)
+        self.records: Any = ArrayRecordDataSource(shards)
+        example = self._first(shards)
+        self.image = choose_key(path, "feature image", image_key, IMAGE_KEYS, example)
+        self.caption = choose_key(path, "feature caption", caption_key, CAPTION_KEYS, example)
+        self.name = next((key for key in NAME_KEYS if key in example), "")
+        if not all(isinstance(value, bytes) for value in example[self.image]):
+            raise UserError(f"{path}: feature {self.image} holds numbers, not an encoded image.")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        name = f"{self.path}, record {index}"
+        try:
+            values = tf_example.parse(self.records[index])
+            captions = clean_captions(values.get(self.caption, ()))
+        except READ_ERRORS as error:
+            raise BadExample(name, error) from error
+        name = ", ".join([name, *(str(_text(value)) for value in values.get(self.name, ())[:1])])
+        if not any(values.get(self.image, ())):
+            raise BadExample(name, "no image")
+        if not captions:
+            raise BadExample(name, "no caption")
+        return {"image": values[self.image][0], "captions": captions, "name": name}
+
+    def _first(self, shards) -> dict[str, list]:
+        """The first record that can be read, looking at the start of every shard."""
+        start, reason = 0, "they are empty"
+        for shard in shards:
+            try:
+                if values := tf_example.parse(self.records[start]):
+                    return values
+            except READ_ERRORS as error:
+                reason = str(error)
+            start += shard.take
+        raise UserError(f"The records of {self.path} are no tf.train.Example: {reason}.")
+
+
+def tfds_source(
+    folder: str, split: str, image_key: str, caption_key: str, cache: Path
+) -> RecordSource:
+    """The split ('' for train) of a TFDS data set: a folder with dataset_info.json."""
+    path = remote.join(folder, INFO)
+    try:
+        info = json.loads(remote.read(path))
+        splits = {entry["name"]: entry for entry in info["splits"]}
+        stored = info.get("fileFormat", "tfrecord")
+        lengths = {n: [int(k) for k in e.get("shardLengths", [])] for n, e in splits.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"Cannot read {path}: {error!r}.") from error
+    if stored != "array_record":
+        raise UserError(
+            f"{folder} is stored as {stored}, which has no random access; convert it with `tfds "
+            f"convert_format --dataset_version_dir={folder} --out_file_format=array_record`."
+        )
+    split = split or "train"
+    if split not in splits:
+        raise UserError(f"{folder} has no split {split!r}; its splits are {', '.join(splits)}.")
+    present = {file.path.rpartition("/")[2]: file for file in remote.listing(folder)[0]}
+    template = splits[split].get("filepathTemplate") or TEMPLATE
+    files, count = [], len(lengths[split])
+    for number in range(count):
+        name = template.format(
+            DATASET=info["name"],
+            SPLIT=split,
+            FILEFORMAT=stored,
+            SHARD_INDEX=f"{number:05d}",
+            NUM_SHARDS=f"{count:05d}",
+            SHARD_X_OF_Y=f"{number:05d}-of-{count:05d}",
+        )
+        files.append(present.get(name, File(remote.join(folder, name), 0, "")))
+    return RecordSource(folder, files, image_key, caption_key, cache, lengths[split])
+
+
+def _text(value) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,142 @@
+"""The same pairs in every format are the same examples."""
+
+import csv
+import importlib.util
+import json
+import shutil
+
+import cloudpickle
+import fsspec
+import grain
+import pairs_support as support
+import pytest
+from conftest import SHARED
+from pairs_support import make_pairs, read_all, settings
+
+from simseg_jax.data.pairs import BadExample, Problems, open_source
+from simseg_jax.errors import UserError
+
+PAIRS = make_pairs(40)
+EXPECTED = [(image, captions) for _, image, captions in PAIRS]
+FORMATS = ("csv", "coco", "tar", "parquet", "array_record", "tfds")
+FLICKR = SHARED / "data" / "flickr8k"
+
+
+def write(form, pairs, folder):
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    return getattr(support, f"write_{form}")(pairs, folder)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_same_examples(form, tmp_path):
+    path = write(form, PAIRS, tmp_path)
+    assert read_all(path, tmp_path / "cache") == EXPECTED
+    # The second time from the cache, in a folder or as it is; names are told apart.
+    assert read_all(path, tmp_path / "cache") == EXPECTED
+    source = open_source(settings(path), str(tmp_path / "cache"))
+    assert len({source[i]["name"] for i in range(40)}) == 40
+    with pytest.raises(IndexError):
+        source[40]
+    copy = cloudpickle.loads(cloudpickle.dumps(source))
+    assert (copy[39]["image"], copy[39]["captions"]) == EXPECTED[39]
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_worker_processes(form, tmp_path):
+    path = write(form, PAIRS, tmp_path)
+    source = open_source(settings(path), str(tmp_path / "cache"))
+    images = grain.MapDataset.source(source).map(lambda pair: pair["image"])
+    images = images.to_iter_dataset().mp_prefetch(grain.MultiprocessingOptions(num_workers=1))
+    assert list(images) == [image for image, _ in EXPECTED]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_remote_addresses(form, tmp_path):
+    path = write(form, PAIRS, tmp_path)
+    system = fsspec.filesystem("memory")
+    system.put(str(tmp_path), "/pairs", recursive=True)
+    try:
+        address = path.replace(str(tmp_path), "memory://pairs")
+        assert read_all(address, tmp_path / "cache") == EXPECTED
+    finally:
+        system.rm("/pairs", recursive=True)
+
+
+def test_file_address_and_shapes(tmp_path):
+    path = support.write_csv(PAIRS, tmp_path)
+    assert read_all(f"file://{path}", tmp_path / "cache") == EXPECTED
+    shapes = open_source(settings("", "shapes", size=3))
+    assert len(shapes) == 3
+    assert shapes[2]["image"].shape == (64, 64, 3)
+    assert shapes.problems == Problems()
+
+
+def test_format_is_told_by_the_files(tmp_path):
+    cache = tmp_path / "cache"
+    tars, newer = tmp_path / "tars", tmp_path / "tfds"
+    for folder in (tars, newer):
+        folder.mkdir()
+    # img2dataset leaves statistics beside its tars.
+    support.write_tar(PAIRS, tars)
+    (tars / "00000_stats.json").write_text("{}")
+    (tars / "00000.parquet").write_bytes(b"")
+    assert read_all(tars, cache) == EXPECTED
+    assert read_all(f"{tars}/*.tar", cache) == EXPECTED
+    assert read_all(f"{tars}/0000{{1..1}}.tar", cache) == EXPECTED[20:]
+    # The newest version of a TFDS data set: 1.10.0 comes after 1.9.0.
+    path = support.write_tfds(PAIRS[:4], newer)
+    shutil.copytree(f"{path}/1.0.0", f"{path}/1.9.0")
+    shutil.move(f"{path}/1.0.0", f"{path}/1.10.0")
+    (newer / "pairs" / "1.9.0" / "dataset_info.json").write_text("broken")
+    assert read_all(path, cache) == EXPECTED[:4]
+
+
+def test_mistakes_are_named(tmp_path):
+    def fails(message, path, form="auto", **others):
+        with pytest.raises(UserError, match=message):
+            open_source(settings(path, form, **others), str(tmp_path / "cache"))
+
+    support.write_array_record(PAIRS, tmp_path)
+    fails("path of the training data is empty", "")
+    fails(r"No file matches .*nothing\.tar", tmp_path / "nothing.tar")
+    fails(r"No file matches .*00007\.tar", f"{tmp_path}/{{00007..00008}}.tar")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("?")
+    fails("does not tell its format.*a.txt", tmp_path / "notes")
+    fails("is no TFDS data set", tmp_path / "notes", "tfds")
+    fails("nothere: Protocol not known|Cannot open nothere", "nothere://a/b.tar")
+    fails(
+        "no feature image pixels: set image_key to one of .*captions", tmp_path, image_key="pixels"
+    )
+    fails("no feature caption label", tmp_path, caption_key="label")
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("s3fs")), reason="the driver s3fs is installed")
+def test_missing_driver(tmp_path):
+    with pytest.raises(UserError, match=r"Cannot open s3://bucket/a.tar: Install s3fs"):
+        open_source(settings("s3://bucket/a.tar"), str(tmp_path))
+
+
+def test_bad_example_survives_pickling():
+    error = cloudpickle.loads(cloudpickle.dumps(BadExample("a.jpg", "no caption.")))
+    assert str(error) == "a.jpg: no caption."
+
+
+@pytest.mark.skipif(not FLICKR.is_dir(), reason=f"Flickr8k is missing: {FLICKR}")
+def test_real_flickr8k(tmp_path):
+    source = open_source(settings(FLICKR / "captions.csv", split="train.txt"))
+    assert len(source) == 6000
+    with (FLICKR / "captions.csv").open(newline="") as file:
+        texts: dict[str, list[str]] = {}
+        for row in csv.DictReader(file):
+            texts.setdefault(row["image"], []).append(row["caption"].strip())
+    names = (FLICKR / "train.txt").read_text().split()[:1000]
+    pairs = [(n, (FLICKR / "Images" / n).read_bytes(), tuple(texts[n])) for n in names]
+    expected = [(image, captions) for _, image, captions in pairs]
+    assert [(source[i]["image"], source[i]["captions"]) for i in range(1000)] == expected
+    for form in FORMATS:
+        (tmp_path / form).mkdir()
+        path = write(form, pairs, tmp_path / form)
+        assert read_all(path, tmp_path / "cache") == expected, form
+    assert json.loads((tmp_path / "coco" / "captions.json").read_text())["images"]
