@@ -56,11 +56,18 @@ class Reporter:
             self.tensorboard.close()
 
     def train(
-        self, step: int, metrics: dict[str, jax.Array], schedule: optax.Schedule, waited: float
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        schedule: optax.Schedule,
+        *,
+        waited: float,
+        replaced: int,
     ) -> None:
         """Metrics of the update that led to `step`: moves the bar, logs every `log_every` steps.
 
-        waited: seconds that this process has waited for data so far, in all.
+        waited, replaced: seconds that this process has waited for data, and damaged examples that
+        it has replaced, both since it started.
         """
         self.waited = waited
         self.bar.update(step - self.bar.n)
@@ -76,6 +83,7 @@ class Reporter:
         speed = steps * self.batch_size / seconds
         waited -= self.stretch_waited
         values |= {"pairs_per_second": speed, "data_wait_seconds": waited / steps}
+        values["data_replaced"] = replaced
         self.write(step, values)
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "

@@ -202,7 +202,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
             measure = last or (fresh and _hits(step, config.eval_every))
             if pending and (save or measure):
                 # Nothing that follows a non-finite update may be saved or evaluated.
-                _report(reporter, checkpoints, step, pending, schedule, data.waited)
+                _report(reporter, checkpoints, step, pending, schedule, data)
                 pending = None
             if save:
                 # Before the next batch is taken: the position in the data belongs to this step.
@@ -216,7 +216,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
             batch = to_global_batch(next(data), mesh)
             state, metrics = update(state, batch)
             if pending:
-                _report(reporter, checkpoints, step, pending, schedule, data.waited)
+                _report(reporter, checkpoints, step, pending, schedule, data)
             if step == start:
                 reporter.pause()  # The first call compiles.
             pending = metrics
@@ -288,7 +288,9 @@ def _newest_checkpoint(workdir: Path, resume: str) -> Path | None:
     return step_path(other, steps[-1])
 
 
-def _report(reporter: Reporter, checkpoints: Checkpoints, step, metrics, schedule, waited) -> None:
+def _report(
+    reporter: Reporter, checkpoints: Checkpoints, step: int, metrics, schedule, data: TrainBatches
+) -> None:
     """Reports the update that led to `step`; stops the run when that was not finite."""
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -302,4 +304,4 @@ def _report(reporter: Reporter, checkpoints: Checkpoints, step, metrics, schedul
             )
             + "from there, with a lower optim.lr or with optim.clip_norm=1.0."
         )
-    reporter.train(step, metrics, schedule, waited)
+    reporter.train(step, metrics, schedule, waited=data.waited, replaced=data.bad)

@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from simseg_jax.models.convert import load_authors_checkpoint
 from simseg_jax.models.simseg import make_model
@@ -25,7 +24,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests train the same tiny model: compile it once per session.
 jax.config.update("jax_compilation_cache_dir", os.environ["SIMSEG_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which pytest never parses.
 
 GOLDENS = Path(__file__).parent / "goldens"
 SHARED = Path(__file__).parents[2] / "shared"

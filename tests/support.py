@@ -45,7 +45,8 @@ def tiny_config():
     config.model.embed_dim = 16
     config.optim.lr = 1e-3
     config.data.train.shapes = data_set(format="shapes", split="train", size=64)
-    config.data.update({"vocab": "shapes", "threads": 2, "prefetch": 32})
+    # Its compilation would take longer than all the rest.
+    config.data.update({"vocab": "shapes", "threads": 2, "prefetch": 32, "autoaugment": False})
     config.checkpoint.every = 2
     return config
 

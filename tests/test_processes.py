@@ -9,8 +9,17 @@ import sys
 import pytest
 from support import tiny_config, tiny_eval
 
+from simseg_jax.checkpoint import completed_steps
+from simseg_jax.config import to_json
 from simseg_jax.train import train
 
+TRAIN = """
+import json, sys, jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from simseg_jax import config, train
+with open(sys.argv[3]) as file:
+    print(json.dumps(train.train(config.from_dict(json.load(file)), sys.argv[4])))
+"""
 EVALUATE = """
 import sys, jax
 jax.distributed.initialize(f"localhost:{sys.argv.pop(1)}", 2, int(sys.argv.pop(1)))
@@ -57,6 +66,26 @@ def workdir(tmp_path_factory):
     config.evals.seg.windows = tiny_eval(protocol="standard", window=32, limit=7)
     results = train(config, path)
     return path, results
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """The same global batches and dropout: the same losses, up to the order of summation."""
+    config = tiny_config()
+    config.data.update({"edit_rate": 0.5})
+    train(config, tmp_path / "one")
+    (tmp_path / "config.json").write_text(to_json(config))
+    run_together(TRAIN, 2, tmp_path / "config.json", tmp_path / "two")
+    one, two = (
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [r["step"] for r in two] == [1, 2, 3, 4]
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"]
+    # What two wrote, one can continue.
+    config.steps = 5
+    train(config, tmp_path / "two")
+    assert completed_steps(tmp_path / "two") == [2, 4, 5]
 
 
 def test_two_processes_evaluate_like_one(workdir, tmp_path):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from simseg_jax.errors import UserError
 
@@ -38,9 +38,17 @@ def decode_image(image: bytes | np.ndarray, name: str = "an image") -> Image.Ima
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
-        return _to_rgb(Image.open(io.BytesIO(image)))
+        return _to_rgb(_open(image))
     except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to.
         raise UserError(f"Cannot decode {name}: {error}. Remove or replace this file.") from error
+
+
+def _open(image: bytes) -> Image.Image:
+    """Reads the header only."""
+    try:
+        return Image.open(io.BytesIO(image))
+    except UnidentifiedImageError as error:
+        raise ValueError("no image in a known format") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -109,7 +117,7 @@ def read_crop(
                 height, width = map(int, simplejpeg.decode_jpeg_header(image)[:2])
                 if width * height <= max_pixels:
                     return _read_jpeg(image, (width, height), draw(width, height), size)
-        opened = Image.open(io.BytesIO(image))  # Reads the header only.
+        opened = _open(image)
         width, height = opened.size
         if width * height > max_pixels:
             raise ValueError(f"{width}x{height} are more than data.max_pixels={max_pixels}")

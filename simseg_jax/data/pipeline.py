@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from tqdm import tqdm
 
 from simseg_jax.data.autoaugment import autoaugment
@@ -170,6 +171,9 @@ class TrainBatches:
         # Endless: Python's largest index is out of reach of any training.
         chunks = grain.MapDataset.range(first, 2**62).map(self.chunks).to_iter_dataset(options)
         if data.workers:
+            # Grain's workers ask for absl's flags, which nobody here parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
             chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
         batches = chunks.batch(per_batch, batch_fn=_concatenate)
         # Copying the chunks together overlaps with the step, too.
@@ -198,10 +202,10 @@ class TrainBatches:
         self.bad += int(bad.sum())
         limit = self.examples.data.max_bad
         # Not before there are enough of them for a share.
-        if self.bad > max(2 * NAMED, limit * self.taken):
+        if self.bad > max(2 * NAMED, limit * (self.taken + self.bad)):
             raise UserError(
-                f"{self.bad} of the first {self.taken} training examples cannot be used, more than "
-                f"data.max_bad={limit}; the last one: {messages[-1]}. Repair the "
+                f"{self.bad} of {self.taken + self.bad} training examples cannot be used, more "
+                f"than data.max_bad={limit}; the last one: {messages[-1]}. Repair the "
                 "data (python -m simseg_jax.data.prepare drops what is damaged) or raise max_bad."
             )
 
