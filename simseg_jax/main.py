@@ -12,7 +12,8 @@ from simseg_jax.train import train
 EPILOG = """examples:
   python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes
   python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/mean --config.model.pool=mean
-  python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/f8k --config.data.root=DIR
+  python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/f8k \\
+      --config.data.train.flickr8k.path=flickr8k/captions.csv
 
 The same command continues an interrupted run from its newest checkpoint. Configuration keys, each
 with its default (the files in configs/ change some):

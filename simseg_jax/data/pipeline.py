@@ -45,6 +45,11 @@ class Examples:
     """
 
     def __init__(self, data, *, image_size: int, batch_size: int, encoder: TextEncoder, seed: int):
+        if not data.train:
+            raise UserError(
+                "The configuration names no data set: add one, as config.data.train.NAME = "
+                "data_set(path=...) in the file (see configs/flickr8k.py)."
+            )
         self.data, self.image_size, self.encoder, self.seed = data, image_size, encoder, seed
         self.sources = [open_source(settings, data.cache) for settings in data.train.values()]
         sizes = [len(source) for source in self.sources]

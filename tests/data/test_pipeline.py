@@ -176,6 +176,11 @@ def test_bombs_count_as_damaged(examples):
         batches(examples(Large(8), max_pixels=100), 1)
 
 
+def test_a_configuration_without_data_is_explained(examples):
+    with pytest.raises(UserError, match="names no data set: add one"):
+        examples()
+
+
 def test_waiting_is_measured(examples):
     stream = TrainBatches(examples(NumberedSource(32)), batch_size=8)
     next(stream)
