@@ -42,7 +42,8 @@ def main() -> None:
     else:
         images = [Image.fromarray(image) for image in photographs(None, 32)]
     squares = [image.resize((SIZE, SIZE)) for image in images]
-    batch = jax.device_put(np.stack([squares[i % len(squares)] for i in range(args.batch)]))
+    arrays = [np.asarray(square) for square in squares]
+    batch = jax.device_put(np.stack([arrays[i % len(arrays)] for i in range(args.batch)]))
     run = jax.jit(lambda images, step: augment_batch(images, draw_keys(0, step, args.batch)))
     began = time.perf_counter()
     compiled = run.lower(batch, 0).compile()

@@ -131,10 +131,11 @@ def _here(call: Callable, indices: list[int], processes: int) -> Iterator[int]:
 
 def _on_beam(call: Callable, indices: list[int], options: str) -> Iterator[int]:
     """As `_here`, on Apache Beam; nothing is yielded before all is done."""
-    import apache_beam
-    from apache_beam.options.pipeline_options import PipelineOptions
+    import apache_beam  # pyright: ignore[reportMissingImports]
+    from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
 
-    with apache_beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
+    given = pipeline_options.PipelineOptions(shlex.split(options))
+    with apache_beam.Pipeline(options=given) as pipeline:
         numbers = pipeline | apache_beam.Create(indices) | apache_beam.Reshuffle()
         _ = numbers | apache_beam.Map(call)
     yield from indices
@@ -156,7 +157,7 @@ def _finish(job: Job, problems: Problems, output: Path, work: Path) -> None:
     samples = [written[int(i)] for i in chosen]
     left_out = problems.count + total.counts["unusable"] + total.counts["corrupt"]
     lines = [
-        f"{facts['images']:,} images with {facts['captions']:,} captions in {job.shards} shards, "
+        f"{facts['images']:,} images with {facts['captions']:,} captions, {job.shards} shard(s), "
         f"{facts['bytes_out'] / 1e6:,.1f} MB ({facts['bytes_in'] / 1e6:,.1f} MB before)",
         f"left out: {left_out:,} damaged or without caption"
         + (f", {duplicates:,} duplicates" if dropped else "")
@@ -180,10 +181,10 @@ def _finish(job: Job, problems: Problems, output: Path, work: Path) -> None:
 
 def _write_metadata(job: Job, work: Path, parts: list[Statistics]) -> None:
     """dataset_info.json and features.json, so that TFDS reads the shards."""
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
 
     template = tfds.core.ShardedFileTemplate(
-        data_dir=work,
+        data_dir=str(work),  # pyright: ignore[reportArgumentType]
         dataset_name=job.name,
         split=job.split_name,
         filetype_suffix="array_record",

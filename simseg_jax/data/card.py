@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 SAMPLES, COLUMNS = 12, 6
 CELL = 240  # Side of a sample in pixels.
-INK, GREY, ACCENT = "#222222", "#767676", "#2a6f97"
+INK, GREY, ACCENT, LIMIT = "#222222", "#767676", "#2a6f97", "#c1121f"
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
@@ -57,41 +57,38 @@ def write_picture(
     rows = -(-len(samples) // COLUMNS)
     figure = Figure(figsize=(13, 1.1 + 0.24 * len(facts) + 2.75 * rows + 2.6), dpi=110)
     FigureCanvasAgg(figure)
-    height = figure.get_figheight()
-    figure.text(0.03, 1 - 0.22 / height, title, size=17, weight="bold", color=INK, va="top")
-    lines = "\n".join(facts)
+    inch = 1 / figure.get_figheight()
+    figure.text(0.03, 1 - 0.22 * inch, title, size=17, weight="bold", color=INK, va="top")
     figure.text(
-        *(0.03, 1 - 0.62 / height, lines),
-        **{"size": 10, "color": GREY, "va": "top", "linespacing": 1.5, "parse_math": False},
+        0.03,
+        1 - 0.62 * inch,
+        "\n".join(facts),
+        size=10,
+        color=GREY,
+        va="top",
+        linespacing=1.5,
+        parse_math=False,
     )
-    bottom = 2.6 / height
-    grid = figure.add_gridspec(
-        *(rows, COLUMNS),
-        **{"left": 0.03, "right": 0.97, "bottom": bottom + 0.55 / height, "wspace": 0.08},
-        **{"top": 1 - (0.85 + 0.24 * len(facts)) / height, "hspace": 0.32},
-    )
+    top = 1 - (0.85 + 0.24 * len(facts)) * inch
+    area = {"left": 0.03, "right": 0.97, "bottom": 3.15 * inch, "top": top}
+    grid = figure.add_gridspec(rows, COLUMNS, wspace=0.08, hspace=0.32, **area)
     for place, (image, caption) in enumerate(samples):
         axes = figure.add_subplot(grid[divmod(place, COLUMNS)])
         axes.imshow(ImageOps.fit(image, (CELL, CELL)))
         axes.set_axis_off()
-        text = "\n".join(textwrap.wrap(caption, 34, max_lines=2, placeholder=" …"))
-        axes.text(
-            *(0, -0.04, text),
-            **{"transform": axes.transAxes, "size": 8.5, "va": "top", "color": INK},
-            parse_math=False,
-        )
-    charts = figure.add_gridspec(
-        *(1, 2), left=0.055, right=0.97, bottom=0.55 / height, top=bottom - 0.35 / height
-    )
+        text = "\n".join(textwrap.wrap(caption, 30, max_lines=2, placeholder=" …"))
+        below = {"transform": axes.transAxes, "va": "top"}
+        axes.text(0, -0.04, text, size=8.5, color=INK, parse_math=False, **below)
+    area = {"left": 0.055, "right": 0.97, "bottom": 0.55 * inch, "top": 2.25 * inch}
+    charts = figure.add_gridspec(1, 2, **area)
     _histogram(figure.add_subplot(charts[0]), words, "words per caption", "captions")
     axes = figure.add_subplot(charts[1])
     _histogram(axes, short_side, "short side of the images in pixels, before", "images")
     if limit:
-        axes.axvline(limit, color="#c1121f", linewidth=1.2)
-        axes.annotate(
-            *(f" larger ones: {limit}", (limit, 0.93)),
-            **{"xycoords": ("data", "axes fraction"), "color": "#c1121f", "size": 8.5},
-        )
+        axes.axvline(limit, color=LIMIT, linewidth=1.2)
+        label = (limit, 0.93)
+        where = ("data", "axes fraction")
+        axes.annotate(f" larger ones: {limit}", label, xycoords=where, color=LIMIT, size=8.5)
     with warnings.catch_warnings():
         # Captions may be in a script that the font lacks.
         warnings.filterwarnings("ignore", "Glyph")
@@ -103,8 +100,8 @@ def _histogram(axes, counts: Counter[int], label: str, unit: str) -> None:
     if counts:
         values = np.array(sorted(counts))
         weights = np.array([counts[int(value)] for value in values])
-        last = values[np.searchsorted(np.cumsum(weights), 0.99 * weights.sum())]
-        first = values[0]
+        last = int(values[np.searchsorted(np.cumsum(weights), 0.99 * weights.sum())])
+        first = int(values[0])
         step = max(1, -(-(last + 1 - first) // 40))
         edges = np.arange(first, last + step + 1, step) - 0.5
         axes.hist(np.minimum(values, last), edges, weights=weights, color=ACCENT, rwidth=0.9)

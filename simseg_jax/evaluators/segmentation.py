@@ -9,9 +9,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from simseg_jax.data.images import decode_image
 from simseg_jax.data.benchmarks import segmentation_source
 from simseg_jax.data.classes import prompt_names
+from simseg_jax.data.images import decode_image
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.records import Record, total_confusion

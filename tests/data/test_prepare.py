@@ -58,6 +58,8 @@ def card(folder):
     return json.loads((folder / "card.json").read_text())
 
 
+# Of tensorflow-datasets with the protobuf that Apache Beam asks for.
+@pytest.mark.filterwarnings("ignore:label\\(\\) is deprecated:DeprecationWarning")
 def test_the_round_trip_keeps_order_bytes_and_captions(home, capsys):
     pairs = make_pairs(25)
     table = write_csv(pairs, home / "source")

@@ -91,8 +91,8 @@ class ParquetSource:
 
 def _pyarrow():
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("Parquet files need pyarrow: pip install pyarrow.") from error
     return pyarrow, pyarrow.parquet
