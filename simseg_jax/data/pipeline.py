@@ -176,10 +176,7 @@ class TrainBatches:
         # Endless: Python's largest index is out of reach of any training.
         chunks = grain.MapDataset.range(first, 2**62).map(self.chunks).to_iter_dataset(options)
         if data.workers:
-            # Grain's workers ask for absl's flags, which nobody here parses.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+            chunks = in_processes(chunks, data.workers)
         batches = chunks.batch(per_batch, batch_fn=_concatenate)
         # Copying the chunks together overlaps with the step, too.
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
@@ -213,6 +210,14 @@ class TrainBatches:
                 f"than data.max_bad={limit}; the last one: {messages[-1]}. Repair the "
                 "data (python -m simseg_jax.data.prepare drops what is damaged) or raise max_bad."
             )
+
+
+def in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
+    """The same elements in the same order, made by `workers` processes."""
+    # Grain's workers ask for absl's flags, which nobody here parses.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
 def _concatenate(chunks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from conftest import SHARED
 from pairs_support import make_pairs, read_all, settings
 
 from simseg_jax.data.pairs import BadExample, Problems, open_source
+from simseg_jax.data.pipeline import in_processes
 from simseg_jax.errors import UserError
 
 PAIRS = make_pairs(40)
@@ -47,7 +48,7 @@ def test_worker_processes(form, tmp_path):
     path = write(form, PAIRS, tmp_path)
     source = open_source(settings(path), str(tmp_path / "cache"))
     images = grain.MapDataset.source(source).map(lambda pair: pair["image"])
-    images = images.to_iter_dataset().mp_prefetch(grain.MultiprocessingOptions(num_workers=1))
+    images = in_processes(images.to_iter_dataset(), workers=1)
     assert list(images) == [image for image, _ in EXPECTED]
 
 
