@@ -6,7 +6,7 @@ python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/flickr8k \
 flickr8k/ holds Images/, captions.csv (header `image,caption`) and train.txt; vocab.txt is BERT's
 uncased vocabulary (without data.vocab it is fetched from the hub).
 
-Hardware: 2 CPU cores, 11 minutes (55 pairs/s). Expected: the loss falls from 4.2 to about 3.6
+Hardware: 2 CPU cores, 9 minutes (54 pairs/s). Expected: the loss falls from 4.2 to about 3.5
 (chance is 4.16). That shows that real pairs train; for useful masks it is far too short: 100 VOC
 images give 0.020 mIoU. More epochs and a larger model need a GPU; not measured.
 """

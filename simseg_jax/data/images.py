@@ -23,7 +23,7 @@ try:
     import cykooz_resizer as simd
 except (
     ImportError
-):  # Not on every platform; PIL's own filter does the same at a third of the speed.
+):  # No wheel on some platforms; PIL's filter does the same at a third of the speed.
     simd = None
 
 MEAN = (0.485, 0.456, 0.406)
