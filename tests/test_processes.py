@@ -36,7 +36,8 @@ def free_port() -> int:
 
 def run_together(code, count, *arguments):
     """Standard output of every process."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     port = free_port()
     processes = [
         subprocess.Popen(
