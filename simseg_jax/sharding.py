@@ -72,13 +72,18 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def device_count() -> int:
+    """Devices of the mesh in context, among which the batch is split; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def map_batch(function: Callable, *arrays: jax.Array) -> jax.Array:
     """function(*arrays) on every device's own part of the batch, for work on single examples.
 
     Left to itself XLA would gather the whole batch for a loop over its examples.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if device_count() == 1:
         return function(*arrays)
     return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH)(*arrays)
 
