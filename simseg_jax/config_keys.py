@@ -6,6 +6,7 @@ Each leaf is (default, meaning); the default fixes the type.
 from simseg_jax.data.classes import BENCHMARKS
 from simseg_jax.masks.densecrf import PAPER
 from simseg_jax.masks.pamr import DILATIONS
+from simseg_jax.models.layers import REMAT
 from simseg_jax.models.simseg import POOLS
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
@@ -17,6 +18,12 @@ KEYS = {
     "epochs": (0.0, "passes over the images; > 0 sets the number of steps"),
     "batch_size": (4096, "pairs per step over all devices: the contrastive batch"),
     "dtype": ("auto", "compute type: float32, bfloat16 or auto (bfloat16 on accelerators)"),
+    "remat": (
+        "none",
+        "what is computed again for the gradient: none; dots: all but products; full",
+    ),
+    "micro_batch": (0, "gradient cache: pairs of a device embedded at a time; 0: all at once"),
+    "loss_chunk": (0, "images of a device compared with all texts at a time; 0: all at once"),
     "log_every": (10, "steps between two lines of metrics"),
     "eval_every": (0, "steps between evaluations; 0: only after training"),
     "pictures": (8, "images on the contact sheet written after training; 0: none"),
@@ -138,6 +145,7 @@ SEGMENTATION_KEYS = {
 
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
+    "remat": REMAT,
     "model.pool": POOLS,
     "data.mixture": ("shuffle", "debiased"),
     "data.transform": ("fast", "pil"),

@@ -18,14 +18,14 @@ def contrastive_loss(
 
     images, texts: unit-length embeddings [B, D], B the global batch. Under jit with the batch
     sharded, the texts are gathered and every device compares its own images with all of them: the
-    value and gradient are those of one device. chunk: images per device compared at a time, a
-    divisor of those a device has; 0: all. No more than chunk x B similarities exist at once then;
-    the gradient computes them again.
+    value and gradient are those of one device. chunk: images per device compared at a time, 0 for
+    all; it divides those a device has, or is larger. No more than chunk x B similarities exist at
+    once then; the gradient computes them again.
     Returns the loss and its metrics: accuracies of both directions, the clipped temperature.
     """
     tau = clip_temperature(temperature)
     batch, parts = len(images), device_count()
-    rows = chunk or batch // parts
+    rows = min(chunk or batch, batch // parts)
     if batch % (parts * rows):
         raise ValueError(f"{batch} images on {parts} devices are no multiple of chunk={rows}.")
     # Everything has a leading axis over the devices, so that each sums up on its own and they

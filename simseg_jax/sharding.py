@@ -67,25 +67,33 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
     Without it XLA may propagate an FSDP weight's sharding into the features of the activations.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if device_count() == 1:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
 def device_count() -> int:
-    """Devices of the mesh in context, among which the batch is split; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    """Devices among which the batch is split: those of the mesh in context.
 
-
-def map_batch(function: Callable, *arrays: jax.Array) -> jax.Array:
-    """function(*arrays) on every device's own part of the batch, for work on single examples.
-
-    Left to itself XLA would gather the whole batch for a loop over its examples.
+    1 without a mesh, and inside of `map_batch`.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
+
+
+def map_batch(function: Callable, *arrays, shared=None):
+    """function(*arrays) on every device's own part of the batch, without communication.
+
+    arrays, results: pytrees of arrays [B, ...]. shared: a pytree that the function takes before
+    the arrays if given, whole on every device. For work on single examples: left to itself XLA
+    would gather the whole batch for a loop over it, or sum gradients over devices in every turn.
+    """
+    arguments = arrays if shared is None else (shared, *arrays)
     if device_count() == 1:
-        return function(*arrays)
-    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH)(*arrays)
+        return function(*arguments)
+    specs = (BATCH,) * len(arrays) if shared is None else (P(), *(BATCH for _ in arrays))
+    # Unchecked: the gradient with respect to `shared` must not be summed over devices inside.
+    return jax.shard_map(function, in_specs=specs, out_specs=BATCH, check_vma=False)(*arguments)
 
 
 def to_global_batch(batch, mesh: Mesh):

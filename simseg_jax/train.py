@@ -2,13 +2,10 @@
 
 import math
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from simseg_jax import config as config_lib
@@ -21,59 +18,21 @@ from simseg_jax.checkpoint import (
     with_sharding,
 )
 from simseg_jax.config import Config
-from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
-from simseg_jax.data.images import normalize
 from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.loss import contrastive_loss
-from simseg_jax.models.simseg import bind, init_params, make_model
+from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.optim import adamw, cosine_schedule
 from simseg_jax.report import Reporter
 from simseg_jax.sharding import (
     batch_sharding,
     make_mesh,
-    map_batch,
     state_sharding,
     to_global_batch,
 )
+from simseg_jax.step import make_update
 from simseg_jax.visualize import write_contact_sheet
-
-
-def make_update(
-    graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    *,
-    autoaugment: bool = False,
-) -> Callable:
-    """update(state, batch) -> (state, metrics): one pure training step.
-
-    state: {"params", "opt", "step"}; batch: {"image": uint8 [B, H, W, 3], "ids": int32 [B, T],
-    "mask": bool [B, T]}. Dropout and augmentation follow from (seed, step) alone.
-    """
-
-    def loss_of(params, batch, key):
-        model = bind(graphdef, params)
-        images, _ = model.encode_image(normalize(batch["image"]))
-        texts = model.encode_text(batch["ids"], batch["mask"], key=key)
-        return contrastive_loss(images, texts, model.temperature[...])
-
-    def update(state, batch):
-        if autoaugment:
-            images = batch["image"]
-            keys = draw_keys(seed, state["step"], len(images))
-            batch = {**batch, "image": map_batch(augment_batch, images, keys)}
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, metrics), gradients = value_and_grad(state["params"], batch, key)
-        updates, opt = optimizer.update(gradients, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
-        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
-
-    return update
 
 
 def make_optimizer(config: Config, steps: int, params):
@@ -109,6 +68,13 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of the {mesh.size} devices."
         )
+    share = config.batch_size // mesh.size
+    for key in ("micro_batch", "loss_chunk"):
+        if config[key] and share % min(config[key], share):
+            raise UserError(
+                f"{key}={config[key]} must divide the {share} pairs of every device (batch_size / "
+                "devices)."
+            )
 
     # ---- data
     tokenizer = load_tokenizer(config.data.vocab)
@@ -132,7 +98,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
 
     # ---- model, optimiser, state
     architecture = config_lib.model_config(config, len(tokenizer))
-    graphdef = make_model(architecture, config_lib.compute_dtype(config))
+    graphdef = make_model(architecture, config_lib.compute_dtype(config), config.remat)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda: init_params(architecture, key))
     optimizer, schedule = make_optimizer(config, steps, shapes)
@@ -144,7 +110,14 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
     state_shapes = jax.eval_shape(init_state)
     shardings = state_sharding(state_shapes, mesh)
     update = jax.jit(
-        make_update(graphdef, optimizer, config.seed, autoaugment=on_device(config.data)),
+        make_update(
+            graphdef,
+            optimizer,
+            config.seed,
+            autoaugment=on_device(config.data),
+            micro_batch=config.micro_batch,
+            loss_chunk=config.loss_chunk,
+        ),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, None),
         donate_argnums=0,

@@ -8,7 +8,8 @@ import numpy as np
 
 from simseg_jax.config import load_config, model_config
 from simseg_jax.models.simseg import init_params, make_model
-from simseg_jax.train import make_optimizer, make_update
+from simseg_jax.step import make_update
+from simseg_jax.train import make_optimizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -19,7 +19,8 @@ from simseg_jax.sharding import (
     state_sharding,
     to_global_batch,
 )
-from simseg_jax.train import make_optimizer, make_update
+from simseg_jax.step import make_update
+from simseg_jax.train import make_optimizer
 
 STEPS = 5
 

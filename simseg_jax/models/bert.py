@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simseg_jax.models.layers import attention, dropout, linear
+from simseg_jax.models.layers import apply_blocks, attention, dropout, linear
 from simseg_jax.sharding import constrain_batch
 
 
@@ -84,39 +84,41 @@ class Layer(nnx.Module):
         self.output = dense(config.mlp_width, config.width)
         self.output_norm = _layer_norm(config, dtype, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None, index) -> jax.Array:
         batch, tokens, width = x.shape
-        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        number = 3 * index  # of the first of three dropouts
 
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(batch, tokens, self.heads, width // self.heads)
 
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-        out = attention(q, k, v, mask[:, None, None, :], self.dropout, keys[0])
+        out = attention(q, k, v, mask[:, None, None, :], self.dropout, keys, number)
         out = self.attention_output(out.reshape(batch, tokens, width))
-        x = self.attention_norm(x + dropout(out, self.dropout, keys[1]))
+        x = self.attention_norm(x + dropout(out, self.dropout, keys, number + 1))
         out = self.output(jax.nn.gelu(self.intermediate(x), approximate=False))
-        x = self.output_norm(x + dropout(out, self.dropout, keys[2]))
+        x = self.output_norm(x + dropout(out, self.dropout, keys, number + 2))
         return constrain_batch(x)
 
 
 class Bert(nnx.Module):
     """ids [B, T] int, mask [B, T] bool (False = padding) -> tokens [B, T, width].
 
-    `key` switches dropout on; None is evaluation. Padding is masked as attention key, yet its own
-    outputs are returned as well.
+    `keys`, a random key per example [B], switch dropout on; None is evaluation. Padding is masked
+    as attention key, yet its own outputs are returned as well. remat: as `layers.apply_blocks`.
     """
 
-    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs, remat: str = "none"):
         self.dropout = config.dropout
+        self.remat = remat
         self.embeddings = Embeddings(config, dtype, rngs)
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.depth)])
 
-    def __call__(self, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, ids: jax.Array, mask: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         mask = mask.astype(bool)
-        count = len(self.layers)
-        keys = [None] * (count + 1) if key is None else list(jax.random.split(key, count + 1))
-        x = constrain_batch(dropout(self.embeddings(ids), self.dropout, keys[count]))
-        for layer, layer_key in zip(self.layers, keys, strict=False):
-            x = layer(x, mask, layer_key)
-        return x
+        x = dropout(self.embeddings(ids), self.dropout, keys, 3 * len(self.layers))
+        x = constrain_batch(x)
+
+        def apply(layer: Layer, x: jax.Array, index) -> jax.Array:
+            return layer(x, mask, keys, index)
+
+        return apply_blocks(apply, self.layers, x, self.remat)

@@ -1,16 +1,56 @@
-"""Pieces both encoders share: attention, dropout with explicit keys, the GELU MLP."""
+"""Pieces both encoders share: attention, dropout with explicit keys, rematerialisation."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+REMAT = ("none", "dots", "full")
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; without a key (evaluation) the identity."""
-    if key is None or rate == 0:
+
+def dropout(
+    x: jax.Array, rate: float, keys: jax.Array | None, number: int | jax.Array
+) -> jax.Array:
+    """Inverted dropout of x [B, ...]; without keys (evaluation) the identity.
+
+    keys: one random key per example [B], so that an example's draws do not depend on the batch it
+    is computed in. number (int or int array []): which dropout of the model this is, as each draws
+    anew.
+    """
+    if keys is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0).astype(x.dtype)
+
+
+def apply_blocks(apply: Callable, blocks: nnx.List, x: jax.Array, remat: str) -> jax.Array:
+    """x -> apply(block, x, index) for every block in turn; all have the same structure.
+
+    remat: what is kept of a block for its gradient, the rest being computed again. "none":
+    whatever the gradient needs; "dots": results of products with weights; "full": its input.
+    """
+    if remat == "none":
+        for index, block in enumerate(blocks):
+            x = apply(block, x, index)
+        return x
+    saveable = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    graphdefs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    def body(x, inputs):
+        state, index = inputs
+        return apply(nnx.merge(graphdefs[0], state), x, index), None
+
+    # A loop, as XLA on CPUs would otherwise find the repeated work and share it again.
+    body = jax.checkpoint(body, policy=saveable[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (stacked, jnp.arange(len(blocks))))[0]
 
 
 def attention(
@@ -19,12 +59,14 @@ def attention(
     value: jax.Array,
     mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout_keys: jax.Array | None = None,
+    number: int | jax.Array = 0,
 ) -> jax.Array:
     """Scaled dot-product attention, softmax in float32.
 
     query, key, value: [batch, tokens, heads, width]; mask: boolean, broadcastable to
-    [batch, heads, query tokens, key tokens]. With a dropout key the probabilities are dropped.
+    [batch, heads, query tokens, key tokens]. dropout_keys, number: as for `dropout`, which acts on
+    the probabilities.
     """
     # Heads before tokens: plain batched products, on CPU twice as fast as the interleaved layout.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
@@ -32,7 +74,7 @@ def attention(
     logits = jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    probabilities = dropout(jax.nn.softmax(logits), dropout_rate, dropout_key)
+    probabilities = dropout(jax.nn.softmax(logits), dropout_rate, dropout_keys, number)
     out = jnp.einsum("bhqk,bhkd->bhqd", probabilities.astype(value.dtype), value)
     return jnp.swapaxes(out, 1, 2)
 

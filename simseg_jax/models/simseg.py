@@ -51,10 +51,10 @@ class Projection(nnx.Module):
 class SimSeg(nnx.Module):
     """Image and text encoders that meet in one embedding space."""
 
-    def __init__(self, config: SimSegConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SimSegConfig, dtype, rngs: nnx.Rngs, remat: str = "none"):
         self.config = config
-        self.image_encoder = ViT(config.image, dtype, rngs)
-        self.text_encoder = Bert(config.text, dtype, rngs)
+        self.image_encoder = ViT(config.image, dtype, rngs, remat)
+        self.text_encoder = Bert(config.text, dtype, rngs, remat)
         self.image_projection = Projection(config.image.width, config.embed_dim, dtype, rngs)
         self.text_projection = Projection(config.text.width, config.embed_dim, dtype, rngs)
         self.temperature = nnx.Param(jnp.float32(config.temperature))
@@ -83,13 +83,14 @@ class SimSeg(nnx.Module):
         mask: jax.Array,
         m: int | None = None,
         mask_padding: bool | None = None,
-        key: jax.Array | None = None,
+        keys: jax.Array | None = None,
     ) -> jax.Array:
         """Token ids and padding mask [B, T] -> unit-length embeddings [B, D].
 
-        m (M^T) and mask_padding default to the training values; key switches dropout on.
+        m (M^T) and mask_padding default to the training values; keys, a random key per example
+        [B], switch dropout on.
         """
-        tokens = constrain_batch(self.text_projection(self.text_encoder(ids, mask, key)))
+        tokens = constrain_batch(self.text_projection(self.text_encoder(ids, mask, keys)))
         masked = self.config.mask_padding if mask_padding is None else mask_padding
         pool_mask = mask if masked else None
         if self.config.pool == "cls":
@@ -107,9 +108,12 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
 
 
-def make_model(config: SimSegConfig, dtype=jnp.float32) -> nnx.GraphDef:
-    """The model's structure without parameters; `bind(graphdef, params)` makes it callable."""
-    abstract = nnx.eval_shape(lambda: SimSeg(config, dtype, nnx.Rngs(0)))
+def make_model(config: SimSegConfig, dtype=jnp.float32, remat: str = "none") -> nnx.GraphDef:
+    """The model's structure without parameters; `bind(graphdef, params)` makes it callable.
+
+    remat: what the gradient keeps of every block, as `layers.apply_blocks`.
+    """
+    abstract = nnx.eval_shape(lambda: SimSeg(config, dtype, nnx.Rngs(0), remat))
     graphdef, _ = nnx.split(abstract, nnx.Param)
     return graphdef
 

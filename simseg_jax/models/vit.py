@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simseg_jax.models.layers import attention, linear, torch_linear_init
+from simseg_jax.models.layers import apply_blocks, attention, linear, torch_linear_init
 from simseg_jax.sharding import constrain_batch
 
 
@@ -94,10 +94,12 @@ class PatchEmbed(nnx.Module):
 class ViT(nnx.Module):
     """images [B, H, W, 3] (float, normalised) -> tokens [B, 1 + (H/p)(W/p), width], CLS first.
 
-    H and W may be any multiple of the patch size: the position embedding is resized.
+    H and W may be any multiple of the patch size: the position embedding is resized. remat: as
+    `layers.apply_blocks`.
     """
 
-    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs, remat: str = "none"):
+        self.remat = remat
         self.grid = config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(config, dtype, rngs)
         self.cls_token = nnx.Param(1e-6 * jax.random.normal(rngs.params(), (1, 1, config.width)))
@@ -114,8 +116,7 @@ class ViT(nnx.Module):
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
         positions = resize_position_embedding(self.pos_embed[...], grid).astype(x.dtype)
         x = constrain_batch(jnp.concatenate([cls, x], axis=1) + positions)
-        for block in self.blocks:
-            x = block(x)
+        x = apply_blocks(lambda block, x, _: block(x), self.blocks, x, self.remat)
         return self.norm(x)
 
 

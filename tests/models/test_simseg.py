@@ -76,10 +76,14 @@ def test_dropout_only_with_a_key():
     model = bind(graphdef, params)
     ids, mask = jnp.ones((2, 6), int), jnp.ones((2, 6), bool)
     plain = model.encode_text(ids, mask)
-    first = model.encode_text(ids, mask, key=jax.random.key(1))
+    keys = jax.random.split(jax.random.key(1), 2)
+    first = model.encode_text(ids, mask, keys=keys)
     np.testing.assert_array_equal(plain, model.encode_text(ids, mask))
-    np.testing.assert_array_equal(first, model.encode_text(ids, mask, key=jax.random.key(1)))
+    np.testing.assert_array_equal(first, model.encode_text(ids, mask, keys=keys))
     assert np.abs(np.asarray(first - plain)).max() > 1e-3
+    # Equal examples with different keys; an example alone draws what it draws in a batch.
+    assert np.abs(np.asarray(first[0] - first[1])).max() > 1e-3
+    assert_close(model.encode_text(ids[1:], mask[1:], keys=keys[1:]), first[1:])
 
 
 def test_padding_competes_only_when_unmasked(golden_model, golden):

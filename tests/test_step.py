@@ -1,0 +1,114 @@
+"""Gradient cache and rematerialisation: the same gradients from less memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from simseg_jax.models.bert import BertConfig
+from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
+from simseg_jax.models.vit import ViTConfig
+from simseg_jax.sharding import batch_sharding, make_mesh, state_sharding, to_global_batch
+from simseg_jax.step import make_update
+
+BATCH, TOKENS = 32, 12
+MODEL = SimSegConfig(
+    image=ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2, mlp_width=64),
+    text=BertConfig(
+        vocab_size=50, max_positions=TOKENS, width=128, depth=2, heads=2, mlp_width=256, dropout=0.3
+    ),
+    embed_dim=16,
+    m_text=3,
+)
+
+
+def batch(size=BATCH):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, TOKENS + 1, (size, 1))
+    return {
+        "image": rng.integers(0, 256, (size, 32, 32, 3), np.uint8),
+        "ids": rng.integers(1, 50, (size, TOKENS)).astype(np.int32),
+        "mask": np.arange(TOKENS)[None] < lengths,
+    }
+
+
+def compile_step(devices=1, fsdp=1, remat="none", size=BATCH, model=MODEL, **options):
+    """The compiled step and its arguments; the state after it holds the gradients."""
+    mesh = make_mesh(fsdp, jax.devices()[:devices])
+    optimizer = optax.trace(0.0)
+    update = make_update(make_model(model, remat=remat), optimizer, seed=0, **options)
+
+    def init():
+        params = init_params(model, jax.random.key(0))
+        return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(7)}
+
+    shardings = state_sharding(jax.eval_shape(init), mesh)
+    step = jax.jit(
+        update,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+    )
+    with jax.set_mesh(mesh):
+        state = jax.jit(init, out_shardings=shardings)()
+        arguments = state, to_global_batch(batch(size), mesh)
+        return step.lower(*arguments).compile(), arguments
+
+
+def gradients(**settings):
+    step, arguments = compile_step(**settings)
+    state, metrics = step(*arguments)
+    return jax.tree.map(np.asarray, (state["opt"].trace, metrics))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return gradients()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro_batch": 4, "loss_chunk": 8},
+        {"micro_batch": 2, "devices": 8},
+        {"micro_batch": 1, "devices": 8, "fsdp": 4, "loss_chunk": 2},
+        {"remat": "dots"},
+        {"remat": "full", "micro_batch": 8},
+    ],
+    ids=str,
+)
+def test_the_gradient_is_that_of_the_whole_batch(plain, settings):
+    """With dropout: every example must draw the same in all passes and micro-batches."""
+    expected, metrics = plain
+    actual, same_metrics = gradients(**settings)
+    difference = optax.tree.norm(jax.tree.map(np.subtract, actual, expected))
+    assert difference <= 1e-6 * optax.tree.norm(expected)
+    # Float32 sums in another order; biases of attention keys have no gradient but such noise.
+    noise = 1e-7 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max() + noise),
+        actual,
+        expected,
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), same_metrics, metrics)
+
+
+def test_dropout_changes_the_gradient(plain):
+    """Otherwise the test above could not see wrong keys."""
+    text = dataclasses.replace(MODEL.text, dropout=0.0)
+    without, _ = gradients(model=dataclasses.replace(MODEL, text=text))
+    assert np.abs(without["text_projection"]["kernel"]).max() > 0
+    change = without["text_projection"]["kernel"] - plain[0]["text_projection"]["kernel"]
+    assert np.abs(change).max() > 1e-3 * np.abs(without["text_projection"]["kernel"]).max()
+
+
+def test_memory_shrinks():
+    def temporaries(**settings):
+        step, _ = compile_step(size=256, **settings)
+        return step.memory_analysis().temp_size_in_bytes
+
+    everything = temporaries()
+    assert temporaries(remat="full") < 0.7 * everything
+    assert temporaries(micro_batch=32) < 0.3 * everything
