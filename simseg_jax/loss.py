@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from simseg_jax.sharding import constrain_batch, device_count
+from simseg_jax.sharding import constrain_batch, device_count, gather_batch
 
 
 def clip_temperature(temperature: jax.Array) -> jax.Array:
@@ -31,7 +31,7 @@ def contrastive_loss(
     # Everything has a leading axis over the devices, so that each sums up on its own and they
     # exchange embeddings, gradients and statistics of columns once, not once per chunk.
     queries = constrain_batch(images.reshape(parts, -1, rows, images.shape[1]))
-    keys = constrain_batch(jnp.broadcast_to(texts, (parts, *texts.shape)))
+    keys = gather_batch(texts)
     targets = constrain_batch(jnp.arange(batch).reshape(parts, -1, rows))
 
     def compare(columns, inputs):
@@ -59,8 +59,10 @@ def contrastive_loss(
         columns, outputs = jax.lax.scan(jax.checkpoint(compare), columns, inputs)
     total, best, where = columns
     loss, found = outputs
-    # Of equal similarities the first counts, as for argmax.
-    found_by_text = where[jnp.argmax(best, axis=0), jnp.arange(batch)] == jnp.arange(batch)
+    # Of equal similarities the first counts, as for argmax; devices exchange B numbers twice, where
+    # an argmax over them would gather devices x B.
+    first = jnp.where(best == best.max(axis=0, keepdims=True), where, batch).min(axis=0)
+    found_by_text = first == jnp.arange(batch)
     metrics = {
         "i2t_accuracy": jnp.mean(found),
         "t2i_accuracy": jnp.mean(found_by_text),
