@@ -1,6 +1,9 @@
 """What the commands have in common: the shape of their help and the options of a checkpoint."""
 
 import argparse
+from pathlib import Path
+
+import jax
 
 
 def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -24,3 +27,14 @@ def add_evals_options(parser: argparse.ArgumentParser) -> None:
     """Which benchmarks."""
     parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
     parser.add_argument("--benchmark", help="names in evals.seg, with commas; default: all of them")
+
+
+def cache_programs() -> None:
+    """Keeps compiled programs in ~/.cache/simseg_jax/programs, so that the next start is faster.
+
+    JAX's own JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0
+    switches it off.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        folder = Path("~/.cache/simseg_jax/programs").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))

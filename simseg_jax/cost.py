@@ -28,8 +28,8 @@ COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permut
 
 def peak_flops(device) -> float | None:
     """bfloat16 FLOP/s of a `jax.Device` as its maker states them, None where unknown."""
-    matches = (peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind)
-    return next(matches, None)
+    matches = [name for name in PEAK_FLOPS if name in device.device_kind]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 def forward_flops(config: SimSegConfig, batch: int, tokens: int) -> int:
@@ -57,10 +57,25 @@ def step_flops(config: SimSegConfig, batch: int, tokens: int) -> int:
     return 3 * forward_flops(config, batch, tokens)
 
 
-def memory_bytes(compiled: Any) -> tuple[int, int]:
-    """(arguments, temporaries) of a compiled program on one device, as XLA plans them."""
+def describe_step(compiled: Any, flops: int, devices: int) -> str:
+    """What a step costs every device, in one line, from the compiled program.
+
+    flops: of the whole step, see `step_flops`; devices: how many share it.
+    """
     memory = compiled.memory_analysis()
-    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    line = (
+        f"A step takes {flops / devices / 1e12:.3g} TFLOP of every device, "
+        f"{memory.argument_size_in_bytes / 2**30:.3g} GiB for state and batch and "
+        f"{memory.temp_size_in_bytes / 2**30:.3g} GiB for temporaries"
+    )
+    if devices == 1:
+        return line
+    try:
+        sent = communication_bytes(compiled.as_text())
+    except ValueError as error:  # Another version of XLA may write its programs differently.
+        return f"{line}; communication unknown ({error})"
+    kinds = ", ".join(f"{kind} {size / 1e6:.3g}" for kind, size in sorted(sent.items()))
+    return f"{line}, and sends {sent.total() / 1e6:.3g} MB ({kinds})"
 
 
 def communication_bytes(hlo: str) -> Counter[str]:

@@ -10,12 +10,18 @@ import numpy as np
 from tqdm import tqdm
 
 from simseg_jax.checkpoint import TrainedModel, load_model
-from simseg_jax.command_line import add_checkpoint_options, add_evals_options, make_parser
+from simseg_jax.command_line import (
+    add_checkpoint_options,
+    add_evals_options,
+    cache_programs,
+    make_parser,
+)
 from simseg_jax.config import Config, apply_overrides, load_config
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.evaluators.statistics import class_table, format_table, image_ious, write_csv
+from simseg_jax.processes import add_distributed_option, join_processes
 from simseg_jax.visualize import write_contact_sheet
 
 EPILOG = """examples:
@@ -43,12 +49,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type")
     parser.add_argument("--output", help="folder; default: CHECKPOINT/evaluation-STEP")
     parser.add_argument("--pictures", type=int, default=8, help="worst and best images; 0: none")
-    parser.add_argument(
-        "--distributed", action="store_true", help="share the images with other processes"
-    )
+    add_distributed_option(parser)
     args, overrides = parser.parse_known_args()
     if args.distributed:
-        jax.distributed.initialize()
+        join_processes()
+    cache_programs()
     model = load_model(args.checkpoint, args.step, args.dtype and jnp.dtype(args.dtype))
     config = evaluation_config(model.config, args.config, overrides)
     benchmarks = choose(config, args.benchmark)

@@ -4,9 +4,10 @@ import time
 
 import jax
 
-from simseg_jax.command_line import make_parser
+from simseg_jax.command_line import cache_programs, make_parser
 from simseg_jax.config import describe, load_config
 from simseg_jax.errors import report_user_errors
+from simseg_jax.processes import add_distributed_option, join_processes
 from simseg_jax.train import train
 
 EPILOG = """examples:
@@ -29,16 +30,22 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument("--workdir", required=True, help="folder for everything the run writes")
     parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="join the other processes of a TPU pod, SLURM job or MPI launch first",
+        "--profile",
+        metavar="STEPS",
+        type=int,
+        nargs="?",
+        const=3,
+        default=0,
+        help="write a trace of so many steps (3) to WORKDIR/profile, for ui.perfetto.dev or XProf",
     )
+    add_distributed_option(parser)
     args, overrides = parser.parse_known_args()
     if args.distributed:
-        jax.distributed.initialize()
+        join_processes()
+    cache_programs()
     config = load_config(args.config, overrides)
     began = time.monotonic()
-    results = train(config, args.workdir)
+    results = train(config, args.workdir, args.profile)
     if jax.process_index() > 0:
         return
     if results is None:

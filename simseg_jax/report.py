@@ -12,17 +12,31 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
+from simseg_jax.cost import peak_flops
+
 
 class Reporter:
     """Writes WORKDIR/metrics.jsonl (one object per line) and WORKDIR/tensorboard.
 
     A context manager. After a resume the lines beyond the restored step are dropped, so that the
-    file reads like that of an uninterrupted run.
+    file reads like that of an uninterrupted run. flops: of a step on all devices, for their
+    throughput and, where their peak is known, its share of that (MFU).
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int, batch_size: int, log_every: int):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start: int,
+        steps: int,
+        batch_size: int,
+        log_every: int,
+        flops: int,
+    ):
         self.enabled = jax.process_index() == 0
         self.steps, self.batch_size, self.log_every = steps, batch_size, log_every
+        self.flops = flops / jax.device_count()
+        self.peak = peak_flops(jax.devices()[0])
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -84,10 +98,16 @@ class Reporter:
         waited -= self.stretch_waited
         values |= {"pairs_per_second": speed, "data_wait_seconds": waited / steps}
         values["data_replaced"] = replaced
+        flops = self.flops * steps / seconds
+        values["tflops_per_device"] = flops / 1e12
+        used = ""
+        if self.peak:
+            values["mfu"] = flops / self.peak
+            used = f", MFU {values['mfu']:.1%}"
         self.write(step, values)
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} (chance {math.log(self.batch_size):.2f}), "
-            f"temperature {values['temperature']:.4f}, {speed:,.0f} pairs/s, "
+            f"temperature {values['temperature']:.4f}, {speed:,.0f} pairs/s{used}, "
             f"waiting for data {min(1, waited / seconds):.0%}",
             refresh=False,
         )
@@ -114,6 +134,43 @@ class Reporter:
         """A line above the progress bar."""
         if self.enabled:
             tqdm.write(message)
+
+
+class Profile:
+    """Writes `folder` with a trace of `steps` training steps of process 0; 0: none.
+
+    A context manager. The first steps after the start are left out: they fill the pipeline.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, folder: Path, start: int, steps: int):
+        self.folder = folder
+        self.first = start + self.WARM_UP if steps and jax.process_index() == 0 else -1
+        self.last = self.first + steps
+        self.running = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self.running:  # The run was shorter.
+            jax.profiler.stop_trace()
+
+    def before(self, step: int, pending, reporter: Reporter) -> None:
+        """Starts or ends the trace if it is time; to be called before every step.
+
+        pending: results of the step before, which belong to it.
+        """
+        if step == self.first:
+            jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
+            self.running = True
+        elif self.running and step == self.last:
+            jax.block_until_ready(pending)
+            jax.profiler.stop_trace()
+            self.running = False
+            reporter.say(f"Trace of steps {self.first + 1} to {step}: {self.folder}")
+            reporter.pause()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simseg_jax.checkpoint import TrainedModel, load_model
-from simseg_jax.command_line import add_checkpoint_options, make_parser
+from simseg_jax.command_line import add_checkpoint_options, cache_programs, make_parser
 from simseg_jax.config import segmentation_eval, validate_segmentation
 from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
 from simseg_jax.data.classes import prompt_names
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--sigma_weight", type=float, help="higher: fewer words are drawn")
     parser.add_argument("--batch_size", type=int, help="images per batch")
     args = parser.parse_args()
+    cache_programs()
     chosen = {
         key: getattr(args, key) for key in SEGMENTATION_KEYS if getattr(args, key, None) is not None
     }

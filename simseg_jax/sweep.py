@@ -8,7 +8,12 @@ from typing import NamedTuple
 import jax
 
 from simseg_jax.checkpoint import TrainedModel, load_model
-from simseg_jax.command_line import add_checkpoint_options, add_evals_options, make_parser
+from simseg_jax.command_line import (
+    add_checkpoint_options,
+    add_evals_options,
+    cache_programs,
+    make_parser,
+)
 from simseg_jax.config import segmentation_eval, validate_segmentation
 from simseg_jax.dotted import assign, get, literal
 from simseg_jax.errors import UserError, report_user_errors
@@ -90,6 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--output", help="folder; default: CHECKPOINT/sweep-STEP/TABLE")
     args, overrides = parser.parse_known_args()
+    cache_programs()
     if bool(args.table) == bool(args.set):
         raise UserError(f"Give either --table ({', '.join(TABLES)}) or --set=KEY=A,B,...")
     model = load_model(args.checkpoint, args.step)

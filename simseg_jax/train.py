@@ -1,12 +1,11 @@
 """The training run, top to bottom: mesh, data, model, state, restore, evaluators, loop."""
 
 import math
-import signal
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
 from simseg_jax import config as config_lib
 from simseg_jax.checkpoint import (
@@ -18,13 +17,15 @@ from simseg_jax.checkpoint import (
     with_sharding,
 )
 from simseg_jax.config import Config
+from simseg_jax.cost import describe_step, step_flops
 from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.optim import adamw, cosine_schedule
-from simseg_jax.report import Reporter
+from simseg_jax.processes import StopSignal
+from simseg_jax.report import Profile, Reporter
 from simseg_jax.sharding import (
     batch_sharding,
     make_mesh,
@@ -54,10 +55,11 @@ def make_optimizer(config: Config, steps: int, params):
     return optimizer, schedule
 
 
-def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
+def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, float] | None:
     """Trains, checkpoints and evaluates; returns the final numbers, None if a signal stopped it.
 
     Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`.
+    profile: steps, after the first few, of which a trace is written to WORKDIR/profile.
     """
     workdir = Path(workdir).expanduser().absolute()
     main_process = jax.process_index() == 0
@@ -151,12 +153,21 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
         tokenizer.save_pretrained(workdir / TOKENIZER)
 
     # ---- loop
+    flops = step_flops(architecture, config.batch_size, config.data.max_length)
     results: dict[str, float] = {}
     stop = StopSignal()
     with (
         jax.set_mesh(mesh),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
-        Reporter(workdir, start, steps, config.batch_size, config.log_every) as reporter,
+        Reporter(
+            workdir,
+            start=start,
+            steps=steps,
+            batch_size=config.batch_size,
+            log_every=config.log_every,
+            flops=flops,
+        ) as reporter,
+        Profile(workdir / "profile", start, profile) as trace,
         stop,
     ):
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -167,6 +178,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
         )
         for line in examples.describe():
             reporter.say(line)
+        if start < steps:
+            began = time.monotonic()
+            update = update.lower(state, batch_shapes(config)).compile()
+            reporter.say(f"Compiled in {time.monotonic() - began:.1f} s.")
+            reporter.say(describe_step(update, flops, mesh.size))
+            reporter.pause()
         pending = None  # Metrics of the newest step, which the device may still be computing.
         for step in range(start, steps + 1):
             last, stopping = step == steps, stop.requested(step)
@@ -186,12 +203,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
                 results = evaluate(evaluators, state["params"], reporter, step)
             if last or stopping:
                 break
+            trace.before(step, pending, reporter)
             batch = to_global_batch(next(data), mesh)
             state, metrics = update(state, batch)
             if pending:
                 _report(reporter, checkpoints, step, pending, schedule, data)
-            if step == start:
-                reporter.pause()  # The first call compiles.
             pending = metrics
         if not last:
             reporter.say(f"Saved step {step}.")
@@ -206,6 +222,17 @@ def train(config: Config, workdir: str | Path) -> dict[str, float] | None:
     return results
 
 
+def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch that the step takes, without data."""
+    size, side = config.batch_size, config.model.image.image_size
+    words = (size, config.data.max_length)
+    return {
+        "image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8),
+        "ids": jax.ShapeDtypeStruct(words, jnp.int32),
+        "mask": jax.ShapeDtypeStruct(words, jnp.bool_),
+    }
+
+
 def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[str, float]:
     """Runs every evaluator; reports and returns {"seg/<set>/miou": fraction, ...}."""
     results = {}
@@ -217,31 +244,6 @@ def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[st
         reporter.write(step, results)
     reporter.pause()
     return results
-
-
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a request to save and stop; a second one kills."""
-
-    def __init__(self):
-        self.received = False
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_exception) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, _frame) -> None:
-        self.received = True
-        signal.signal(number, self.previous[number])
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop before `step`; with several processes all of them agree."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.received
 
 
 def _hits(step: int, every: int) -> bool:

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from test_step import BATCH, MODEL, TOKENS, batch, compile_step
 
-from simseg_jax.cost import communication_bytes, forward_flops, peak_flops, step_flops
+from simseg_jax.cost import (
+    communication_bytes,
+    describe_step,
+    forward_flops,
+    peak_flops,
+    step_flops,
+)
 from simseg_jax.loss import contrastive_loss
 from simseg_jax.models.simseg import bind, init_params, make_model
 
@@ -82,7 +88,7 @@ ENTRY %main (x: bf16[8,16]) -> f32[64] {
   %g = bf16[32,16]{1,0} all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %s = (f32[16]{0}, f32[128]{0}) all-gather-start(%y), replica_groups=mesh['a'=2,'b'=8] {'b'}
   %d = f32[128]{0} all-gather-done(%s)
-  %c = f32[8] reduce-scatter(%z), replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]) {'a','b':(2)4}
+  %c = f32[8] reduce-scatter(%z), replica_groups=mesh['a'=2,'b'=8], device_ids=([4]) {'a','b':(2)4}
   %p = u8[100]{0} collective-permute(%w), source_target_pairs={{0,1},{1,0}}
   %w = (s32[], f32[64]{0}) while(%init), body=%body, backend_config={"known_trip_count":{"n":"3"}}
 }
@@ -106,3 +112,11 @@ def test_peak_is_known_by_the_name_of_the_device():
     peaks = [peak_flops(device(kind)) for kind in (*kinds, "TPU v5p", "cpu")]
     np.testing.assert_array_equal(peaks[:-1], [989e12, 756e12, 312e12, 197e12, 459e12])
     assert peaks[-1] is None
+
+
+def test_a_step_is_described():
+    compiled, _ = compile_step(devices=8)
+    line = describe_step(compiled, 8 * 10**12, 8)
+    assert line.startswith("A step takes 1 TFLOP of every device, ")
+    assert " MB (all-gather " in line
+    assert "sends" not in describe_step(compiled, 10**12, 1)

@@ -1,6 +1,7 @@
 """The training run: files it leaves, resuming, signals, failures."""
 
 import gc
+import gzip
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ def lines(workdir):
 
 
 def without_speed(records):
-    speed = {"pairs_per_second", "data_wait_seconds"}
+    speed = {"pairs_per_second", "data_wait_seconds", "tflops_per_device"}
     return [{k: v for k, v in r.items() if k not in speed} for r in records]
 
 
@@ -225,3 +226,15 @@ def test_indivisible_batches_are_refused(tmp_path):
     config.batch_size = 12
     with pytest.raises(UserError, match="multiple of the 8 devices"):
         train(config, tmp_path)
+
+
+def test_a_trace_of_a_few_steps(tmp_path, capfd):
+    config = tiny_config()
+    config.steps = 5
+    train(config, tmp_path, profile=1)
+    assert "Trace of steps 4 to 4" in "".join(capfd.readouterr())
+    # Perfetto's file is a list of named events, some of them of our program.
+    (file,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    with gzip.open(file, "rt") as content:
+        names = {event.get("name") for event in json.load(content)["traceEvents"]}
+    assert any("jit_update" in str(name) or "Execute" in str(name) for name in names)

@@ -1,0 +1,83 @@
+"""Several processes as one run: how they find each other, and how they agree to stop."""
+
+import argparse
+import os
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+from simseg_jax.errors import UserError
+
+COUNT, INDEX, COORDINATOR = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"
+
+
+def add_distributed_option(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that several processes can run together."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of a TPU pod, SLURM job or MPI launch first, or those that "
+        f"{COORDINATOR} (host:port), {COUNT} and {INDEX} describe; see launch/",
+    )
+
+
+def join_processes() -> None:
+    """Connects this process with the others of its run, before JAX is used for anything else.
+
+    The environment variables above come first; without them JAX asks the TPU, SLURM, Open MPI or
+    Kubernetes. When a process dies, the others end as well.
+    """
+    given = [name for name in (COUNT, INDEX, COORDINATOR) if os.environ.get(name)]
+    if COUNT in given or INDEX in given:
+        missing = {COUNT, INDEX, COORDINATOR} - set(given)
+        if missing:
+            raise UserError(f"--distributed: {', '.join(given)} set without {', '.join(missing)}.")
+        numbers = os.environ[COUNT], os.environ[INDEX]
+        if not all(number.isdigit() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+            raise UserError(
+                f"--distributed: {INDEX} counts from 0 to {COUNT} - 1; they are {numbers[1]!r} and "
+                f"{numbers[0]!r}."
+            )
+        jax.distributed.initialize(os.environ[COORDINATOR], *map(int, numbers))
+        return
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            "--distributed found no TPU pod, SLURM job or MPI launch: leave it out for a single "
+            f"process, or set {COORDINATOR}, {COUNT} and {INDEX} (JAX says: {error})."
+        ) from error
+
+
+class StopSignal:
+    """Turns the first SIGTERM or Ctrl-C into a request to save and stop; a second one kills.
+
+    With several processes a signal to any of them stops all of them before the same step.
+    """
+
+    def __init__(self):
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        # Among several processes JAX's own service watches for SIGTERM; a handler of ours would
+        # keep the signal from it.
+        own = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+        self.previous = {number: signal.signal(number, self._handle) for number in own}
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame) -> None:
+        self.received = True
+        signal.signal(number, self.previous[number])
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop before `step`."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received
