@@ -15,6 +15,7 @@ setup(
         "array-record>=0.8,<0.9",
         # SIMD resizing; where there is no wheel, PIL does the same three times as slowly.
         "cykooz-resizer>=4,<5; platform_machine != 'aarch64'",
+        "etils[epath]>=1.12,<2",
         "flax>=0.12.4,<0.14",
         "fsspec>=2025.3",
         "grain>=0.2.15,<0.3",

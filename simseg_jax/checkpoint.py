@@ -2,21 +2,25 @@
 
 WORKDIR/checkpoints/<step> holds `params` and `optimizer` (moments and step), with the resolved
 configuration and the position in the training stream as metadata; WORKDIR/tokenizer the vocabulary.
+`checkpoint.directory` takes the place of WORKDIR/checkpoints, on object storage for example.
 """
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import absl.logging
 import jax
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from simseg_jax import config as config_lib
 from simseg_jax.config import Config
+from simseg_jax.data.pairs.remote import is_remote
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.dotted import leaves
 from simseg_jax.errors import UserError
@@ -24,17 +28,17 @@ from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.sharding import make_mesh, state_sharding
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
 TOKENIZER = "tokenizer"
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for pending writes on exit."""
 
-    def __init__(self, workdir: Path, keep: int):
-        directory = workdir / CHECKPOINTS
+    def __init__(self, folder: epath.Path, keep: int):
         newest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            str(directory),
+            str(folder),
             preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
@@ -46,10 +50,10 @@ class Checkpoints:
         self._checkpointer.close()
 
     @property
-    def latest(self) -> Path | None:
+    def latest(self) -> epath.Path | None:
         """Folder of the newest complete checkpoint."""
         newest = self._checkpointer.latest
-        return Path(newest.path) if newest else None
+        return epath.Path(newest.path) if newest else None
 
     def save(self, step: int, state: dict, position: int, config: Config) -> None:
         """Writes in the background; the arrays are captured before it returns.
@@ -67,12 +71,20 @@ class Checkpoints:
         )
 
 
-def step_path(workdir: Path, step: int) -> Path:
-    """Folder of the checkpoint of one step."""
-    return workdir / CHECKPOINTS / str(step)
+def checkpoints_folder(workdir: Path, directory: str | None = None) -> epath.Path:
+    """Where a run keeps its checkpoints.
+
+    directory: `checkpoint.directory`, by default that of the run in this folder.
+    """
+    if directory is None and (workdir / CONFIG).is_file():
+        content = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+        directory = content.get("checkpoint", {}).get("directory")
+    if directory and is_remote(directory):
+        return epath.Path(directory)
+    return epath.Path(Path(directory or workdir / CHECKPOINTS).expanduser().absolute())
 
 
-def restore_state(path: Path, abstract_state: dict, config: Config) -> tuple[dict, int]:
+def restore_state(path: epath.Path, abstract_state: dict, config: Config) -> tuple[dict, int]:
     """(state with the shardings of `abstract_state`, position in the stream) of one checkpoint."""
     saved = saved_config(path)
     before = dict(leaves(saved.model))
@@ -121,15 +133,14 @@ def load_model(workdir: str | Path, step: int | None = None, dtype=None) -> Trai
     dtype: compute type, by default what `compute_dtype` chooses for the run's configuration.
     """
     workdir = Path(workdir).expanduser().absolute()
-    steps = completed_steps(workdir)
+    folder = checkpoints_folder(workdir)
+    steps = completed_steps(folder)
     if not steps:
-        raise UserError(
-            f"No finished checkpoint under {workdir / CHECKPOINTS}: give the --workdir of a run."
-        )
+        raise UserError(f"No finished checkpoint under {folder}: give the --workdir of a run.")
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}, only {steps}.")
-    path = step_path(workdir, step)
+    path = folder / str(step)
     config = saved_config(path)
     tokenizer = load_tokenizer(str(workdir / TOKENIZER))
     architecture = config_lib.model_config(config, len(tokenizer))
@@ -144,15 +155,14 @@ def load_model(workdir: str | Path, step: int | None = None, dtype=None) -> Trai
     return TrainedModel(config, step, graphdef, params, encoder, mesh, identity)
 
 
-def completed_steps(workdir: Path) -> list[int]:
+def completed_steps(folder: epath.Path) -> list[int]:
     """Steps with a complete checkpoint, ascending; folders of interrupted writes do not count."""
-    directory = workdir / CHECKPOINTS
-    folders = directory.iterdir() if directory.is_dir() else ()
-    steps = [int(f.name) for f in folders if f.name.isdigit() and ocp.is_orbax_checkpoint(str(f))]
+    found = folder.iterdir() if folder.is_dir() else ()
+    steps = [int(f.name) for f in found if f.name.isdigit() and ocp.is_orbax_checkpoint(str(f))]
     return sorted(steps)
 
 
-def saved_config(path: Path) -> Config:
+def saved_config(path: epath.Path) -> Config:
     """The resolved configuration stored with a checkpoint."""
     try:
         return config_lib.from_dict(_metadata(path).custom_metadata["config"])
@@ -160,7 +170,7 @@ def saved_config(path: Path) -> Config:
         raise UserError(_damaged(path, error)) from error
 
 
-def _metadata(path: Path) -> Any:
+def _metadata(path: epath.Path) -> Any:
     verbosity = absl.logging.get_verbosity()
     try:
         # Orbax warns that the iterator's state has no metadata, which nobody asked for.
@@ -179,7 +189,7 @@ def with_sharding(shapes, shardings):
     )
 
 
-def _load(path: Path, abstract: dict) -> dict:
+def _load(path: epath.Path, abstract: dict) -> dict:
     try:
         return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
@@ -188,7 +198,7 @@ def _load(path: Path, abstract: dict) -> dict:
         raise UserError(_damaged(path, error)) from error
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def _damaged(path: epath.Path, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
     return (
         f"The checkpoint {path} cannot be read ({type(error).__name__}: {reason}). If it is "

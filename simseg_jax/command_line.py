@@ -35,6 +35,6 @@ def cache_programs() -> None:
     JAX's own JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0
     switches it off.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         folder = Path("~/.cache/simseg_jax/programs").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -85,6 +85,10 @@ KEYS = {
     "checkpoint": {
         "every": (1000, "steps between checkpoints; the last step is always saved"),
         "keep": (3, "newest checkpoints kept"),
+        "directory": (
+            "",
+            "folder or URL (gs://) of the checkpoints; '': WORKDIR/checkpoints",
+        ),
         "resume": ("", "WORKDIR of another run to start from when this one has no checkpoint"),
     },
     "evals": {"seg": {}},

@@ -12,7 +12,8 @@ class UserError(Exception):
 def report_user_errors(main):
     """Wraps a command's main function: a `UserError` ends it with its message, no traceback.
 
-    So does an error of the file system that names a file, such as a folder without permission.
+    So does an error of the file system that names a file, such as a folder without permission. The
+    exit status is 2, as for a wrong option: starting again would not help, which launchers use.
     """
 
     @functools.wraps(main)
@@ -20,11 +21,13 @@ def report_user_errors(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            sys.exit(f"error: {error}")
+            message = str(error)
         except OSError as error:
             if error.filename is None:
                 raise
-            sys.exit(f"error: {error.strerror}: {error.filename}")
+            message = f"{error.strerror}: {error.filename}"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
     return wrapped
 

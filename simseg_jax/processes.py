@@ -28,18 +28,16 @@ def join_processes() -> None:
     The environment variables above come first; without them JAX asks the TPU, SLURM, Open MPI or
     Kubernetes. When a process dies, the others end as well.
     """
-    given = [name for name in (COUNT, INDEX, COORDINATOR) if os.environ.get(name)]
-    if COUNT in given or INDEX in given:
-        missing = {COUNT, INDEX, COORDINATOR} - set(given)
+    if os.environ.get(COUNT) or os.environ.get(INDEX):
+        missing = [name for name in (COORDINATOR, COUNT, INDEX) if not os.environ.get(name)]
         if missing:
-            raise UserError(f"--distributed: {', '.join(given)} set without {', '.join(missing)}.")
-        numbers = os.environ[COUNT], os.environ[INDEX]
-        if not all(number.isdigit() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+            raise UserError(f"--distributed: {', '.join(missing)} must be set as well.")
+        count, index = os.environ[COUNT], os.environ[INDEX]
+        if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
             raise UserError(
-                f"--distributed: {INDEX} counts from 0 to {COUNT} - 1; they are {numbers[1]!r} and "
-                f"{numbers[0]!r}."
+                f"--distributed: {INDEX}={index!r} must be one of 0 to {COUNT}={count!r} - 1."
             )
-        jax.distributed.initialize(os.environ[COORDINATOR], *map(int, numbers))
+        jax.distributed.initialize(os.environ[COORDINATOR], int(count), int(index))
         return
     try:
         jax.distributed.initialize()

@@ -163,7 +163,11 @@ class Profile:
         pending: results of the step before, which belong to it.
         """
         if step == self.first:
-            jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Every Python call would slow down what is measured.
+            jax.profiler.start_trace(
+                str(self.folder), create_perfetto_trace=True, profiler_options=options
+            )
             self.running = True
         elif self.running and step == self.last:
             jax.block_until_ready(pending)

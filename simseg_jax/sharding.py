@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,7 +21,11 @@ MIN_SHARDED_SIZE = 2**14
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence | None = None) -> Mesh:
-    """A (data, fsdp) mesh over all devices, `fsdp` of them sharing one copy of the parameters."""
+    """A (data, fsdp) mesh over all devices, `fsdp` of them sharing one copy of the parameters.
+
+    Of several TPU slices each holds whole copies: only gradients and embeddings cross the network
+    between them.
+    """
     devices = devices or jax.devices()
     if fsdp < 1 or len(devices) % fsdp:
         raise UserError(
@@ -29,9 +33,16 @@ def make_mesh(fsdp: int = 1, devices: Sequence | None = None) -> Mesh:
         )
     # Explicit axes (JAX's default) would ask every module for sharding annotations.
     auto = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh(
-        (len(devices) // fsdp, fsdp), ("data", "fsdp"), axis_types=auto, devices=devices
-    )
+    shape, names = (len(devices) // fsdp, fsdp), ("data", "fsdp")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.fsdp={fsdp} must divide the {len(devices) // slices} devices of a slice."
+        )
+    within = (shape[0] // slices, fsdp)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices), names, auto)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from simseg_jax import config as config_lib
 from simseg_jax.checkpoint import (
+    CONFIG,
     TOKENIZER,
     Checkpoints,
+    checkpoints_folder,
     completed_steps,
     restore_state,
-    step_path,
     with_sharding,
 )
 from simseg_jax.config import Config
@@ -134,7 +136,8 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
     }
 
     # ---- restore
-    restorable = _newest_checkpoint(workdir, config.checkpoint.resume)
+    folder = checkpoints_folder(workdir, config.checkpoint.directory)
+    restorable = _newest_checkpoint(folder, config.checkpoint.resume)
     if restorable:
         abstract = with_sharding(state_shapes, shardings)
         state, data.position = restore_state(restorable, abstract, config)
@@ -149,7 +152,7 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
     # Only now: a run that cannot continue leaves the files of its workdir as they were.
     if main_process:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+        (workdir / CONFIG).write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(workdir / TOKENIZER)
 
     # ---- loop
@@ -158,7 +161,7 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
     stop = StopSignal()
     with (
         jax.set_mesh(mesh),
-        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+        Checkpoints(folder, config.checkpoint.keep) as checkpoints,
         Reporter(
             workdir,
             start=start,
@@ -250,17 +253,14 @@ def _hits(step: int, every: int) -> bool:
     return step > 0 and every > 0 and step % every == 0
 
 
-def _newest_checkpoint(workdir: Path, resume: str) -> Path | None:
-    steps = completed_steps(workdir)
-    if steps:
-        return step_path(workdir, steps[-1])
-    if not resume:
-        return None
-    other = Path(resume).expanduser().absolute()
-    steps = completed_steps(other)
-    if not steps:
-        raise UserError(f"checkpoint.resume={resume!r} holds no finished checkpoint.")
-    return step_path(other, steps[-1])
+def _newest_checkpoint(folder: epath.Path, resume: str) -> epath.Path | None:
+    steps = completed_steps(folder)
+    if not steps and resume:
+        folder = checkpoints_folder(Path(resume).expanduser().absolute())
+        steps = completed_steps(folder)
+        if not steps:
+            raise UserError(f"checkpoint.resume={resume!r} holds no finished checkpoint.")
+    return folder / str(steps[-1]) if steps else None
 
 
 def _report(

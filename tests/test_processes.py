@@ -1,109 +1,209 @@
-"""Several processes that find each other through `jax.distributed`, as on several machines."""
+"""Several real processes on this machine, started by launch/local.py as a user starts them."""
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from support import tiny_config, tiny_eval
 
-from simseg_jax.checkpoint import completed_steps
-from simseg_jax.config import to_json
+from simseg_jax.checkpoint import checkpoints_folder, completed_steps, load_model
+from simseg_jax.errors import UserError
+from simseg_jax.processes import join_processes
 from simseg_jax.train import train
 
-TRAIN = """
-import json, sys, jax
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-from simseg_jax import config, train
-with open(sys.argv[3]) as file:
-    print(json.dumps(train.train(config.from_dict(json.load(file)), sys.argv[4])))
+TESTS = Path(__file__).parent
+# What the tests run in every process: the training command, which sends itself a signal once.
+FAULTY = """
+import os, sys
+import jax
+from simseg_jax import main, train
+
+report = train._report
+
+def die(reporter, checkpoints, step, *rest):
+    report(reporter, checkpoints, step, *rest)
+    if step == int(os.environ["AT_STEP"]) and jax.process_index() == int(os.environ["PROCESS"]):
+        if not os.path.exists(os.environ["ONCE"]):
+            open(os.environ["ONCE"], "w").close()
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+train._report = die
+main.main()
 """
-EVALUATE = """
-import sys, jax
-jax.distributed.initialize(f"localhost:{sys.argv.pop(1)}", 2, int(sys.argv.pop(1)))
-from simseg_jax import evaluate
-evaluate.main()
-"""
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
+def configuration():
+    """Dropout and edited captions; Adam's epsilon as in test_sharding."""
+    config = tiny_config()
+    config.steps = 6
+    config.data.edit_rate = 0.5
+    config.optim.eps = 1e-3
+    return config
 
 
-def run_together(code, count, *arguments):
-    """Standard output of every process."""
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(port), str(index), *map(str, arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    try:
-        results = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return [out for out, _ in results]
+def launch(processes, module, *arguments, restarts=0, path="", **environment):
+    """The finished launcher, with its output as text."""
+    # The children share the compiled programs of the tests and have one device each.
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["SIMSEG_JAX_TEST_CACHE"],
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
+        "PYTHONPATH": f"{TESTS}:{path}",
+        **environment,
+    }
+    command = [sys.executable, TESTS.parent / "launch" / "local.py", f"--processes={processes}"]
+    command += [f"--restarts={restarts}", module, *arguments]
+    return subprocess.run(
+        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=240
+    )
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("processes")
+def alone(tmp_path_factory):
+    """The folder of an uninterrupted run of one process, and the file of its configuration."""
+    folder = tmp_path_factory.mktemp("alone")
+    file = folder / "config.py"
+    file.write_text("from test_processes import configuration as get_config\n")
+    train(configuration(), folder / "run")
+    return folder / "run", file
+
+
+def assert_same_run(workdir, expected):
+    """The same losses at every step and the same parameters, up to the order of summation."""
+    (one, losses), (two, other) = ((w, read_losses(w)) for w in (expected, workdir))
+    assert list(other) == list(losses)
+    np.testing.assert_allclose([*other.values()], [*losses.values()], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max() + 1e-8),
+        load_model(two).params,
+        load_model(one).params,
+    )
+
+
+def read_losses(workdir):
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_like_one(alone, tmp_path, processes):
+    expected, config = alone
+    fsdp = f"--config.mesh.fsdp={processes // 2}"
+    done = launch(processes, "simseg_jax.main", f"--config={config}", f"--workdir={tmp_path}", fsdp)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"on {processes} cpu device(s)" in done.stdout
+    assert done.stdout.count("Everything is in") == 1
+    assert_same_run(tmp_path, expected)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
+    """Two, one of which is killed; one, which is asked to stop; four until the end."""
+    expected, config = alone
+    workdir = tmp_path / "run"
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    arguments = ("faulty", f"--config={config}", f"--workdir={workdir}")
+
+    def run(processes, at_step, number, **options):
+        settings = {"AT_STEP": at_step, "PROCESS": processes - 1, "SIGNAL": int(number)}
+        settings["ONCE"] = tmp_path / f"{processes}.signalled"
+        settings = {key: str(value) for key, value in settings.items()}
+        return launch(processes, *arguments, path=tmp_path, **options, **settings)
+
+    killed = run(2, 3, signal.SIGKILL)
+    assert killed.returncode != 0
+    # Step 3 was reported but not saved.
+    assert completed_steps(checkpoints_folder(workdir)) == [2]
+    stopped = run(1, 3, signal.SIGTERM)
+    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    assert "Stopped by a signal" in stopped.stdout
+    assert 2 < completed_steps(checkpoints_folder(workdir))[-1] < 6
+    finished = run(4, 5, signal.SIGKILL, restarts=1)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "restart 1 of 1" in finished.stderr
+    assert_same_run(workdir, expected)
+
+
+def test_a_signal_to_one_process_stops_all_of_them(alone, tmp_path):
+    _, config = alone
+    workdir = tmp_path / "run"
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    settings = {"AT_STEP": "1", "PROCESS": "1", "SIGNAL": str(int(signal.SIGTERM))}
+    done = launch(
+        2,
+        "faulty",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        "--config.steps=100000",
+        "--config.checkpoint.every=100000",
+        path=tmp_path,
+        ONCE=str(tmp_path / "signalled"),
+        **settings,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Stopped by a signal") == 1
+    assert len(completed_steps(checkpoints_folder(workdir))) == 1
+
+
+def test_a_mistake_is_not_repeated(tmp_path, alone):
+    _, config = alone
+    arguments = (f"--config={config}", f"--workdir={tmp_path}", "--config.batch_size=3")
+    done = launch(2, "simseg_jax.main", *arguments, restarts=5)
+    assert done.returncode == 2
+    assert "must be a multiple of the 2 devices" in done.stderr
+    assert "restart" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID must be set as well"),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "2",
+            },
+            "JAX_PROCESS_ID='2' must be one of 0 to",
+        ),
+        ({}, "found no TPU pod, SLURM job or MPI launch: leave it out"),
+    ],
+    ids=["incomplete", "beyond", "nothing"],
+)
+def test_processes_that_cannot_be_found(monkeypatch, settings, message):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        join_processes()
+
+
+def test_two_processes_evaluate_like_one(tmp_path):
     config = tiny_config()
     config.evals.seg.shapes = tiny_eval()
     config.evals.seg.windows = tiny_eval(protocol="standard", window=32, limit=7)
-    results = train(config, path)
-    return path, results
-
-
-def test_two_processes_train_like_one(tmp_path):
-    """The same global batches and dropout: the same losses, up to the order of summation."""
-    config = tiny_config()
-    config.data.update({"edit_rate": 0.5})
-    train(config, tmp_path / "one")
-    (tmp_path / "config.json").write_text(to_json(config))
-    run_together(TRAIN, 2, tmp_path / "config.json", tmp_path / "two")
-    one, two = (
-        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert [r["step"] for r in two] == [1, 2, 3, 4]
-    for a, b in zip(one, two, strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"]
-    # What two wrote, one can continue.
-    config.steps = 5
-    train(config, tmp_path / "two")
-    assert completed_steps(tmp_path / "two") == [2, 4, 5]
-
-
-def test_two_processes_evaluate_like_one(workdir, tmp_path):
-    path, expected = workdir
-    arguments = (f"--checkpoint={path}", f"--output={tmp_path}", "--pictures=2")
-    first, second = run_together(EVALUATE, 2, *arguments)
-    assert json.loads((tmp_path / "result.json").read_text())["results"] == expected
-    assert "shapes: 20 images in" in first
-    assert "images in" not in second
-    files = sorted(file.name for file in (tmp_path / "shapes").glob("*.jsonl"))
+    expected = train(config, tmp_path / "run")
+    output = tmp_path / "out"
+    arguments = ("simseg_jax.evaluate", f"--checkpoint={tmp_path / 'run'}", f"--output={output}")
+    done = launch(2, *arguments, "--pictures=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((output / "result.json").read_text())["results"] == expected
+    assert done.stdout.count("shapes: 20 images in") == 1
+    files = sorted(file.name for file in (output / "shapes").glob("*.jsonl"))
     assert files == ["records-00000.jsonl", "records-00001.jsonl"]
-    lines = [(tmp_path / "shapes" / file).read_text().splitlines() for file in files]
+    lines = [(output / "shapes" / file).read_text().splitlines() for file in files]
     assert [len(x) for x in lines] == [11, 11]
 
     # One of them was killed half way; with the other's records only those are missing.
-    (tmp_path / "shapes" / files[1]).write_text("\n".join(lines[1][:4]) + "\n")
-    first, _ = run_together(EVALUATE, 2, *arguments, "--benchmark=shapes")
-    assert "shapes: 7 images in" in first
-    again = json.loads((tmp_path / "result.json").read_text())["results"]
+    (output / "shapes" / files[1]).write_text("\n".join(lines[1][:4]) + "\n")
+    done = launch(2, *arguments, "--benchmark=shapes")
+    assert "shapes: 7 images in" in done.stdout
+    again = json.loads((output / "result.json").read_text())["results"]
     assert again == {key: value for key, value in expected.items() if "/shapes/" in key}

@@ -1,5 +1,7 @@
 """One device against eight fake ones: the same loss, gradients and parameters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +129,28 @@ def test_batches_are_split_over_all_devices():
 def test_fsdp_must_divide_the_devices():
     with pytest.raises(UserError, match=r"mesh.fsdp=3 must divide .* 8"):
         make_mesh(fsdp=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    """A TPU core as the mesh sees it: two slices of four, listed in turn."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "fake"
+    process_index: int = 0
+
+
+def test_a_copy_of_the_parameters_stays_within_a_slice():
+    devices = [SliceDevice(i, slice_index=i % 2) for i in range(8)]
+    mesh = make_mesh(fsdp=2, devices=devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2}
+    assert [[d.slice_index for d in row] for row in mesh.devices] == [
+        [0, 0],
+        [0, 0],
+        [1, 1],
+        [1, 1],
+    ]
+    with pytest.raises(UserError, match="must divide the 4 devices of a slice"):
+        make_mesh(fsdp=8, devices=devices)

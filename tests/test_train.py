@@ -13,7 +13,7 @@ import pytest
 from support import assert_trees_equal, tiny_config, tiny_eval
 
 from simseg_jax import train as train_module
-from simseg_jax.checkpoint import completed_steps, load_model
+from simseg_jax.checkpoint import checkpoints_folder, completed_steps, load_model
 from simseg_jax.config import from_dict
 from simseg_jax.errors import UserError
 from simseg_jax.train import train
@@ -70,7 +70,7 @@ def test_outputs_of_a_run(finished):
     }
     assert records[-1]["seg/shapes/miou"] == results["seg/shapes/miou"]
     assert from_dict(json.loads((workdir / "config.json").read_text())) == config
-    assert completed_steps(workdir) == [2, 4]
+    assert completed_steps(checkpoints_folder(workdir)) == [2, 4]
     assert (workdir / "pictures" / "shapes.png").stat().st_size > 1000
     assert list((workdir / "tensorboard").iterdir())
 
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
 def test_a_finished_run_can_be_repeated_without_training(finished):
     workdir, config, results = finished
     assert train(config, workdir) == results
-    assert completed_steps(workdir) == [2, 4]
+    assert completed_steps(checkpoints_folder(workdir)) == [2, 4]
 
 
 def test_a_checkpoint_loads_alone(finished):
@@ -119,7 +119,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, seen, monkeypatch):
         train(config, tmp_path / "parts")
     monkeypatch.setattr(train_module, "_report", original)
     # Step 2 was saved, step 3 was lost; it comes again from the same batch.
-    assert completed_steps(tmp_path / "parts") == [2]
+    assert completed_steps(checkpoints_folder(tmp_path / "parts")) == [2]
     first = list(seen)
     seen[:] = []
     train(config, tmp_path / "parts")
@@ -143,7 +143,7 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     assert train(config, tmp_path / "parts") is None
     monkeypatch.setattr(train_module, "_report", original)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    steps = completed_steps(tmp_path / "parts")
+    steps = completed_steps(checkpoints_folder(tmp_path / "parts"))
     assert len(steps) == 1
     assert steps[0] < 4
     train(config, tmp_path / "parts")
@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, finished):
     # A write that never finished has another name and does not count at all.
     checkpoints = workdir / "checkpoints"
     (checkpoints / "4").rename(checkpoints / "4.orbax-checkpoint-tmp")
-    assert completed_steps(workdir) == [2]
+    assert completed_steps(checkpoints_folder(workdir)) == [2]
     assert load_model(workdir).step == 2
 
 
@@ -238,3 +238,21 @@ def test_a_trace_of_a_few_steps(tmp_path, capfd):
     with gzip.open(file, "rt") as content:
         names = {event.get("name") for event in json.load(content)["traceEvents"]}
     assert any("jit_update" in str(name) or "Execute" in str(name) for name in names)
+
+
+def test_checkpoints_may_live_elsewhere(tmp_path):
+    """As on object storage: a new, empty WORKDIR continues from them."""
+    config = tiny_config()
+    config.checkpoint.directory = str(tmp_path / "bucket")
+    config.steps = 2
+    train(config, tmp_path / "first")
+    assert not (tmp_path / "first" / "checkpoints").exists()
+    assert load_model(tmp_path / "first").step == 2
+    config.steps = 3
+    train(config, tmp_path / "second")
+    assert [r["step"] for r in lines(tmp_path / "second")] == [3]
+    assert load_model(tmp_path / "second").step == 3
+    config.checkpoint.update({"directory": "", "resume": str(tmp_path / "first")})
+    config.steps = 4
+    train(config, tmp_path / "third")
+    assert [r["step"] for r in lines(tmp_path / "third")] == [4]

@@ -37,10 +37,11 @@ def run(*arguments):
     prepare.main([*map(str, arguments), "--processes=1"])
 
 
-def message(*arguments):
+def message(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
         prepare.main([*map(str, arguments)])
-    return str(stop.value.code)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
 
 
 def examples(folder):
@@ -132,10 +133,10 @@ def test_what_is_damaged_or_double_is_counted_and_named(home, duplicates):
     assert facts["images"] == len(examples(home / "out")) == (27 if duplicates == "keep" else 26)
 
 
-def test_too_much_damage_stops_it(home):
+def test_too_much_damage_stops_it(home, capsys):
     pairs = [(f"{i}.jpg", b"no image", ("words",)) for i in range(30)] + make_pairs(10)
     path = write_tar(pairs, home / "source")
-    error = message(path, f"--output={home / 'out'}", "--processes=1", "--shards=2")
+    error = message(capsys, path, f"--output={home / 'out'}", "--processes=1", "--shards=2")
     assert "more than --max_bad=0.1" in error
     assert "Repair the data or raise --max_bad" in error
 
@@ -158,7 +159,7 @@ def test_an_interrupted_job_keeps_its_finished_shards(home, monkeypatch, capsys)
     first = next(work.glob("*00000-of-00004"))
     before = first.stat().st_mtime_ns
     assert not list(work.glob("*00002-of-00004"))
-    error = message(*arguments, "--quality=50")
+    error = message(capsys, *arguments, "--quality=50")
     assert "holds another job, with quality=90 instead of 50" in error
     capsys.readouterr()
     run(*arguments)
@@ -188,13 +189,13 @@ def test_a_vocabulary_of_the_captions(home):
     assert "seen" in tokenizer.get_vocab()
 
 
-def test_mistakes_are_explained(home):
+def test_mistakes_are_explained(home, capsys):
     out = f"--output={home / 'out'}"
     path = write_tar(make_pairs(5), home / "source")
-    assert "--quality=0 must lie between" in message(path, out, "--quality=0")
-    assert "--shards=9 are more than the 5 images" in message(path, out, "--shards=9")
-    assert "--name='1 2' must be letters" in message(path, out, "--name=1 2")
-    assert "No file matches" in message(home / "nowhere.tar", out)
-    assert "must be a folder here" in message(path, "--output=gs://bucket/x")
+    assert "--quality=0 must lie between" in message(capsys, path, out, "--quality=0")
+    assert "--shards=9 are more than the 5 images" in message(capsys, path, out, "--shards=9")
+    assert "--name='1 2' must be letters" in message(capsys, path, out, "--name=1 2")
+    assert "No file matches" in message(capsys, home / "nowhere.tar", out)
+    assert "must be a folder here" in message(capsys, path, "--output=gs://bucket/x")
     shutil.copytree(home / "source", home / "out" / "1.0.0")
-    assert "was made by other means" in message(path, out)
+    assert "was made by other means" in message(capsys, path, out)
