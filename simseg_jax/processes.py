@@ -11,6 +11,9 @@ from simseg_jax.errors import UserError
 
 COUNT, INDEX, COORDINATOR = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"
 
+# Exit status of a run that a signal stopped: it waits for its command to be given again.
+STOPPED = 75
+
 
 def add_distributed_option(parser: argparse.ArgumentParser) -> None:
     """The flag of commands that several processes can run together."""
@@ -37,7 +40,9 @@ def join_processes() -> None:
             raise UserError(
                 f"--distributed: {INDEX}={index!r} must be one of 0 to {COUNT}={count!r} - 1."
             )
-        jax.distributed.initialize(os.environ[COORDINATOR], int(count), int(index))
+        jax.distributed.initialize(
+            os.environ[COORDINATOR], int(count), int(index), cluster_detection_method="deactivate"
+        )
         return
     try:
         jax.distributed.initialize()

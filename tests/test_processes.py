@@ -14,15 +14,16 @@ from support import tiny_config, tiny_eval
 
 from simseg_jax.checkpoint import checkpoints_folder, completed_steps, load_model
 from simseg_jax.errors import UserError
-from simseg_jax.processes import join_processes
+from simseg_jax.processes import STOPPED, join_processes
 from simseg_jax.train import train
 
 TESTS = Path(__file__).parent
 # What the tests run in every process: the training command, which sends itself a signal once.
 FAULTY = """
-import os, sys
+import os, pathlib, time
 import jax
 from simseg_jax import main, train
+from simseg_jax.checkpoint import checkpoints_folder, completed_steps
 
 report = train._report
 
@@ -31,6 +32,8 @@ def die(reporter, checkpoints, step, *rest):
     if step == int(os.environ["AT_STEP"]) and jax.process_index() == int(os.environ["PROCESS"]):
         if not os.path.exists(os.environ["ONCE"]):
             open(os.environ["ONCE"], "w").close()
+            while not completed_steps(checkpoints_folder(pathlib.Path(os.environ["SAVED"]))):
+                time.sleep(0.1)  # Saving goes on in the background.
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
 train._report = die
@@ -112,6 +115,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
 
     def run(processes, at_step, number, **options):
         settings = {"AT_STEP": at_step, "PROCESS": processes - 1, "SIGNAL": int(number)}
+        settings["SAVED"] = workdir
         settings["ONCE"] = tmp_path / f"{processes}.signalled"
         settings = {key: str(value) for key, value in settings.items()}
         return launch(processes, *arguments, path=tmp_path, **options, **settings)
@@ -121,7 +125,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     # Step 3 was reported but not saved.
     assert completed_steps(checkpoints_folder(workdir)) == [2]
     stopped = run(1, 3, signal.SIGTERM)
-    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    assert stopped.returncode == STOPPED, stopped.stderr[-3000:]
     assert "Stopped by a signal" in stopped.stdout
     assert 2 < completed_steps(checkpoints_folder(workdir))[-1] < 6
     finished = run(4, 5, signal.SIGKILL, restarts=1)
@@ -131,7 +135,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_of_them(alone, tmp_path):
-    _, config = alone
+    expected, config = alone
     workdir = tmp_path / "run"
     (tmp_path / "faulty.py").write_text(FAULTY)
     settings = {"AT_STEP": "1", "PROCESS": "1", "SIGNAL": str(int(signal.SIGTERM))}
@@ -144,9 +148,10 @@ def test_a_signal_to_one_process_stops_all_of_them(alone, tmp_path):
         "--config.checkpoint.every=100000",
         path=tmp_path,
         ONCE=str(tmp_path / "signalled"),
+        SAVED=str(expected),
         **settings,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == STOPPED, done.stderr[-3000:]
     assert done.stdout.count("Stopped by a signal") == 1
     assert len(completed_steps(checkpoints_folder(workdir))) == 1
 
