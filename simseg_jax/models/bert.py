@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simseg_jax.models.layers import apply_blocks, attention, dropout, linear
+from simseg_jax.models.layers import apply_blocks, attention, dropout, gelu, linear
 from simseg_jax.sharding import constrain_batch
 
 
@@ -95,7 +95,7 @@ class Layer(nnx.Module):
         out = attention(q, k, v, mask[:, None, None, :], self.dropout, keys, number)
         out = self.attention_output(out.reshape(batch, tokens, width))
         x = self.attention_norm(x + dropout(out, self.dropout, keys, number + 1))
-        out = self.output(jax.nn.gelu(self.intermediate(x), approximate=False))
+        out = self.output(gelu(self.intermediate(x)))
         x = self.output_norm(x + dropout(out, self.dropout, keys, number + 2))
         return constrain_batch(x)
 

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simseg_jax.models.layers import apply_blocks, attention, linear, torch_linear_init
+from simseg_jax.models.layers import (
+    FLASH_WIDTHS,
+    apply_blocks,
+    attention,
+    can_flash,
+    flash_attention,
+    gelu,
+    linear,
+    torch_linear_init,
+)
 from simseg_jax.sharding import constrain_batch
 
 
@@ -40,11 +49,13 @@ class Attention(nnx.Module):
         init = nnx.initializers.truncated_normal(0.02)
         self.qkv = linear(config.width, 3 * config.width, init, dtype, rngs)
         self.proj = linear(config.width, config.width, init, dtype, rngs)
+        self.flash = config.width // config.heads in FLASH_WIDTHS and can_flash(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        attend = flash_attention if self.flash else attention
+        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(out.reshape(batch, tokens, width))
 
 
@@ -57,7 +68,7 @@ class Mlp(nnx.Module):
         self.fc2 = linear(config.mlp_width, config.width, init, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nnx.Module):
