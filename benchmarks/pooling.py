@@ -1,19 +1,110 @@
-"""Top-M pooling, value and gradient: this package's kernel against `jax.lax.top_k`.
+"""Top-M pooling, value and gradient: this package's kernel against the alternatives that lost.
 
-Prints the time of both, interleaved call by call, and the temporary memory XLA plans for them.
+Prints the time of all of them, interleaved call by call, the temporary memory XLA plans and the
+share of the memory bandwidth that is used, 100 % being a copy of the same array: the least traffic
+is x read once and its gradient written once.
 
-python benchmarks/pooling.py --batch 256 --tokens 196 --channels 512 --m 5
+- maxima: M passes, each with the largest entry after the previous one; the package's kernel.
+- top_k: `jax.lax.top_k` over tokens, differentiated through its gather.
+- reduce: one pass of `jax.lax.reduce` that merges sorted lists of M values and positions.
+- pallas: one pass of a Triton kernel that keeps the tokens of 64 channels in registers (NVIDIA
+  GPUs; elsewhere only with --interpret, for its values).
+
+python benchmarks/pooling.py --batch 64
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
-from simseg_jax.models.pooling import top_m_pool
+from simseg_jax.models import pooling
+
+Selection = tuple[jax.Array, jax.Array]
+
+
+def reduce_top_m(x: jax.Array, m: int) -> Selection:
+    """As `pooling.top_m`, by a reduction over tokens of sorted lists of (value, token)."""
+
+    def first(a, b):
+        (av, at), (bv, bt) = a, b
+        return (av > bv) | ((av == bv) & (at < bt))
+
+    def choose(better, a, b):
+        return tuple(jnp.where(better, p, q) for p, q in zip(a, b, strict=True))
+
+    def merge(left, right):
+        lists = [list(zip(side[:m], side[m:], strict=True)) for side in (left, right)]
+        # The larger of a descending and an ascending list are the M largest; then sort those.
+        best = [
+            choose(first(a, b), a, b) for a, b in zip(lists[0], reversed(lists[1]), strict=True)
+        ]
+        for start in range(m):
+            for i in range(start % 2, m - 1, 2):
+                a, b = best[i], best[i + 1]
+                best[i], best[i + 1] = choose(first(a, b), a, b), choose(first(a, b), b, a)
+        return (*[value for value, _ in best], *[token for _, token in best])
+
+    token = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    last = jnp.int32(np.iinfo(np.int32).max)
+    values = (x, *[jnp.full_like(x, -jnp.inf)] * (m - 1))
+    tokens = (token, *[jnp.full_like(token, last)] * (m - 1))
+    start = (*[jnp.float32(-jnp.inf)] * m, *[last] * m)
+    out = jax.lax.reduce((*values, *tokens), start, merge, (1,))
+    return jnp.stack(out[:m], axis=1), jnp.stack(out[m:], axis=1)
+
+
+def pallas_top_m(x: jax.Array, m: int, interpret: bool = False) -> Selection:
+    """As `pooling.top_m`, by a Triton kernel; channels in blocks of 64."""
+    batch, tokens, channels = x.shape
+    rows, width, ranks = pl.next_power_of_2(tokens), 64, pl.next_power_of_2(m)
+
+    def kernel(x_ref, values_ref, tokens_ref):
+        token = jax.lax.broadcasted_iota(jnp.int32, (rows, width), 0)
+        rest = plgpu.load(x_ref, mask=token < tokens, other=-jnp.inf)
+        for rank in range(m):
+            value = rest.max(axis=0, keepdims=True)
+            position = jnp.where(rest == value, token, rows).min(axis=0, keepdims=True)
+            rest = jnp.where(token == position, -jnp.inf, rest)
+            values_ref[pl.ds(rank, 1), :] = value
+            tokens_ref[pl.ds(rank, 1), :] = position
+
+    def block(count):
+        return pl.BlockSpec((None, count, width), lambda example, part: (example, 0, part))
+
+    shapes = [jax.ShapeDtypeStruct((batch, ranks, channels), t) for t in (jnp.float32, jnp.int32)]
+    values, positions = pl.pallas_call(
+        kernel,
+        out_shape=shapes,
+        grid=(batch, channels // width),
+        in_specs=[block(rows)],
+        out_specs=[block(ranks), block(ranks)],
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+    )(x)
+    return values[:, :m], positions[:, :m]
+
+
+def with_selection(select: Callable) -> Callable:
+    """The package's pooling and its gradient around another selection."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def pool(x, m):
+        return select(x, m)[0].mean(axis=1)
+
+    def forward(x, m):
+        values, positions = select(x, m)
+        residuals = positions.astype(jnp.uint8), jnp.full((len(x), m), 1 / m), x[:0, :, :0]
+        return values.mean(axis=1), residuals
+
+    pool.defvjp(forward, lambda m, *rest: pooling._backward(m, *rest)[:1])
+    return pool
 
 
 def with_top_k(x: jax.Array, m: int) -> jax.Array:
@@ -22,7 +113,7 @@ def with_top_k(x: jax.Array, m: int) -> jax.Array:
     return values.mean(axis=-1)
 
 
-def compile_pair(pool: Callable, x: jax.Array, m: int):
+def compile_pool(pool: Callable, x: jax.Array, m: int):
     """Compiled value-and-gradient of `pool` and the bytes of its temporaries."""
 
     def loss(x, weight):
@@ -35,33 +126,52 @@ def compile_pair(pool: Callable, x: jax.Array, m: int):
 
 
 def main() -> None:
-    """Times both implementations in turn and prints medians and their ratio."""
-    parser = argparse.ArgumentParser(description="Top-M pooling against jax.lax.top_k.")
+    """Times all implementations in turn and prints medians and ratios to the package's kernel."""
+    parser = argparse.ArgumentParser(description="Top-M pooling against its alternatives.")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=196)
     parser.add_argument("--channels", type=int, default=512)
     parser.add_argument("--m", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--interpret", action="store_true", help="run the Triton kernel anywhere")
     args = parser.parse_args()
     shape = (args.batch, args.tokens, args.channels)
     x = jax.random.normal(jax.random.key(0), shape)
-    kernel, kernel_memory = compile_pair(top_m_pool, x, args.m)
-    peer, peer_memory = compile_pair(with_top_k, x, args.m)
-    difference = jnp.abs(kernel()[1] - peer()[1]).max()
-    seconds = {"kernel": [], "lax.top_k": []}
-    for _ in range(args.repeats):
-        for name, function in (("kernel", kernel), ("lax.top_k", peer)):
+    pools = {
+        "maxima": pooling.top_m_pool,
+        "top_k": with_top_k,
+        "reduce": with_selection(reduce_top_m),
+    }
+    if args.interpret or jax.default_backend() == "gpu":
+        select = functools.partial(pallas_top_m, interpret=args.interpret)
+        pools["pallas"] = with_selection(select)
+    runs, temporaries = {}, {}
+    for name, pool in pools.items():
+        runs[name], temporaries[name] = compile_pool(pool, x, args.m)
+    gradients = {name: run()[1] for name, run in runs.items()}
+    copy = jax.jit(lambda x: x + 1).lower(x).compile()
+    runs["copy"], temporaries["copy"] = lambda: copy(x), 0
+    seconds = {name: [] for name in runs}
+    for _ in range(args.repeats + 1):
+        for name, run in runs.items():
             began = time.perf_counter()
-            jax.block_until_ready(function())
+            jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - began)
-    ours, theirs = (np.array(seconds[name]) for name in seconds)
+    # The first call of each warms up.
+    times = {name: np.array(values[1:]) for name, values in seconds.items()}
+    print(f"{jax.devices()[0].device_kind}, {shape}, M = {args.m}")
     print(
-        f"{jax.devices()[0].device_kind}, {shape}, M = {args.m}, gradients differ by {difference}"
+        f"{'':8s}{'median ms':>10s}{'/ maxima':>10s}{'of copy':>9s}{'temporary MiB':>15s}  gradient"
     )
-    print(f"{'':12s}{'median ms':>12s}{'temporary MiB':>16s}")
-    print(f"{'kernel':12s}{np.median(ours) * 1e3:12.1f}{kernel_memory / 2**20:16.1f}")
-    print(f"{'lax.top_k':12s}{np.median(theirs) * 1e3:12.1f}{peer_memory / 2**20:16.1f}")
-    print(f"lax.top_k / kernel, median of the pairs: {np.median(theirs / ours):.2f}x time")
+    for name, values in times.items():
+        ratio = np.median(values / times["maxima"])
+        share = np.median(times["copy"] / values)
+        line = f"{name:8s}{np.median(values) * 1e3:10.2f}{ratio:9.2f}x{share:9.0%}"
+        line += f"{temporaries[name] / 2**20:15.1f}"
+        if name in gradients:
+            error = jnp.abs(gradients[name] - gradients["maxima"]).max()
+            line += f"  differs by {error:.1e}"
+        print(line)
 
 
 if __name__ == "__main__":
