@@ -94,7 +94,10 @@ class Ours:
         graphdef = make_model(config, dtype, options.pop("remat", "none"))
         shardings = state_sharding(jax.eval_shape(init), mesh)
         with jax.set_mesh(mesh):
-            self.batch = make_batch(batch)
+            examples = {
+                key: jax.ShapeDtypeStruct((batch, *value.shape[1:]), value.dtype)
+                for key, value in make_batch(1).items()
+            }
             update = jax.jit(
                 make_update(graphdef, optimizer, 0, **options),
                 in_shardings=(shardings, batch_sharding(mesh)),
@@ -102,11 +105,11 @@ class Ours:
                 donate_argnums=0,
             )
             began = time.perf_counter()
-            self.compiled = update.lower(jax.eval_shape(init), self.batch).compile()
+            self.compiled = update.lower(jax.eval_shape(init), examples).compile()
             self.compile_seconds = time.perf_counter() - began
             if not args.plan:
                 self.state = jax.jit(init, out_shardings=shardings)()
-                self.batch = to_global_batch(self.batch, mesh)
+                self.batch = to_global_batch(make_batch(batch), mesh)
         self.flops = step_flops(config, batch, TOKENS)
         peak = peak_flops(jax.devices()[0])
         self.peak = peak and peak * jax.device_count()

@@ -6,7 +6,10 @@ python -m simseg_jax.main --config=configs/vits16.py --workdir=runs/vits16 \
 
 DATA/cc3m and DATA/cc12m are written by python -m simseg_jax.data.prepare, or hold the tar shards of
 img2dataset; the authors used 15M pairs. Set data.workers to the cores of a host.
-Hardware: the paper used 32 V100; here not run yet. Hours: not measured.
+Hardware: the paper used 32 V100; here not run yet. Hours: not measured. One accelerator of 80 GB
+holds the batch with --config.remat=full (71.6 GiB planned in float32, less in bfloat16) or
+--config.micro_batch=256; --config.batch_size=32768 wants --config.micro_batch=256
+--config.remat=full --config.loss_chunk=1024 (11.1 GiB planned). Many machines: launch/README.md.
 Expected (paper, VOC 2012 val): 56.6 mIoU, 53.8 with refine=none;
 19.1 with model.pool=mean. Not reproduced with this code yet.
 """

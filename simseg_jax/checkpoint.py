@@ -76,8 +76,14 @@ def checkpoints_folder(workdir: Path, directory: str | None = None) -> epath.Pat
 
     directory: `checkpoint.directory`, by default that of the run in this folder.
     """
-    if directory is None and (workdir / CONFIG).is_file():
-        content = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
+    file = workdir / CONFIG
+    if directory is None and file.is_file():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{file} is no JSON ({error}): give the command of the run again, which writes it."
+            ) from error
         directory = content.get("checkpoint", {}).get("directory")
     if directory and is_remote(directory):
         return epath.Path(directory)

@@ -42,6 +42,8 @@ def main() -> None:
     )
     add_distributed_option(parser)
     args, overrides = parser.parse_known_args()
+    if args.profile < 0:
+        parser.error(f"--profile={args.profile} must be a number of steps")
     if args.distributed:
         join_processes()
     cache_programs()

@@ -4,12 +4,14 @@ import csv
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from support import tiny_config, tiny_eval
 
 from simseg_jax import evaluate, main, segment
+from simseg_jax.command_line import cache_programs
 from simseg_jax.data.shapes import scene
 from simseg_jax.train import train
 
@@ -193,3 +195,17 @@ def test_a_corrupt_image_is_skipped_and_reported(monkeypatch, capsys, workdir, p
     assert "broken.jpg" in error
     assert (out / "one_mask.png").is_file()
     assert len(json.loads((out / "scores.json").read_text())["images"]) == 3
+
+
+def test_programs_are_kept_unless_jax_was_told_where(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        cache_programs()
+        assert jax.config.values["jax_compilation_cache_dir"] == before
+        jax.config.update("jax_compilation_cache_dir", None)
+        cache_programs()
+        expected = str(tmp_path / ".cache" / "simseg_jax" / "programs")
+        assert jax.config.values["jax_compilation_cache_dir"] == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

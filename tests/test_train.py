@@ -252,6 +252,9 @@ def test_checkpoints_may_live_elsewhere(tmp_path):
     train(config, tmp_path / "second")
     assert [r["step"] for r in lines(tmp_path / "second")] == [3]
     assert load_model(tmp_path / "second").step == 3
+    (tmp_path / "second" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is no JSON .* command of the run again"):
+        load_model(tmp_path / "second")
     config.checkpoint.update({"directory": "", "resume": str(tmp_path / "first")})
     config.steps = 4
     train(config, tmp_path / "third")

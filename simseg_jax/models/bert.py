@@ -91,7 +91,12 @@ class Layer(nnx.Module):
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(batch, tokens, self.heads, width // self.heads)
 
-        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        # One product for all three, as x and its gradient are read and written once then.
+        parts = (self.query, self.key, self.value)
+        kernel = jnp.concatenate([part.kernel[...] for part in parts], axis=1)
+        bias = jnp.concatenate([part.bias[...] for part in parts])
+        qkv = x @ kernel.astype(x.dtype) + bias[None, None].astype(x.dtype)
+        q, k, v = map(heads, jnp.split(qkv, 3, axis=2))
         out = attention(q, k, v, mask[:, None, None, :], self.dropout, keys, number)
         out = self.attention_output(out.reshape(batch, tokens, width))
         x = self.attention_norm(x + dropout(out, self.dropout, keys, number + 1))
