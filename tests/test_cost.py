@@ -38,10 +38,16 @@ def test_flops_are_those_that_xla_counts():
     assert step_flops(model, BATCH, TOKENS) == 3 * expected
 
 
+@pytest.fixture(scope="module")
+def data_parallel():
+    return compile_step(devices=8)
+
+
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 2, "loss_chunk": 2}], ids=str)
-def test_data_parallel_step_sends_the_minimum(options):
+def test_data_parallel_step_sends_the_minimum(data_parallel, options):
     """Every gradient is summed once and every text embedding sent once, there and back."""
-    compiled, (state, _) = compile_step(devices=8, **options)
+    step = compile_step(devices=8, **options) if options else data_parallel
+    compiled, (state, _) = step
     sent = communication_bytes(compiled.as_text())
     share = 7 / 8  # Of an array that each device of a ring passes on in one direction.
     embeddings = 4 * BATCH * MODEL.embed_dim * share
@@ -114,8 +120,8 @@ def test_peak_is_known_by_the_name_of_the_device():
     assert peaks[-1] is None
 
 
-def test_a_step_is_described():
-    compiled, _ = compile_step(devices=8)
+def test_a_step_is_described(data_parallel):
+    compiled, _ = data_parallel
     line = describe_step(compiled, 8 * 10**12, 8)
     assert line.startswith("A step takes 1 TFLOP of every device, ")
     assert " MB (all-gather " in line

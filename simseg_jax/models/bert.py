@@ -92,7 +92,7 @@ class Layer(nnx.Module):
             return y.reshape(batch, tokens, self.heads, width // self.heads)
 
         # One product for all three, as x and its gradient are read and written once then.
-        parts = (self.query, self.key, self.value)
+        parts: tuple[Any, ...] = (self.query, self.key, self.value)
         kernel = jnp.concatenate([part.kernel[...] for part in parts], axis=1)
         bias = jnp.concatenate([part.bias[...] for part in parts])
         qkv = x @ kernel.astype(x.dtype) + bias[None, None].astype(x.dtype)
