@@ -106,6 +106,7 @@ def launch_faulty(processes, at_step, number, config, workdir, *overrides, **opt
     return launch(processes, *arguments, path=folder, **options, **settings)
 
 
+@pytest.mark.slow
 def test_four_processes_train_like_one(alone, tmp_path):
     expected, config = alone
     arguments = (f"--config={config}", f"--workdir={tmp_path}", "--config.mesh.fsdp=2")
@@ -125,6 +126,7 @@ def test_a_killed_process_is_started_again(alone, tmp_path):
     assert_same_run(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     """Two, one of which is killed; one, which is asked to stop; four until the end."""
     expected, config = alone
