@@ -144,6 +144,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert_same_run(workdir, expected)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_of_them(alone, tmp_path):
     _, config = alone
     long = ("--config.steps=100000", "--config.checkpoint.every=2")
