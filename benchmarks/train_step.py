@@ -64,8 +64,8 @@ class Ours:
         from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
         from simseg_jax.models.vit import ViTConfig
         from simseg_jax.optim import adamw
-        from simseg_jax.sharding import batch_sharding, make_mesh, state_sharding, to_global_batch
-        from simseg_jax.step import make_update
+        from simseg_jax.sharding import make_mesh, state_sharding, to_global_batch
+        from simseg_jax.step import initial_state, jit_update, make_update
 
         s = SIZES[size]
         config = SimSegConfig(
@@ -85,27 +85,22 @@ class Ours:
         )  # fmt: skip
 
         def init():
-            params = init_params(config, jax.random.key(0))
-            return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0)}
+            return initial_state(init_params(config, jax.random.key(0)), optimizer)
 
+        state_shapes = jax.eval_shape(lambda params: initial_state(params, optimizer), shapes)
         self.jax = jax
         mesh = make_mesh()
         options = dict(options)
         graphdef = make_model(config, dtype, options.pop("remat", "none"))
-        shardings = state_sharding(jax.eval_shape(init), mesh)
+        shardings = state_sharding(state_shapes, mesh)
         with jax.set_mesh(mesh):
             examples = {
                 key: jax.ShapeDtypeStruct((batch, *value.shape[1:]), value.dtype)
                 for key, value in make_batch(1).items()
             }
-            update = jax.jit(
-                make_update(graphdef, optimizer, 0, **options),
-                in_shardings=(shardings, batch_sharding(mesh)),
-                out_shardings=(shardings, None),
-                donate_argnums=0,
-            )
+            update = jit_update(make_update(graphdef, optimizer, 0, **options), shardings, mesh)
             began = time.perf_counter()
-            self.compiled = update.lower(jax.eval_shape(init), examples).compile()
+            self.compiled = update.lower(state_shapes, examples).compile()
             self.compile_seconds = time.perf_counter() - began
             if not args.plan:
                 self.state = jax.jit(init, out_shardings=shardings)()

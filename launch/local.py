@@ -18,10 +18,8 @@ import subprocess
 import sys
 import time
 
-USER_ERROR, STOPPED = (
-    2,
-    75,
-)  # Exit statuses of the commands, see `python -m simseg_jax.main --help`.
+# Exit statuses of the commands, see `python -m simseg_jax.main --help`.
+USER_ERROR, STOPPED = 2, 75
 
 
 def main() -> None:
@@ -42,6 +40,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.processes < 1:
         parser.error(f"--processes={args.processes} must be at least 1")
+    if args.restarts < 0:
+        parser.error(f"--restarts={args.restarts} must be at least 0")
     stopping = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: stopping.append(number))

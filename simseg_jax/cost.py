@@ -121,12 +121,10 @@ def _sent(line: str) -> dict[str, int]:
         return {}
     shapes, kind, start = found.groups()
     sizes = [_array_bytes(*shape) for shape in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)]
+    if kind == "collective-permute":
+        return {kind: sum(sizes[:1] if start else sizes)}
     if start and kind == "all-gather":
         sizes = sizes[len(sizes) // 2 :]  # operands, then results
-    elif start and kind == "collective-permute":
-        sizes = sizes[:1]
-    if kind == "collective-permute":
-        return {kind: sum(sizes)}
     members = _group_size(line)
     # A reduce-scatter's result is one member's share.
     turns = {"all-reduce": 2 / members, "reduce-scatter": 1}.get(kind, 1 / members)
@@ -152,8 +150,6 @@ def _group_size(line: str) -> int:
 
 
 def _array_bytes(dtype: str, dimensions: str) -> int:
-    size = 1
-    for dimension in filter(None, dimensions.split(",")):
-        size *= int(dimension)
+    size = math.prod(int(dimension) for dimension in dimensions.split(",") if dimension)
     bits = re.search(r"\d+", dtype)
     return size * (max(8, int(bits[0])) if bits else 8) // 8

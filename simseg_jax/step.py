@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
 from simseg_jax.data.images import normalize
 from simseg_jax.loss import contrastive_loss
 from simseg_jax.models.simseg import bind
-from simseg_jax.sharding import constrain_batch, map_batch
+from simseg_jax.sharding import batch_sharding, constrain_batch, map_batch
 
 
 def make_update(
@@ -62,6 +63,21 @@ def make_update(
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
     return update
+
+
+def initial_state(params, optimizer: optax.GradientTransformation) -> dict:
+    """What `update` takes before the first step: parameters, fresh moments, step 0."""
+    return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0)}
+
+
+def jit_update(update: Callable, shardings: dict, mesh: Mesh):
+    """`update` as it is run everywhere: state split as `shardings`, its memory used again."""
+    return jax.jit(
+        update,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
 
 
 def cached_gradient(embed: Callable, compare: Callable, micro_batch: int) -> Callable:

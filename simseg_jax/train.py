@@ -28,13 +28,8 @@ from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.optim import adamw, cosine_schedule
 from simseg_jax.processes import StopSignal
 from simseg_jax.report import Profile, Reporter
-from simseg_jax.sharding import (
-    batch_sharding,
-    make_mesh,
-    state_sharding,
-    to_global_batch,
-)
-from simseg_jax.step import make_update
+from simseg_jax.sharding import make_mesh, state_sharding, to_global_batch
+from simseg_jax.step import initial_state, jit_update, make_update
 from simseg_jax.visualize import write_contact_sheet
 
 
@@ -108,24 +103,19 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
     optimizer, schedule = make_optimizer(config, steps, shapes)
 
     def init_state():
-        params = init_params(architecture, key)
-        return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0)}
+        return initial_state(init_params(architecture, key), optimizer)
 
-    state_shapes = jax.eval_shape(init_state)
+    state_shapes = jax.eval_shape(lambda params: initial_state(params, optimizer), shapes)
     shardings = state_sharding(state_shapes, mesh)
-    update = jax.jit(
-        make_update(
-            graphdef,
-            optimizer,
-            config.seed,
-            autoaugment=on_device(config.data),
-            micro_batch=config.micro_batch,
-            loss_chunk=config.loss_chunk,
-        ),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
+    update = make_update(
+        graphdef,
+        optimizer,
+        config.seed,
+        autoaugment=on_device(config.data),
+        micro_batch=config.micro_batch,
+        loss_chunk=config.loss_chunk,
     )
+    update = jit_update(update, shardings, mesh)
 
     # ---- evaluators: built before training, so that a missing file is found now
     evaluators = {

@@ -15,13 +15,12 @@ from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.sharding import (
-    batch_sharding,
     constrain_batch,
     make_mesh,
     state_sharding,
     to_global_batch,
 )
-from simseg_jax.step import make_update
+from simseg_jax.step import initial_state, jit_update, make_update
 from simseg_jax.train import make_optimizer
 
 STEPS = 5
@@ -50,18 +49,12 @@ def run(devices: int, fsdp: int):
     graphdef = make_model(architecture)
 
     def init():
-        params = init_params(architecture, jax.random.key(0))
-        return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0)}
+        return initial_state(init_params(architecture, jax.random.key(0)), optimizer)
 
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
     optimizer, _ = make_optimizer(config, STEPS, shapes)
     shardings = state_sharding(jax.eval_shape(init), mesh)
-    update = jax.jit(
-        make_update(graphdef, optimizer, seed=0),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
+    update = jit_update(make_update(graphdef, optimizer, seed=0), shardings, mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(init, out_shardings=shardings)()
         history = []

@@ -11,8 +11,8 @@ import pytest
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.models.vit import ViTConfig
-from simseg_jax.sharding import batch_sharding, make_mesh, state_sharding, to_global_batch
-from simseg_jax.step import make_update
+from simseg_jax.sharding import make_mesh, state_sharding, to_global_batch
+from simseg_jax.step import initial_state, jit_update, make_update
 
 BATCH, TOKENS = 32, 12
 MODEL = SimSegConfig(
@@ -42,15 +42,11 @@ def compile_step(devices=1, fsdp=1, remat="none", size=BATCH, model=MODEL, **opt
     update = make_update(make_model(model, remat=remat), optimizer, seed=0, **options)
 
     def init():
-        params = init_params(model, jax.random.key(0))
-        return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(7)}
+        state = initial_state(init_params(model, jax.random.key(0)), optimizer)
+        return {**state, "step": jnp.int32(7)}
 
     shardings = state_sharding(jax.eval_shape(init), mesh)
-    step = jax.jit(
-        update,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-    )
+    step = jit_update(update, shardings, mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(init, out_shardings=shardings)()
         arguments = state, to_global_batch(batch(size), mesh)
