@@ -29,9 +29,10 @@ from PIL import Image
 from simseg_jax.config import data_set, default_config
 from simseg_jax.data import pipeline
 from simseg_jax.data.autoaugment import autoaugment
-from simseg_jax.data.images import MEAN, STD, draw_crop
+from simseg_jax.data.images import draw_crop
 from simseg_jax.data.pairs import Problems
 from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE, LENGTH = 224, 25
 AREA, ASPECT = (0.6, 1.0), (3 / 4, 4 / 3)
@@ -74,7 +75,7 @@ class Peer:
     def __init__(self, tokenizer):
         self.tokenizer, self.rng, self.seconds = tokenizer, np.random.default_rng(0), {}
         self.vocabulary = list(tokenizer.get_vocab())
-        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
 
     def lap(self, stage: str) -> None:
         began, self.began = self.began, time.perf_counter()

@@ -27,15 +27,15 @@ import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # noqa: N812  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
-from simseg_jax.checkpoint import load_model
 from simseg_jax.config import default_config, model_config, segmentation_eval
 from simseg_jax.data import shapes
-from simseg_jax.data.images import MEAN, STD
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.models.simseg import SimSegConfig, init_params, l2_normalize, make_model
+from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.sharding import make_mesh
+from simseg_jax.trained import load_model
 
 
 def ours(evaluator, params, indices, confusion) -> list[np.ndarray]:
@@ -58,7 +58,9 @@ class Peer:
         self.vit = self.tensors(params["image_encoder"])
         self.projection = self.tensors(params["image_projection"])
         self.class_embeddings = self.tensors(class_embeddings)  # [D, C]
-        self.mean, self.std = (self.tensors(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+        self.mean, self.std = (
+            self.tensors(x).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         embed, positions = self.vit["patch_embed"]["proj"], self.vit["pos_embed"]
         kernel = embed["weight"].view(-1, patch, patch, 3).permute(0, 3, 1, 2)
         embed.update(weight=kernel.contiguous(), stride=patch)

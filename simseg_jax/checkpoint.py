@@ -1,11 +1,10 @@
-"""Orbax checkpoints of a run, and a trained model for inference out of one.
+"""Orbax checkpoints of a run: saving, restoring, what is there.
 
 WORKDIR/checkpoints/<step> holds `params` and `optimizer` (moments and step), with the resolved
 configuration and the position in the training stream as metadata; WORKDIR/tokenizer the vocabulary.
 `checkpoint.directory` takes the place of WORKDIR/checkpoints, on object storage for example.
 """
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -14,18 +13,13 @@ from typing import Any
 import absl.logging
 import jax
 from etils import epath
-from flax import nnx
-from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from simseg_jax import config as config_lib
 from simseg_jax.config import Config
 from simseg_jax.data.pairs.remote import is_remote
-from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.dotted import leaves
 from simseg_jax.errors import UserError
-from simseg_jax.models.simseg import init_params, make_model
-from simseg_jax.sharding import make_mesh, state_sharding
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
@@ -101,7 +95,7 @@ def restore_state(path: epath.Path, abstract_state: dict, config: Config) -> tup
                 f"The checkpoint {path} has model.{key}={old!r}, the configuration {value!r}: "
                 "set it back or choose another --workdir."
             )
-    loaded = _load(
+    loaded = load_arrays(
         path,
         {
             "params": abstract_state["params"],
@@ -109,56 +103,7 @@ def restore_state(path: epath.Path, abstract_state: dict, config: Config) -> tup
         },
     )
     state = {"params": loaded["params"], **loaded["optimizer"]}
-    return state, _metadata(path).custom_metadata["position"]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """What inference needs of a checkpoint; everything is in it, nothing is asked of the user.
-
-    identity: tells its results from those of other checkpoints.
-    """
-
-    config: Config
-    step: int
-    graphdef: nnx.GraphDef
-    params: Any
-    encoder: TextEncoder
-    mesh: Mesh
-    identity: dict[str, Any]
-
-    @property
-    def parts(self) -> tuple[nnx.GraphDef, int, Mesh, TextEncoder]:
-        """What evaluators and `Engine` take: structure, patch size, mesh and text encoder."""
-        return self.graphdef, self.config.model.image.patch_size, self.mesh, self.encoder
-
-
-def load_model(workdir: str | Path, step: int | None = None, dtype=None) -> TrainedModel:
-    """The parameters of a run (its newest step by default), replicated over all devices.
-
-    dtype: compute type, by default what `compute_dtype` chooses for the run's configuration.
-    """
-    workdir = Path(workdir).expanduser().absolute()
-    folder = checkpoints_folder(workdir)
-    steps = completed_steps(folder)
-    if not steps:
-        raise UserError(f"No finished checkpoint under {folder}: give the --workdir of a run.")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise UserError(f"{workdir} has no checkpoint of step {step}, only {steps}.")
-    path = folder / str(step)
-    config = saved_config(path)
-    tokenizer = load_tokenizer(str(workdir / TOKENIZER))
-    architecture = config_lib.model_config(config, len(tokenizer))
-    mesh = make_mesh()
-    shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
-    shapes = with_sharding(shapes, state_sharding(shapes, mesh))
-    params = _load(path, {"params": shapes})["params"]
-    dtype = dtype or config_lib.compute_dtype(config)
-    graphdef = make_model(architecture, dtype)
-    encoder = TextEncoder(tokenizer, config.data.max_length)
-    identity = {"step": step, "written": _metadata(path).init_timestamp_nsecs, "dtype": str(dtype)}
-    return TrainedModel(config, step, graphdef, params, encoder, mesh, identity)
+    return state, read_metadata(path).custom_metadata["position"]
 
 
 def completed_steps(folder: epath.Path) -> list[int]:
@@ -171,12 +116,13 @@ def completed_steps(folder: epath.Path) -> list[int]:
 def saved_config(path: epath.Path) -> Config:
     """The resolved configuration stored with a checkpoint."""
     try:
-        return config_lib.from_dict(_metadata(path).custom_metadata["config"])
+        return config_lib.from_dict(read_metadata(path).custom_metadata["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(_damaged(path, error)) from error
 
 
-def _metadata(path: epath.Path) -> Any:
+def read_metadata(path: epath.Path) -> Any:
+    """What Orbax knows of a checkpoint: when it was written, our `custom_metadata`."""
     verbosity = absl.logging.get_verbosity()
     try:
         # Orbax warns that the iterator's state has no metadata, which nobody asked for.
@@ -195,7 +141,8 @@ def with_sharding(shapes, shardings):
     )
 
 
-def _load(path: epath.Path, abstract: dict) -> dict:
+def load_arrays(path: epath.Path, abstract: dict) -> dict:
+    """The trees of arrays {"params": ...} in an Orbax folder, with the shardings of `abstract`."""
     try:
         return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.

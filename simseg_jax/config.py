@@ -4,6 +4,8 @@ A file in configs/ starts from `default_config()` and sets what differs; the com
 single keys with `--config.optim.lr=1e-3`. Nothing else in the package knows a default.
 """
 
+import dataclasses
+import json
 import re
 import runpy
 from collections.abc import Iterator, Sequence
@@ -114,6 +116,10 @@ def validate(config: Config) -> None:
             f"data.max_length={config.data.max_length} must lie between 3 and "
             f"model.text.max_positions={text.max_positions}."
         )
+    if len(image.mean) != 3 or len(image.std) != 3 or min(image.std) <= 0:
+        raise UserError("model.image.mean and model.image.std have three numbers; std positive.")
+    if config.init.model and (config.init.image or config.init.text):
+        raise UserError("init.model is a whole model: leave init.image and init.text empty.")
     if config.epochs <= 0 and config.steps < 1:
         raise UserError("Set steps or epochs to a positive number.")
     if not 0 <= config.optim.warmup < 1:
@@ -182,6 +188,34 @@ def from_dict(saved: dict) -> Config:
         config.evals.seg[name] = segmentation_eval(**settings)
     validate(config)
     return config
+
+
+def from_file(path: Path) -> Config:
+    """The configuration in a JSON file that `to_json` wrote."""
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no configuration ({error!r}): get it again.") from error
+
+
+def of_architecture(architecture: SimSegConfig) -> Config:
+    """The paper's settings with this model, evaluated as in the paper on VOC."""
+    config = default_config()
+    _update(config.model, dataclasses.asdict(architecture))
+    patch = architecture.image.patch_size
+    config.evals.seg.voc = segmentation_eval(
+        data="voc", root="VOCdevkit/VOC2012", resolution=round(288 / patch) * patch
+    )
+    validate(config)
+    return config
+
+
+def published(config: Config) -> Config:
+    """A copy without what only matters to the training run: its data and folders."""
+    defaults = default_config()
+    saved = {**config.to_dict(), "checkpoint": {}, "init": {}}
+    saved["data"] = {**saved["data"], "train": {}, "cache": defaults.data.cache}
+    return from_dict(saved)
 
 
 def compute_dtype(config: Config) -> jnp.dtype:

@@ -6,8 +6,9 @@ Each leaf is (default, meaning); the default fixes the type.
 from simseg_jax.data.classes import BENCHMARKS
 from simseg_jax.masks.densecrf import PAPER
 from simseg_jax.masks.pamr import DILATIONS
-from simseg_jax.models.layers import REMAT
+from simseg_jax.models.layers import ACTIVATIONS, REMAT
 from simseg_jax.models.simseg import POOLS
+from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
 FORMATS = ("auto", "csv", "coco", "tfds", "array_record", "webdataset", "parquet", "shapes")
@@ -35,6 +36,11 @@ KEYS = {
             "depth": (12, "blocks of the ViT"),
             "heads": (6, "attention heads of the ViT"),
             "mlp_width": (1536, "hidden channels of its MLPs"),
+            "pre_norm": (False, "LayerNorm before the first block, as in CLIP"),
+            "activation": ("gelu", f"of its MLPs: {', '.join(ACTIVATIONS)}"),
+            "norm_eps": (1e-6, "epsilon of its LayerNorms"),
+            "mean": (IMAGENET_MEAN, "of the channels in [0, 1]: what images are normalised with"),
+            "std": (IMAGENET_STD, "deviation of the channels"),
         },
         "text": {
             "vocab_size": (0, "rows of the word embedding; 0: the size of the vocabulary"),
@@ -44,6 +50,8 @@ KEYS = {
             "heads": (12, "attention heads of BERT"),
             "mlp_width": (3072, "hidden channels of its MLPs"),
             "dropout": (0.1, "dropout of embeddings, attention and residuals"),
+            "activation": ("gelu", "of its MLPs, as model.image.activation"),
+            "norm_eps": (1e-12, "epsilon of its LayerNorms"),
         },
         "embed_dim": (512, "channels of the common embedding"),
         "pool": ("loda", "loda: top-M per channel; mean: dense alignment; cls: CLS tokens"),
@@ -51,6 +59,18 @@ KEYS = {
         "m_text": (5, "M^T in training: responses per channel over words"),
         "mask_padding": (False, "keep [PAD] out of text pooling in training; the authors do not"),
         "temperature": (0.07, "initial temperature"),
+    },
+    "init": {
+        "model": (
+            "",
+            "start from a whole model: WORKDIR, converted folder, the authors' .pth, URL or hub id",
+        ),
+        "image": (
+            "",
+            "start the ViT from this file, folder, URL or hub id; it decides model.image but for "
+            "image_size, to which positions are resized",
+        ),
+        "text": ("", "start BERT from this; it decides model.text but for dropout"),
     },
     "optim": {
         "lr": (3e-4, "peak learning rate"),
@@ -151,6 +171,8 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "remat": REMAT,
     "model.pool": POOLS,
+    "model.image.activation": tuple(ACTIVATIONS),
+    "model.text.activation": tuple(ACTIVATIONS),
     "data.mixture": ("shuffle", "debiased"),
     "data.transform": ("fast", "pil"),
 }

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from simseg_jax.checkpoint import TrainedModel, load_model
 from simseg_jax.command_line import (
     add_checkpoint_options,
     add_evals_options,
@@ -22,6 +21,7 @@ from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gathe
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.evaluators.statistics import class_table, format_table, image_ious, write_csv
 from simseg_jax.processes import add_distributed_option, join_processes
+from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.visualize import write_contact_sheet
 
 EPILOG = """examples:

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from simseg_jax.errors import UserError
-from simseg_jax.models.convert import path_string
+from simseg_jax.models.simseg import path_string
 
 Rules = Sequence[tuple[str, float]]
 

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from simseg_jax.checkpoint import TrainedModel, load_model
 from simseg_jax.command_line import add_checkpoint_options, cache_programs, make_parser
 from simseg_jax.config import segmentation_eval, validate_segmentation
 from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
@@ -18,6 +17,7 @@ from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.images import decode_image
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.masks.protocols import Response
+from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.visualize import index_png, legend, overlay, stack
 from simseg_jax.zeroshot.engine import Engine
 

@@ -73,6 +73,19 @@ def state_sharding(state, mesh: Mesh):
     return jax.tree.map(rule, state)
 
 
+def place(values, shapes):
+    """Host arrays on the devices: each process hands over the parts that its devices hold.
+
+    shapes: shape structs with the shardings and types wanted.
+    """
+
+    def put(value, shape) -> jax.Array:
+        value = np.asarray(value).astype(shape.dtype)
+        return jax.make_array_from_callback(shape.shape, shape.sharding, lambda i: value[i])
+
+    return jax.tree.map(put, values, shapes)
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Pins the leading axis of an activation to the batch axes of the mesh in context, if any.
 

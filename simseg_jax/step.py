@@ -9,7 +9,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
-from simseg_jax.data.images import normalize
 from simseg_jax.loss import contrastive_loss
 from simseg_jax.models.simseg import bind
 from simseg_jax.sharding import batch_sharding, constrain_batch, map_batch
@@ -35,7 +34,7 @@ def make_update(
 
     def embed(params, examples):
         model = bind(graphdef, params)
-        images, _ = model.encode_image(normalize(examples["image"]))
+        images, _ = model.encode_image(model.normalize(examples["image"]))
         texts = model.encode_text(examples["ids"], examples["mask"], keys=examples["keys"])
         return images, texts
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 
-from simseg_jax.checkpoint import TrainedModel, load_model
 from simseg_jax.command_line import (
     add_checkpoint_options,
     add_evals_options,
@@ -20,6 +19,7 @@ from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.evaluators.statistics import write_csv
+from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.zeroshot.engine import before_encoder
 
 EPILOG = """examples:

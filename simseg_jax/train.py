@@ -16,6 +16,7 @@ from simseg_jax.checkpoint import (
     checkpoints_folder,
     completed_steps,
     restore_state,
+    saved_config,
     with_sharding,
 )
 from simseg_jax.config import Config
@@ -26,9 +27,10 @@ from simseg_jax.errors import UserError
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.optim import adamw, cosine_schedule
+from simseg_jax.pretrained import Pretrained, adopt, keep_architecture
 from simseg_jax.processes import StopSignal
 from simseg_jax.report import Profile, Reporter
-from simseg_jax.sharding import make_mesh, state_sharding, to_global_batch
+from simseg_jax.sharding import make_mesh, place, state_sharding, to_global_batch
 from simseg_jax.step import initial_state, jit_update, make_update
 from simseg_jax.visualize import write_contact_sheet
 
@@ -75,8 +77,18 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
                 "devices)."
             )
 
-    # ---- data
+    # ---- what to go on from: own checkpoint, another run's, pretrained encoders, nothing
     tokenizer = load_tokenizer(config.data.vocab)
+    folder = checkpoints_folder(workdir, config.checkpoint.directory)
+    restorable = _newest_checkpoint(folder, config.checkpoint.resume)
+    config = config.copy_and_resolve_references()
+    pretrained = Pretrained({}, [])
+    if restorable:
+        keep_architecture(config, saved_config(restorable))
+    else:
+        pretrained = adopt(config, tokenizer)
+
+    # ---- data
     encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
     examples = Examples(
         config.data,
@@ -126,13 +138,14 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
     }
 
     # ---- restore
-    folder = checkpoints_folder(workdir, config.checkpoint.directory)
-    restorable = _newest_checkpoint(folder, config.checkpoint.resume)
     if restorable:
         abstract = with_sharding(state_shapes, shardings)
         state, data.position = restore_state(restorable, abstract, config)
     else:
         state = jax.jit(init_state, out_shardings=shardings)()
+        abstract = with_sharding(state_shapes["params"], shardings["params"])
+        for name, values in pretrained.params.items():
+            state["params"][name] = place(values, abstract[name])
     start = int(state["step"])
     if restorable and start > steps:
         raise UserError(
@@ -169,7 +182,7 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
             f"{config.batch_size} pairs on {mesh.size} {jax.devices()[0].platform} device(s)"
             + (f", continuing from {restorable}" if restorable else "")
         )
-        for line in examples.describe():
+        for line in (*pretrained.notes, *examples.describe()):
             reporter.say(line)
         if start < steps:
             began = time.monotonic()

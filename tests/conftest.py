@@ -19,8 +19,9 @@ import jax
 import numpy as np
 import pytest
 
-from simseg_jax.models.convert import load_authors_checkpoint
 from simseg_jax.models.simseg import make_model
+from simseg_jax.weights.authors import read_model
+from simseg_jax.weights.sources import read_weights
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests train the same tiny model: compile it once per session.
@@ -40,5 +41,5 @@ def golden():
 @pytest.fixture(scope="session")
 def golden_model():
     """(config, graphdef, params) of the authors' miniature model behind the reference outputs."""
-    config, params = load_authors_checkpoint(GOLDENS / "model.pth", image_heads=3, text_heads=2)
+    config, params = read_model(read_weights(GOLDENS / "model.pth"), 3, 2)
     return config, make_model(config), params

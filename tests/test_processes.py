@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from support import tiny_config, tiny_eval
 
-from simseg_jax.checkpoint import checkpoints_folder, completed_steps, load_model
+from simseg_jax.checkpoint import checkpoints_folder, completed_steps
 from simseg_jax.errors import UserError
 from simseg_jax.processes import STOPPED, join_processes
 from simseg_jax.train import train
+from simseg_jax.trained import load_model
 
 TESTS = Path(__file__).parent
 # What the tests run in every process: the training command, which sends itself a signal once.

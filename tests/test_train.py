@@ -13,10 +13,11 @@ import pytest
 from support import assert_trees_equal, tiny_config, tiny_eval
 
 from simseg_jax import train as train_module
-from simseg_jax.checkpoint import checkpoints_folder, completed_steps, load_model
+from simseg_jax.checkpoint import checkpoints_folder, completed_steps
 from simseg_jax.config import from_dict
 from simseg_jax.errors import UserError
 from simseg_jax.train import train
+from simseg_jax.trained import load_model
 
 
 def lines(workdir):

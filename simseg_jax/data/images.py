@@ -1,4 +1,4 @@
-"""Images on the host: decoding, random crop and resize; ImageNet normalisation on the device.
+"""Images on the host: decoding, random crop and resize.
 
 Two paths with the same draws: PIL, as the original (`decode_image`, `crop_and_resize`), and a fast
 one for training (`read_crop`: libjpeg-turbo and a SIMD version of PIL's filter, several times as
@@ -11,8 +11,6 @@ import io
 import math
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
@@ -25,9 +23,6 @@ except (
     ImportError
 ):  # No wheel on some platforms; PIL's filter does the same at a third of the speed.
     simd = None
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 JPEG = b"\xff\xd8"
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
@@ -155,20 +150,3 @@ def _resize_array(image: np.ndarray, box: tuple[float, ...], size: int) -> np.nd
     )
     simd.Resizer().resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
-
-
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 [..., 3] -> float32 with ImageNet mean and standard deviation. Runs on the device."""
-    leading = (None,) * (images.ndim - 1)
-    mean, std = jnp.array(MEAN, jnp.float32)[leading], jnp.array(STD, jnp.float32)[leading]
-    return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def denormalized_uint8(images: np.ndarray) -> np.ndarray:
-    """What the original hands to its CRF: normalise, undo it, truncate, all in float32.
-
-    Rounding on the way makes some values one level darker than the input.
-    """
-    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
-    normalized = (images.astype(np.float32) / np.float32(255) - mean) / std
-    return ((normalized * std + mean) * np.float32(255)).astype(np.uint8)

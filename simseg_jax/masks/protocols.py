@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
-from simseg_jax.data.images import normalize, resize
+from simseg_jax.data.images import resize
 from simseg_jax.masks.densecrf_jax import lattice_size
 from simseg_jax.masks.postprocess import (
     adaptive_threshold,
@@ -59,7 +59,7 @@ def project(model: SimSeg, images: jax.Array, mesh: Mesh) -> jax.Array:
     """Projected tokens [B, 1 + N, D] of uint8 images [B, H, W, 3]."""
 
     def tokens(images: jax.Array) -> jax.Array:
-        return model.encode_image(normalize(images))[1]
+        return model.encode_image(model.normalize(images))[1]
 
     if mesh.devices.flat[0].platform != "cpu" or mesh.size > 1:
         return tokens(images)

@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from simseg_jax.data.images import denormalized_uint8
 from simseg_jax.masks.densecrf import CRF, crf_masks, import_pydensecrf, pydensecrf_masks
 from simseg_jax.masks.densecrf_jax import crf_masks as crf_masks_jax
 from simseg_jax.masks.pamr import pamr
 from simseg_jax.masks.permutohedral_jax import BatchLattice, batch_positions
 from simseg_jax.masks.postprocess import upsample
+from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.sharding import BATCH, replicated
 
 
@@ -42,6 +42,16 @@ def threads_of(settings) -> int:
 def crf_of(settings) -> CRF:
     """The kernels in the settings."""
     return CRF(**{key: value for key, value in settings.crf.items() if key != "backend"})
+
+
+def denormalized_uint8(images: np.ndarray) -> np.ndarray:
+    """What the original hands to its CRF: normalise, undo it, truncate, all in float32.
+
+    Rounding on the way makes some values one level darker than the input.
+    """
+    mean, std = np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32)
+    normalized = (images.astype(np.float32) / np.float32(255) - mean) / std
+    return ((normalized * std + mean) * np.float32(255)).astype(np.uint8)
 
 
 def image_for_crf(images: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simseg_jax.models.layers import apply_blocks, attention, dropout, gelu, linear
+from simseg_jax.models.layers import ACTIVATIONS, apply_blocks, attention, dropout, linear
 from simseg_jax.sharding import constrain_batch
 
 
@@ -22,6 +22,8 @@ class BertConfig:
     heads: int
     mlp_width: int
     dropout: float = 0.1
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
 
     @classmethod
     def base(cls) -> "BertConfig":
@@ -36,7 +38,7 @@ PAD = 0  # id of [PAD] in every BERT vocabulary
 
 
 def _layer_norm(config: BertConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.width, epsilon=1e-12, dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
 
 def _init_words(key: jax.Array, shape, dtype) -> jax.Array:
@@ -71,6 +73,7 @@ class Layer(nnx.Module):
     def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
         self.heads = config.heads
         self.dropout = config.dropout
+        self.activation = ACTIVATIONS[config.activation]
 
         def dense(width_in: int, width_out: int) -> nnx.Linear:
             return linear(width_in, width_out, INIT, dtype, rngs)
@@ -100,7 +103,7 @@ class Layer(nnx.Module):
         out = attention(q, k, v, mask[:, None, None, :], self.dropout, keys, number)
         out = self.attention_output(out.reshape(batch, tokens, width))
         x = self.attention_norm(x + dropout(out, self.dropout, keys, number + 1))
-        out = self.output(gelu(self.intermediate(x)))
+        out = self.output(self.activation(self.intermediate(x)))
         x = self.output_norm(x + dropout(out, self.dropout, keys, number + 2))
         return constrain_batch(x)
 

@@ -117,6 +117,19 @@ def gelu(x: jax.Array) -> jax.Array:
     return x * (0.5 * (1 + jax.lax.erf(x * 0.5**0.5))).astype(x.dtype)
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The approximation x * sigmoid(1.702 x) that OpenAI trained CLIP with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_tanh": jax.nn.gelu,
+    "quick_gelu": quick_gelu,
+    "relu": jax.nn.relu,
+}
+
+
 def linear(width_in: int, width_out: int, kernel_init, dtype, rngs, use_bias=True) -> nnx.Linear:
     """A linear layer with float32 parameters that computes in `dtype`."""
     return nnx.Linear(

@@ -59,6 +59,15 @@ class SimSeg(nnx.Module):
         self.text_projection = Projection(config.text.width, config.embed_dim, dtype, rngs)
         self.temperature = nnx.Param(jnp.float32(config.temperature))
 
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """uint8 [..., 3] -> float32 with the mean and deviation that the encoder expects."""
+        leading = (None,) * (images.ndim - 1)
+        mean, std = (
+            jnp.array(values, jnp.float32)[leading]
+            for values in (self.config.image.mean, self.config.image.std)
+        )
+        return (images.astype(jnp.float32) / 255 - mean) / std
+
     def encode_image(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Normalised images [B, H, W, 3] -> (embedding [B, D], projected tokens [B, 1 + N, D]).
 
@@ -126,9 +135,19 @@ def bind(graphdef: nnx.GraphDef, params: dict) -> SimSeg:
 
 def init_params(config: SimSegConfig, key: jax.Array) -> dict:
     """Random float32 parameters as a nested dict with string keys. Traceable: jit it to shard."""
-    _, state = nnx.split(SimSeg(config, jnp.float32, nnx.Rngs(key)), nnx.Param)
+    return params_of(SimSeg(config, jnp.float32, nnx.Rngs(key)))
+
+
+def params_of(module: nnx.Module) -> dict:
+    """The parameters of a module as a nested dict with string keys."""
+    _, state = nnx.split(module, nnx.Param)
     # Lists of blocks come out with integer keys, which checkpoints and path rules spell as strings.
     return _with_keys(nnx.to_pure_dict(state), str)
+
+
+def path_string(path) -> str:
+    """A JAX key path into parameters as "image_encoder/blocks/0/attn/qkv/kernel"."""
+    return "/".join(str(entry.key) for entry in path)
 
 
 def _with_keys(tree, convert: Callable):

@@ -7,21 +7,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simseg_jax.models.layers import (
+    ACTIVATIONS,
     FLASH_WIDTHS,
     apply_blocks,
     attention,
     can_flash,
     flash_attention,
-    gelu,
     linear,
     torch_linear_init,
 )
 from simseg_jax.sharding import constrain_batch
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Architecture of the image encoder. Sizes in pixels (image, patch) or channels."""
+    """Architecture of the image encoder. Sizes in pixels (image, patch) or channels.
+
+    pre_norm: LayerNorm before the first block, as in CLIP. mean, std: of the input's channels in
+    [0, 1], which the encoder normalises with.
+    """
 
     image_size: int
     patch_size: int
@@ -29,6 +36,11 @@ class ViTConfig:
     depth: int
     heads: int
     mlp_width: int
+    pre_norm: bool = False
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     @classmethod
     def s16(cls) -> "ViTConfig":
@@ -39,6 +51,10 @@ class ViTConfig:
     def b16(cls) -> "ViTConfig":
         """ViT-B/16 at 224."""
         return cls(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
+
+
+def _layer_norm(config: ViTConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -60,24 +76,25 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers around the exact GELU."""
+    """Two linear layers around the activation."""
 
     def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.truncated_normal(0.02)
         self.fc1 = linear(config.width, config.mlp_width, init, dtype, rngs)
         self.fc2 = linear(config.mlp_width, config.width, init, dtype, rngs)
+        self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nnx.Module):
     """Pre-norm attention and MLP with residuals."""
 
     def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm1 = _layer_norm(config, dtype, rngs)
         self.attn = Attention(config, dtype, rngs)
-        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm2 = _layer_norm(config, dtype, rngs)
         self.mlp = Mlp(config, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -116,8 +133,9 @@ class ViT(nnx.Module):
         self.cls_token = nnx.Param(1e-6 * jax.random.normal(rngs.params(), (1, 1, config.width)))
         shape = (1, 1 + self.grid**2, config.width)
         self.pos_embed = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, shape))
+        self.norm_pre = _layer_norm(config, dtype, rngs) if config.pre_norm else None
         self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.depth)])
-        self.norm = nnx.LayerNorm(config.width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm = _layer_norm(config, dtype, rngs)
         self.dtype = dtype
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -127,6 +145,7 @@ class ViT(nnx.Module):
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
         positions = resize_position_embedding(self.pos_embed[...], grid).astype(x.dtype)
         x = constrain_batch(jnp.concatenate([cls, x], axis=1) + positions)
+        x = self.norm_pre(x) if self.norm_pre else x
         x = apply_blocks(lambda block, x, _: block(x), self.blocks, x, self.remat)
         return self.norm(x)
 

@@ -9,11 +9,10 @@ import pytest
 from support import assert_close
 
 from simseg_jax.config import segmentation_eval
-from simseg_jax.data.images import denormalized_uint8
 from simseg_jax.errors import UserError
 from simseg_jax.masks.postprocess import resize_nearest
 from simseg_jax.masks.protocols import PaperProtocol
-from simseg_jax.masks.refine import image_for_crf
+from simseg_jax.masks.refine import denormalized_uint8, image_for_crf
 from simseg_jax.sharding import make_mesh
 from simseg_jax.zeroshot.classifier import Prompts, class_embedder
 

@@ -7,7 +7,6 @@ from PIL import Image
 from support import assert_close
 
 from simseg_jax.config import segmentation_eval
-from simseg_jax.data.images import normalize
 from simseg_jax.masks.pamr import pamr
 from simseg_jax.masks.standard import StandardProtocol, bilinear
 from simseg_jax.models.simseg import bind
@@ -55,8 +54,9 @@ def classes(golden):
 def encode(golden_model):
     """uint8 [H, W, 3] -> projected tokens [1 + N, D]."""
     _, graphdef, params = golden_model
-    tokens = jax.jit(lambda image: bind(graphdef, params).encode_image(normalize(image)[None])[1])
-    return lambda image: np.asarray(tokens(image)[0], np.float64)
+    model = bind(graphdef, params)
+    tokens = jax.jit(lambda image: model.encode_image(model.normalize(image)[None])[1][0])
+    return lambda image: np.asarray(tokens(image), np.float64)
 
 
 def predict(golden_model, classes, images, shapes, variants, background=True, devices=1):

@@ -8,12 +8,12 @@ import pytest
 from support import assert_close, golden_batch
 
 from simseg_jax.loss import contrastive_loss
-from simseg_jax.models.convert import convert, path_string
 from simseg_jax.models.pooling import mean_pool, top_m_pool
-from simseg_jax.models.simseg import bind
-from simseg_jax.models.torch_file import load_tensors
+from simseg_jax.models.simseg import bind, path_string
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.optim import adamw, cosine_schedule
+from simseg_jax.weights.authors import fit
+from simseg_jax.weights.torch_file import load_tensors
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_loss_and_gradients(golden_model, golden):
     # The gradients carry the authors' names: give the parameters the same layout by conversion.
     stored = {k.removeprefix("grad/"): v for k, v in golden.items() if k.startswith("grad/")}
     everything = {**load_tensors_of_model(), **stored}
-    expected = jax.tree_util.tree_leaves_with_path(convert(everything, config))
+    expected = jax.tree_util.tree_leaves_with_path(fit(everything, config))
     ours = {path_string(p): g for p, g in jax.tree_util.tree_leaves_with_path(gradients)}
     weights = {path_string(p): w for p, w in jax.tree_util.tree_leaves_with_path(params)}
     compared = 0

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import GOLDENS
-
-from simseg_jax.errors import UserError
 from simseg_jax.models.convert import convert, infer_config, load_authors_checkpoint
 from simseg_jax.models.torch_file import load_tensors
+
+from simseg_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")

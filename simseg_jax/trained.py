@@ -1,0 +1,121 @@
+"""A trained model for inference, out of a training run or a folder that `convert` wrote."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from simseg_jax import config as config_lib
+from simseg_jax.checkpoint import (
+    TOKENIZER,
+    checkpoints_folder,
+    completed_steps,
+    load_arrays,
+    read_metadata,
+    saved_config,
+    with_sharding,
+)
+from simseg_jax.config import Config
+from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.errors import UserError
+from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
+from simseg_jax.sharding import make_mesh, state_sharding
+from simseg_jax.weights.folder import is_model_folder, read_manifest, read_params
+from simseg_jax.weights.sources import fetch
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """What inference needs of a checkpoint; everything is in it, nothing is asked of the user.
+
+    identity: tells its results from those of other checkpoints. origin: where it came from.
+    """
+
+    config: Config
+    step: int
+    architecture: SimSegConfig
+    graphdef: nnx.GraphDef
+    params: Any
+    tokenizer: Any
+    encoder: TextEncoder
+    mesh: Mesh
+    identity: dict[str, Any]
+    origin: dict[str, Any]
+
+    @property
+    def parts(self) -> tuple[nnx.GraphDef, int, Mesh, TextEncoder]:
+        """What evaluators and `Engine` take: structure, patch size, mesh and text encoder."""
+        return self.graphdef, self.config.model.image.patch_size, self.mesh, self.encoder
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether `load_model` is for this folder: a run's or a converted model's."""
+    return is_model_folder(folder) or (folder / TOKENIZER).is_dir()
+
+
+def load_model(source: str | Path, step: int | None = None, dtype=None) -> TrainedModel:
+    """The parameters of a trained model, replicated over all devices.
+
+    source: the --workdir of a run (its newest step by default) or a folder that `convert` wrote:
+    here, as an address (gs://, s3://, hf://) or as a hub repository. dtype: compute type, by
+    default what `compute_dtype` chooses for the configuration.
+    """
+    folder = fetch(source)
+    exported = is_model_folder(folder)
+    if exported:
+        manifest = read_manifest(folder)
+        config, origin = config_lib.from_file(folder / "config.json"), manifest["origin"]
+        if step is not None:
+            raise UserError(f"{source} was exported: it has one state only, leave --step out.")
+        at_step = int(origin.get("step", 0))
+        identity = {"sha256": manifest["sha256"]}
+    else:
+        path, at_step = _checkpoint(folder, step)
+        config = saved_config(path)
+        identity = {"step": at_step, "written": read_metadata(path).init_timestamp_nsecs}
+        origin = {"source": str(folder), "format": "training run", "step": at_step}
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    architecture = config_lib.model_config(config, len(tokenizer))
+    mesh = make_mesh()
+    shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
+    shapes = with_sharding(shapes, state_sharding(shapes, mesh))
+    if exported:
+        params = read_params(folder, manifest, architecture, shapes)
+    else:
+        params = load_arrays(path, {"params": shapes})["params"]
+    dtype = dtype or config_lib.compute_dtype(config)
+    return TrainedModel(
+        config=config,
+        step=at_step,
+        architecture=architecture,
+        graphdef=make_model(architecture, dtype),
+        params=params,
+        tokenizer=tokenizer,
+        encoder=TextEncoder(tokenizer, config.data.max_length),
+        mesh=mesh,
+        identity={**identity, "dtype": str(dtype)},
+        origin=origin,
+    )
+
+
+def _checkpoint(workdir: Path, step: int | None):
+    """(folder, step) of one checkpoint of a run."""
+    if workdir.is_file():
+        raise UserError(
+            f"{workdir} is a file: python -m simseg_jax.convert {workdir} FOLDER makes a "
+            "checkpoint of it."
+        )
+    folder = checkpoints_folder(workdir)
+    steps = completed_steps(folder)
+    if not steps:
+        raise UserError(
+            f"No finished checkpoint under {folder}: give the --workdir of a run, or a folder "
+            "that python -m simseg_jax.convert wrote."
+        )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}, only {steps}.")
+    return folder / str(step), step

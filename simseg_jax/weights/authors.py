@@ -1,0 +1,85 @@
+"""Whole models under the authors' names: a timm ViT, a Hugging Face BERT and what joins them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from simseg_jax.errors import UserError
+from simseg_jax.models.bert import BertConfig
+from simseg_jax.models.simseg import SimSegConfig, init_params, path_string
+from simseg_jax.models.vit import ViTConfig
+from simseg_jax.weights.formats import BERT, TIMM
+from simseg_jax.weights.layouts import LINEAR, Entry, hugging_face_bert, timm_vit
+from simseg_jax.weights.sources import Weights
+from simseg_jax.weights.towers import assemble, leaves_of, usual_names
+
+IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
+UNUSED = rf"{IMAGE}({TIMM.unused})|{TEXT}({BERT.unused})".replace("model.model.", r"model\.model\.")
+
+
+def table(config: SimSegConfig) -> list[Entry]:
+    """Where the authors' checkpoints hold every parameter."""
+    return [
+        *_below("image_encoder/", IMAGE, timm_vit(config.image)),
+        *_below("text_encoder/", TEXT, hugging_face_bert(config.text)),
+        Entry("image_projection/kernel", ("image_projection.linear.weight",), LINEAR),
+        Entry("text_projection/kernel", ("text_projection.linear.weight",), LINEAR),
+        Entry("temperature", ("loss.temperature",)),
+    ]
+
+
+def is_whole_model(weights: Weights) -> bool:
+    """Whether the weights are those of a SimSeg model and not of one encoder."""
+    return any(name.endswith("image_projection.linear.weight") for name in weights.tensors)
+
+
+def read_model(
+    weights: Weights, image_heads: int | None = None, text_heads: int | None = None
+) -> tuple[SimSegConfig, dict]:
+    """(architecture, parameters) of a checkpoint of the authors, with or without `module.`.
+
+    The number of heads leaves no trace there: by default heads are 64 channels wide, as in every
+    model the authors published. All unknown, missing and mis-shaped names are reported together.
+    """
+    tensors = usual_names(weights.tensors)
+    if "image_projection.linear.weight" not in tensors:
+        raise UserError(
+            "Not a SimSeg checkpoint: it has no entry image_projection.linear.weight. The weights "
+            "of one encoder serve as config.init.image or config.init.text."
+        )
+    image, text = (
+        {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        for prefix in (IMAGE, TEXT)
+    )
+    words = text.get(BERT.signature, np.zeros((0, 64)))
+    config = SimSegConfig(
+        image=ViTConfig(**TIMM.describe(image, {}, image_heads)),
+        text=BertConfig(**BERT.describe(text, {}, text_heads or max(words.shape[-1] // 64, 1))),
+        embed_dim=tensors["image_projection.linear.weight"].shape[0],
+    )
+    return config, fit(tensors, config)
+
+
+def fit(tensors: dict[str, np.ndarray], config: SimSegConfig) -> dict:
+    """The parameters of `config` from tensors with the authors' names."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return assemble(tensors, table(config), leaves_of(shapes), UNUSED)
+
+
+def state_dict(params: dict, config: SimSegConfig) -> dict[str, np.ndarray]:
+    """The parameters under the authors' names in PyTorch's layouts: the inverse of `fit`."""
+    values: dict[str, Any] = {
+        path_string(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    tensors = {}
+    for entry in table(config):
+        assert entry.layout.write is not None
+        tensors[entry.names[0]] = np.array(entry.layout.write(values[entry.path]), order="C")
+    return tensors
+
+
+def _below(path: str, prefix: str, entries: list[Entry]) -> list[Entry]:
+    return [
+        Entry(path + e.path, tuple(prefix + name for name in e.names), e.layout) for e in entries
+    ]

@@ -1,0 +1,157 @@
+"""The folder of a converted model: parameters, configuration, tokenizer, card and checksums.
+
+    config.json         the configuration: architecture, text length, protocols
+    tokenizer/          the vocabulary
+    params/ or model.safetensors
+    README.md           the model card
+    manifest.json       format, origin and SHA-256 of every file
+
+It is complete or not there at all: written under another name, then renamed.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import save_file
+
+from simseg_jax import config as config_lib
+from simseg_jax.checkpoint import CONFIG, TOKENIZER, load_arrays
+from simseg_jax.config import Config
+from simseg_jax.errors import UserError
+from simseg_jax.models.simseg import SimSegConfig
+from simseg_jax.sharding import place
+from simseg_jax.weights import authors
+from simseg_jax.weights.sources import read_json, read_weights, sha256
+
+MANIFEST, CARD = "manifest.json", "README.md"
+PARAMS, SAFETENSORS = "params", "model.safetensors"
+FORMAT = "simseg_jax 1"
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `write_folder` wrote it."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after comparing every file it lists with its checksum."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / MANIFEST} says format={manifest.get('format')!r}, this version of "
+            f"simseg_jax reads {FORMAT!r}: install the version that wrote it."
+        )
+    files = manifest["sha256"]
+    wrong = [
+        name
+        for name, checksum in files.items()
+        if not (folder / name).is_file() or sha256(folder / name) != checksum
+    ]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(files)} files in {folder} are missing or damaged "
+            f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}): get the folder again."
+        )
+    return manifest
+
+
+def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConfig, shapes) -> dict:
+    """The parameters in float32; shapes: shape structs with shardings, see `with_sharding`."""
+    if manifest["weights"] == PARAMS:
+        return load_arrays(epath.Path(folder / PARAMS), {"params": shapes})["params"]
+    if manifest["weights"] == SAFETENSORS:
+        tensors = read_weights(folder / SAFETENSORS).tensors
+        return place(authors.fit(tensors, architecture), shapes)
+    raise UserError(
+        f"{folder} holds exported programs, not parameters: take the folder they were made from."
+    )
+
+
+def write_folder(
+    folder: Path,
+    *,
+    config: Config,
+    tokenizer,
+    origin: dict[str, Any],
+    weights: str,
+    card: str,
+    write_weights: Callable[[Path], None],
+) -> None:
+    """Writes a model folder.
+
+    weights: what holds the parameters, `PARAMS`, `SAFETENSORS` or "programs"; write_weights(folder)
+    writes that. card: the model card. origin: where the parameters came from.
+    """
+    with complete(folder) as partial:
+        write_weights(partial)
+        public = config_lib.published(config)
+        (partial / CONFIG).write_text(config_lib.to_json(public) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(partial / TOKENIZER)
+        (partial / CARD).write_text(card, encoding="utf-8")
+        files = sorted(f for f in partial.rglob("*") if f.is_file() and f.name != CARD)
+        manifest = {
+            "format": FORMAT,
+            "version": version("simseg-jax"),
+            "weights": weights,
+            "origin": origin,
+            # The card is for people to edit.
+            "sha256": {f.relative_to(partial).as_posix(): sha256(f) for f in files},
+        }
+        text = json.dumps(manifest, indent=2) + "\n"
+        (partial / MANIFEST).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def complete(path: Path, folder: bool = True) -> Iterator[Path]:
+    """A place to write a folder or file that appears at `path` once all went well."""
+    refuse_existing(path)
+    partial = path.with_name(f"{path.name}.partial")
+    _remove(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        partial.mkdir()
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def refuse_existing(path: Path) -> None:
+    """A `UserError` if something is there already."""
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{path} exists: name another destination, nothing is overwritten.")
+
+
+def write_orbax(folder: Path, params: dict) -> None:
+    """Parameters for `load_arrays`, in the type they have."""
+    ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
+
+
+def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
+    """Parameters under the authors' names in PyTorch's layouts."""
+    tensors = authors.state_dict(params, architecture)
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+
+
+def cast(params: dict, dtype) -> dict:
+    """Parameters in another type; the temperature, a single number, stays float32."""
+    return {
+        k: v if k == "temperature" else jax.tree.map(lambda x: np.asarray(x).astype(dtype), v)
+        for k, v in params.items()
+    }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
