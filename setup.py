@@ -16,9 +16,12 @@ setup(
         # SIMD resizing; where there is no wheel, PIL does the same three times as slowly.
         "cykooz-resizer>=4,<5; platform_machine != 'aarch64'",
         "etils[epath]>=1.12,<2",
+        # Exported programs are written and read with it.
+        "flatbuffers>=24.3,<26",
         "flax>=0.12.4,<0.14",
         "fsspec>=2025.3",
         "grain>=0.2.15,<0.3",
+        "huggingface-hub>=1,<3",
         "jax>=0.9,<0.14",
         "matplotlib>=3.9,<4",
         "ml-collections>=1.1,<2",
@@ -28,6 +31,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.14",
         "pillow>=11,<14",
         "protobuf>=5,<8",
+        "safetensors>=0.8,<1",
         "scipy>=1.14,<2",
         "simplejpeg>=1.8,<2",
         "tensorboardX>=2.6.4,<3",

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
+
 
 def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """The parser of `python -m simseg_jax.MODULE`; the epilog is printed as it stands."""
@@ -17,10 +19,32 @@ def make_parser(module: str, description: str, epilog: str) -> argparse.Argument
     )
 
 
+def results_folder(checkpoint: str) -> Path:
+    """Where results go by default: into the checkpoint's folder, or here if that is elsewhere."""
+    folder = Path(checkpoint)
+    return folder if folder.is_dir() else Path(checkpoint.rstrip("/").rpartition("/")[2])
+
+
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Which trained model."""
-    parser.add_argument("--checkpoint", required=True, help="the --workdir of a training run")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a run's --workdir or converted folder: path, URL or hub id",
+    )
     parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+
+
+def add_protocol_options(parser) -> None:
+    """What to change of the protocol of the checkpoint's benchmark; parser: or a group of one."""
+    parser.add_argument("--refine", choices=SEGMENTATION_CHOICES["refine"], help="mask refinement")
+    parser.add_argument("--resolution", type=int, help="side in pixels the model sees")
+    parser.add_argument("--sigma_weight", type=float, help="higher: fewer words are drawn")
+
+
+def protocol_settings(args: argparse.Namespace) -> dict:
+    """The keys of an entry of evals.seg that were given on the command line."""
+    return {k: getattr(args, k) for k in SEGMENTATION_KEYS if getattr(args, k, None) is not None}
 
 
 def add_evals_options(parser: argparse.ArgumentParser) -> None:

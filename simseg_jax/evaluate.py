@@ -14,6 +14,7 @@ from simseg_jax.command_line import (
     add_evals_options,
     cache_programs,
     make_parser,
+    results_folder,
 )
 from simseg_jax.config import Config, apply_overrides, load_config
 from simseg_jax.errors import UserError, report_user_errors
@@ -57,7 +58,7 @@ def main() -> None:
     model = load_model(args.checkpoint, args.step, args.dtype and jnp.dtype(args.dtype))
     config = evaluation_config(model.config, args.config, overrides)
     benchmarks = choose(config, args.benchmark)
-    folder = Path(args.output or Path(args.checkpoint) / f"evaluation-{model.step}")
+    folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
     # All of them first, so that a missing file is found now.
     evaluators = {
         name: SegmentationEvaluator(*model.parts, settings) for name, settings in benchmarks.items()

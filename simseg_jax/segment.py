@@ -10,9 +10,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from simseg_jax.command_line import add_checkpoint_options, cache_programs, make_parser
+from simseg_jax.command_line import (
+    add_checkpoint_options,
+    add_protocol_options,
+    cache_programs,
+    make_parser,
+    protocol_settings,
+)
 from simseg_jax.config import segmentation_eval, validate_segmentation
-from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
 from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.images import decode_image
 from simseg_jax.errors import UserError, report_user_errors
@@ -164,20 +169,15 @@ def main() -> None:
     parser.add_argument("--words", required=True, help="comma-separated words to look for")
     parser.add_argument("--output", required=True, help="folder for masks, overlays, scores.json")
     parser.add_argument("--contrast", help="comma-separated words scored but not drawn")
-    parser.add_argument("--refine", choices=SEGMENTATION_CHOICES["refine"], help="mask refinement")
-    parser.add_argument("--resolution", type=int, help="side in pixels the model sees")
-    parser.add_argument("--sigma_weight", type=float, help="higher: fewer words are drawn")
+    add_protocol_options(parser)
     parser.add_argument("--batch_size", type=int, help="images per batch")
     args = parser.parse_args()
     cache_programs()
-    chosen = {
-        key: getattr(args, key) for key in SEGMENTATION_KEYS if getattr(args, key, None) is not None
-    }
     words = check_words(args.words.split(","))
     files = find_images(args.images)
     contrast = None if args.contrast is None else [w.strip() for w in args.contrast.split(",")]
     model = load_model(args.checkpoint, args.step)
-    segmenter = Segmenter(model, words, contrast, **chosen)
+    segmenter = Segmenter(model, words, contrast, **protocol_settings(args))
 
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from simseg_jax.command_line import (
     add_evals_options,
     cache_programs,
     make_parser,
+    results_folder,
 )
 from simseg_jax.config import segmentation_eval, validate_segmentation
 from simseg_jax.dotted import assign, get, literal
@@ -107,7 +108,7 @@ def main() -> None:
     else:
         table = Table(f"Settings of {name}", parse_values(settings, args.set), {})
     title = args.table or "-".join(table.values)
-    folder = Path(args.output or Path(args.checkpoint) / f"sweep-{model.step}" / title)
+    folder = Path(args.output or results_folder(args.checkpoint) / f"sweep-{model.step}" / title)
     rows = sweep(model, settings, table, folder)
     if jax.process_index() == 0:
         print(format_rows(table, rows))

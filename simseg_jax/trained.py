@@ -1,6 +1,7 @@
 """A trained model for inference, out of a training run or a folder that `convert` wrote."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.sharding import make_mesh, state_sharding
-from simseg_jax.weights.folder import is_model_folder, read_manifest, read_params
-from simseg_jax.weights.sources import fetch
+from simseg_jax.weights.folder import MANIFEST, is_model_folder, read_manifest, read_params
+from simseg_jax.weights.sources import fetch, sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,25 +72,40 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
         if step is not None:
             raise UserError(f"{source} was exported: it has one state only, leave --step out.")
         at_step = int(origin.get("step", 0))
-        identity = {"sha256": manifest["sha256"]}
+        identity = {"manifest": sha256(folder / MANIFEST)}
     else:
         path, at_step = _checkpoint(folder, step)
         config = saved_config(path)
         identity = {"step": at_step, "written": read_metadata(path).init_timestamp_nsecs}
         origin = {"source": str(folder), "format": "training run", "step": at_step}
+
+    def read(architecture: SimSegConfig, shapes) -> dict:
+        if exported:
+            return read_params(folder, manifest, architecture, shapes)
+        return load_arrays(path, {"params": shapes})["params"]
+
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    return assemble_model(config, tokenizer, read, at_step, identity, origin, dtype)
+
+
+def assemble_model(
+    config: Config,
+    tokenizer,
+    read: Callable[[SimSegConfig, Any], dict],
+    step: int,
+    identity: dict[str, Any],
+    origin: dict[str, Any],
+    dtype=None,
+) -> TrainedModel:
+    """A `TrainedModel`; read(architecture, shape structs with shardings) gives its parameters."""
     architecture = config_lib.model_config(config, len(tokenizer))
     mesh = make_mesh()
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
-    shapes = with_sharding(shapes, state_sharding(shapes, mesh))
-    if exported:
-        params = read_params(folder, manifest, architecture, shapes)
-    else:
-        params = load_arrays(path, {"params": shapes})["params"]
+    params = read(architecture, with_sharding(shapes, state_sharding(shapes, mesh)))
     dtype = dtype or config_lib.compute_dtype(config)
     return TrainedModel(
         config=config,
-        step=at_step,
+        step=step,
         architecture=architecture,
         graphdef=make_model(architecture, dtype),
         params=params,

@@ -16,11 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from simseg_jax.masks.densecrf import CRF, crf_masks, import_pydensecrf, pydensecrf_masks
 from simseg_jax.masks.densecrf_jax import crf_masks as crf_masks_jax
+from simseg_jax.masks.densecrf_jax import lattice_size
 from simseg_jax.masks.pamr import pamr
 from simseg_jax.masks.permutohedral_jax import BatchLattice, batch_positions
 from simseg_jax.masks.postprocess import upsample
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from simseg_jax.sharding import BATCH, replicated
+from simseg_jax.sharding import BATCH, make_mesh, replicated
 
 
 def on_host(settings) -> bool:
@@ -114,6 +115,28 @@ def refine_on_device(
         maps = pamr(images, upsample(maps, factor), options.iterations, tuple(options.dilations))
         return maps > 0.5, jnp.int32(0)
     return upsample(maps > 0.5, factor), jnp.int32(0)
+
+
+def refine_image(settings, image: jax.Array, maps: jax.Array, needed: jax.Array) -> jax.Array:
+    """Masks bool [K, S, S] of one image, with as much room for its lattice as it takes.
+
+    image: uint8 [S, S, 3]; maps: [K, g, g]; needed: bool [K]. Where no host can look at the count
+    of vertices and ask again: the program itself falls back on the most that may be needed.
+    """
+    mesh = make_mesh(devices=jax.devices()[:1])
+    size = image.shape[0]
+    batch = image[None], maps[None], needed[None]
+    positions = positions_for(settings, 1, mesh)
+
+    def refine(vertices: int) -> tuple[jax.Array, jax.Array]:
+        return refine_on_device(settings, *batch, positions, vertices, mesh)
+
+    usual = lattice_size(size, size)
+    masks, used = refine(usual)
+    if settings.refine == "crf":
+        # Every pixel lies in a simplex of six vertices.
+        masks = jax.lax.cond(used > usual, lambda: refine(6 * size**2)[0], lambda: masks)
+    return masks[0]
 
 
 def refine_on_host(

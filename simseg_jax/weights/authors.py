@@ -1,5 +1,7 @@
 """Whole models under the authors' names: a timm ViT, a Hugging Face BERT and what joins them."""
 
+import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ from simseg_jax.weights.layouts import LINEAR, Entry, hugging_face_bert, timm_vi
 from simseg_jax.weights.sources import Weights
 from simseg_jax.weights.towers import assemble, leaves_of, usual_names
 
+# The entry of a `.pth` that holds our description beside the state dict.
+META = "simseg_jax"
 IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
 UNUSED = rf"{IMAGE}({TIMM.unused})|{TEXT}({BERT.unused})".replace("model.model.", r"model\.model\.")
 
@@ -48,6 +52,10 @@ def read_model(
             "Not a SimSeg checkpoint: it has no entry image_projection.linear.weight. The weights "
             "of one encoder serve as config.init.image or config.init.text."
         )
+    described = weights.meta.get(META, {}).get("architecture")
+    if described and not (image_heads or text_heads):
+        config = _from_json(described)
+        return config, fit(tensors, config)
     image, text = (
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         for prefix in (IMAGE, TEXT)
@@ -59,6 +67,22 @@ def read_model(
         embed_dim=tensors["image_projection.linear.weight"].shape[0],
     )
     return config, fit(tensors, config)
+
+
+def describe(config: SimSegConfig) -> dict[str, str]:
+    """What goes beside the state dict, so that `read_model` need not guess."""
+    return {"architecture": json.dumps(dataclasses.asdict(config))}
+
+
+def _from_json(text: str) -> SimSegConfig:
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        image: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.pop("image").items()
+        }
+        return SimSegConfig(ViTConfig(**image), BertConfig(**fields.pop("text")), **fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"The description in the .pth cannot be read: {error!r}.") from error
 
 
 def fit(tensors: dict[str, np.ndarray], config: SimSegConfig) -> dict:

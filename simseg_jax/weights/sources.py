@@ -1,5 +1,6 @@
 """Finding weights (here, on object storage, on the hub) and reading the container they are in."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -134,9 +136,14 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _read_npz(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: _known_type(arrays[name]) for name in arrays.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}): get the file again.") from error
+
+
+def _known_type(array: np.ndarray) -> np.ndarray:
+    # NumPy writes bfloat16 as two bytes of no type.
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 def _state_dict(content: Any, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -153,36 +160,43 @@ def _state_dict(content: Any, file: Path) -> tuple[dict[str, np.ndarray], dict[s
 
 
 def _copy(address: str) -> Path:
-    """A local copy of a remote file, with the settings beside it, or of a remote folder."""
-    folder, files = address, _tree(address)
+    """A local copy of a remote folder, or of a remote file with the settings beside it."""
+    files, name = _tree(address), ""
     if not files:
-        folder = address.rpartition("/")[0]
-        beside = {remote.join(folder, known) for known in SETTINGS}
-        found = remote.listing(folder)[0]
-        files = [f for f in found if f.path == address or f.path in beside]
-        if address not in {f.path for f in files}:
+        folder, _, name = address.rpartition("/")
+        wanted = (name, *SETTINGS)
+        files = {n: file for n, file in _tree(folder, deep=False).items() if n in wanted}
+        if name not in files:
             raise UserError(f"Nothing at {address}: give the address of a file or folder.")
-    identity = hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:24]
+    identity = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:24]
     target = CACHE.expanduser() / identity
     if not target.is_dir():
         # Complete or not there at all: several processes may copy at once.
         partial = target.with_name(f"{identity}.{uuid.uuid4().hex}.partial")
         try:
-            for file in remote.progress(files, len(files), f"Copying {address}"):
-                path = partial / file.path.removeprefix(folder).lstrip("/")
+            for relative in remote.progress(files, len(files), f"Copying {address}"):
+                path = partial / relative
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with remote.open_file(file.path) as source, path.open("wb") as copy:
+                with remote.open_file(files[relative].path) as source, path.open("wb") as copy:
                     shutil.copyfileobj(source, copy, remote.BUFFER)
-            if not target.is_dir():
+            with contextlib.suppress(OSError):  # Another process was first.
                 partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return target if folder == address else target / address.rpartition("/")[2]
+    return target / name
 
 
-def _tree(folder: str) -> list[remote.File]:
+def _tree(folder: str, deep: bool = True) -> dict[str, remote.File]:
+    """The files below a remote folder by their relative paths."""
     files, folders = remote.listing(folder)
-    return files + [file for inner in folders for file in _tree(inner)]
+    found = {_name(file.path): file for file in files}
+    for inner in folders if deep else ():
+        found |= {f"{_name(inner)}/{path}": file for path, file in _tree(inner).items()}
+    return found
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _from_hub(source: str) -> Path:

@@ -1,79 +1,187 @@
-import io
-import pickle
-import zipfile
+"""Encoders of other code bases, against outputs of theirs (tests/goldens/make_neighbours.py)."""
+
+import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
-from simseg_jax.models.convert import convert, infer_config, load_authors_checkpoint
-from simseg_jax.models.torch_file import load_tensors
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from support import assert_close
 
 from simseg_jax.errors import UserError
+from simseg_jax.models.bert import Bert
+from simseg_jax.models.vit import ViT
+from simseg_jax.weights.sources import Weights, read_weights
+from simseg_jax.weights.towers import read_tower
+
+NEIGHBOURS = GOLDENS / "neighbours"
+IMAGE_TOWERS = {
+    "timm": "timm ViT",
+    "timm_layerscale": "timm ViT",
+    "timm_clip": "timm ViT",
+    "hf_vit": "Hugging Face ViT",
+    "hf_clip": "Hugging Face CLIP",
+    "open_clip": "open_clip",
+    "augreg": "big_vision ViT",
+    "big_vision": "big_vision ViT",
+}
 
 
 @pytest.fixture(scope="module")
-def tensors():
-    return load_tensors(GOLDENS / "model.pth")["state_dict"]
+def outputs():
+    return dict(np.load(NEIGHBOURS / "outputs.npz"))
 
 
-def test_architecture_is_read_off_the_shapes(golden_model):
-    config, _, _ = golden_model
-    assert (config.image.width, config.image.depth, config.image.image_size) == (48, 3, 224)
-    assert (config.text.width, config.text.depth, config.text.vocab_size) == (32, 2, 120)
-    assert config.embed_dim == 24
+def run_tower(tower, *inputs):
+    kind = Bert if tower.format == "Hugging Face BERT" else ViT
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: kind(tower.config, jnp.float32, nnx.Rngs(0))))
+
+    def apply(params, *inputs):
+        return nnx.merge(graphdef, keyed(params))(*inputs)
+
+    return jax.jit(apply)(tower.params, *inputs)
 
 
-def test_module_prefix_and_unused_entries_are_ignored(tensors, golden_model):
-    config, _, params = golden_model
-    prefixed = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    prefixed["module.text_encoder.model.model.pooler.dense.weight"] = np.zeros((32, 32))
-    jax.tree.map(np.testing.assert_array_equal, convert(prefixed, config), params)
+def keyed(tree):
+    """Numbers of blocks as NNX has them."""
+    if not isinstance(tree, dict):
+        return jnp.asarray(tree)
+    return {int(k) if k.isdigit() else k: keyed(v) for k, v in tree.items()}
 
 
-def test_all_problems_are_reported_together(tensors, golden_model):
-    broken = dict(tensors)
-    del broken["loss.temperature"]
-    broken["image_projection.linear.weight"] = np.zeros((2, 2))
-    broken["decoder.weight"] = np.zeros(3)
+@pytest.mark.parametrize("name", IMAGE_TOWERS)
+def test_image_encoders_agree(name, outputs):
+    tower = read_tower(read_weights(NEIGHBOURS / name), "image")
+    assert tower.format == IMAGE_TOWERS[name]
+    assert (tower.config.width, tower.config.depth, tower.config.heads) == (24, 2, 3)
+    # LayerScale is multiplied into the weights: another order of rounding, still within 1e-5.
+    assert_close(run_tower(tower, outputs["images"]), outputs[name])
+
+
+def test_text_encoder_agrees(outputs):
+    tower = read_tower(read_weights(NEIGHBOURS / "hf_bert"), "text")
+    tokens = run_tower(tower, outputs["ids"], outputs["mask"])
+    assert_close(tokens, outputs["hf_bert"])
+    assert tower.config.activation == "gelu_tanh"
+
+
+def test_normalisation_comes_with_the_weights():
+    means = {n: read_tower(read_weights(NEIGHBOURS / n), "image").config.mean for n in IMAGE_TOWERS}
+    assert means["timm"] == means["augreg"] == means["hf_vit"] == (0.5, 0.5, 0.5)
+    assert means["hf_clip"] == (0.48, 0.46, 0.41)
+    assert means["open_clip"] == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
+    # Not in the files: what the configuration says stays.
+    assert "mean" not in read_tower(read_weights(NEIGHBOURS / "timm_clip"), "image").settings
+
+
+def test_blocks_in_a_loop_and_old_names(outputs):
+    weights = read_weights(NEIGHBOURS / "big_vision")
+    stacked, blocks = {}, {}
+    for name, tensor in weights.tensors.items():
+        before, found, after = name.partition("encoderblock_")
+        if found:
+            blocks.setdefault(f"{before}encoderblock/{after[2:]}", []).append(tensor)
+        else:
+            stacked[name] = tensor
+    stacked |= {name: np.stack(parts) for name, parts in blocks.items()}
+    tower = read_tower(weights._replace(tensors=stacked), "image")
+    assert_close(run_tower(tower, outputs["images"]), outputs["big_vision"])
+
+    weights = read_weights(NEIGHBOURS / "hf_bert")
+    gamma = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        for n in weights.tensors
+    }
+    old = dict(
+        zip(sorted(gamma), (weights.tensors[n] for n in sorted(weights.tensors)), strict=True)
+    )
+    assert any(name.endswith("gamma") for name in old)
+    tower = read_tower(weights._replace(tensors=old), "text")
+    tokens = run_tower(tower, outputs["ids"], outputs["mask"])
+    assert_close(tokens, outputs["hf_bert"])
+
+
+def test_what_the_weights_do_not_say_must_lie_beside_them(tmp_path):
+    for name, file, needed in (
+        ("hf_bert", "model.safetensors", "config.json"),
+        ("hf_clip", "model.safetensors", "config.json"),
+        ("open_clip", "open_clip_model.safetensors", "open_clip_config.json"),
+    ):
+        shutil.copy(NEIGHBOURS / name / file, tmp_path / file)
+        side = "text" if name == "hf_bert" else "image"
+        with pytest.raises(UserError, match=f"needs its {needed}"):
+            read_tower(read_weights(tmp_path / file), side)
+
+
+def changed(name, remove=(), **tensors):
+    weights = read_weights(NEIGHBOURS / name)
+    kept = {k: v for k, v in weights.tensors.items() if k not in remove}
+    return weights._replace(tensors=kept | tensors)
+
+
+def test_all_problems_of_an_encoder_are_reported_together():
+    lost = "blocks.1.attn.qkv.bias"
+    weights = changed("timm", remove=(lost,), extra=np.zeros(3))
+    weights.tensors["blocks.0.mlp.fc2.weight"] = np.zeros((24, 47), np.float32)
     with pytest.raises(UserError, match="3 problems") as error:
-        convert(broken, golden_model[0])
-    for part in ("missing temperature", "image_projection.linear.weight", "unexpected decoder"):
+        read_tower(weights, "image")
+    for part in (f"missing {lost}", "unexpected extra", "fc2.weight (24, 47) cannot become"):
         assert part in str(error.value)
 
 
-def test_foreign_state_dict_is_refused():
-    with pytest.raises(UserError, match="Not a SimSeg checkpoint"):
-        infer_config({"fc.weight": np.zeros((3, 3))})
+def test_what_is_not_representable_is_said():
+    with pytest.raises(UserError, match="register tokens, which have no place here"):
+        read_tower(changed("timm", reg_token=np.zeros((1, 4, 24))), "image")
+    with pytest.raises(UserError, match=r"gated MLPs"):
+        read_tower(changed("timm", **{"blocks.0.mlp.w12.weight": np.zeros((4, 4))}), "image")
+    with pytest.raises(UserError, match="its position embedding has 4 rows"):
+        read_tower(changed("timm", pos_embed=np.zeros((1, 4, 24))), "image")
+    with pytest.raises(UserError, match="missing cls_token"):
+        read_tower(changed("timm", remove=("cls_token",)), "image")
+    with pytest.raises(UserError, match=r"open_clip in it\. CLIP's text encoder is causal"):
+        read_tower(changed("open_clip"), "text")
+    with pytest.raises(UserError, match=r"not one image encoder .* no encoder known here"):
+        read_tower(Weights({"fc.weight": np.zeros((2, 2))}, {}, {}, {}), "image")
 
 
-def test_missing_and_foreign_files(tmp_path):
-    with pytest.raises(UserError, match="No checkpoint file"):
-        load_authors_checkpoint(tmp_path / "nothing.pth")
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(UserError, match="not a PyTorch zip checkpoint"):
-        load_authors_checkpoint(tmp_path / "text.pth")
+def test_other_kinds_of_text_encoders_are_refused(tmp_path):
+    shutil.copytree(NEIGHBOURS / "hf_bert", tmp_path / "roberta")
+    file = tmp_path / "roberta" / "config.json"
+    card = json.loads(file.read_text())
+    for change, message in (
+        ({"model_type": "roberta"}, "model_type='roberta', which cannot be represented"),
+        ({"is_decoder": True}, "is a decoder"),
+        ({"hidden_act": "swish"}, "'swish' is not known"),
+    ):
+        file.write_text(json.dumps(card | change))
+        with pytest.raises(UserError, match=message):
+            read_tower(read_weights(tmp_path / "roberta"), "text")
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return print, ("this must never be printed",)
-
-    data = io.BytesIO()
-    pickle.dump({"state_dict": Malicious()}, data)
-    path = tmp_path / "bad.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("bad/data.pkl", data.getvalue())
-    with pytest.raises(UserError, match="print, which is refused"):
-        load_tensors(path)
+def test_one_encoder_out_of_a_whole_model(golden_model):
+    config, _, params = golden_model
+    tower = read_tower(read_weights(GOLDENS / "model.pth"), "image", heads=3)
+    assert tower.config == config.image
+    jax.tree.map(np.testing.assert_array_equal, tower.params, params["image_encoder"])
 
 
-def test_a_truncated_storage_is_refused(tmp_path):
-    path = tmp_path / "short.pth"
-    with zipfile.ZipFile(GOLDENS / "model.pth") as good, zipfile.ZipFile(path, "w") as short:
-        for name in good.namelist():
-            content = good.read(name)
-            short.writestr(name, content[:8] if name.endswith("data/0") else content)
-    with pytest.raises(UserError, match="cannot be read"):
-        load_tensors(path)
+def test_weights_in_several_files_and_in_half_precision(tmp_path, outputs):
+    tensors = load_file(NEIGHBOURS / "hf_bert" / "model.safetensors")
+    shutil.copy(NEIGHBOURS / "hf_bert" / "config.json", tmp_path)
+    names = list(tensors)
+    parts = {"one.safetensors": names[:10], "two.safetensors": names[10:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name].astype(jnp.bfloat16) for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    tower = read_tower(read_weights(tmp_path), "text")
+    # bfloat16 has eight bits.
+    tokens = run_tower(tower, outputs["ids"], outputs["mask"])
+    assert_close(tokens, outputs["hf_bert"], 2e-2)
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks two\.safetensors"):
+        read_weights(tmp_path)

@@ -1,0 +1,229 @@
+"""Weights in and out: `python -m simseg_jax.convert SOURCE [DESTINATION]`."""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from simseg_jax import config as config_lib
+from simseg_jax.command_line import (
+    add_protocol_options,
+    cache_programs,
+    make_parser,
+    protocol_settings,
+)
+from simseg_jax.data.classes import prompt_names
+from simseg_jax.data.text import load_tokenizer
+from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.models.simseg import SimSegConfig
+from simseg_jax.segment import Segmenter
+from simseg_jax.sharding import place
+from simseg_jax.trained import TrainedModel, assemble_model, is_trained, load_model
+from simseg_jax.weights import authors, folder, programs
+from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
+from simseg_jax.weights.sources import fetch, read_weights
+from simseg_jax.weights.torch_file import save_tensors
+from simseg_jax.weights.towers import find_towers, read_tower, usual_names
+
+FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
+EPILOG = """examples:
+  what is in a file (format, architecture, what it serves for):
+    python -m simseg_jax.convert simseg.vit-s.pth
+  the authors' checkpoint as a folder for segment, evaluate and config.init.model:
+    python -m simseg_jax.convert simseg.vit-s.pth models/simseg-vits
+  a run, for sharing:
+    python -m simseg_jax.convert runs/shapes models/shapes --to=safetensors --dtype=bfloat16
+  for the authors' PyTorch code:
+    python -m simseg_jax.convert runs/shapes shapes.pth --to=pth
+  programs that need neither this package nor the checkpoint, on CPUs, NVIDIA GPUs and TPUs:
+    python -m simseg_jax.convert runs/shapes programs/ --to=stablehlo --words="star, heart"
+
+SOURCE is a run's --workdir, a converted folder or a weights file (.pth, .safetensors; told by its
+content): here, on object storage (gs://, s3://) or on the hub (owner/name, owner/name@revision).
+One encoder alone (timm, transformers' BERT, ViT and CLIP, open_clip, big_vision and AugReg .npz) is
+described; training starts from it with --config.init.image=SOURCE or --config.init.text=SOURCE.
+"""
+
+
+@report_user_errors
+def main() -> None:
+    """Describes SOURCE or writes it as DESTINATION."""
+    parser = make_parser("convert", "Converts trained models between formats.", EPILOG)
+    parser.add_argument("source", help="what to convert")
+    parser.add_argument("destination", nargs="?", help="what to write; without it: describe")
+    parser.add_argument("--to", choices=FORMATS, default="orbax", help="format; default: orbax")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters"
+    )
+    parser.add_argument("--step", type=int, help="of a run: which checkpoint; default: the newest")
+    group = parser.add_argument_group("what a .pth of the authors does not say")
+    group.add_argument("--vocab", default="bert-base-uncased", help="as data.vocab of a run")
+    group.add_argument("--image_heads", type=int, help="default: one per 64 channels")
+    group.add_argument("--text_heads", type=int, help="default: one per 64 channels")
+    group = parser.add_argument_group("--to=stablehlo")
+    group.add_argument("--words", help="classes.npz holds these; default: the benchmark's classes")
+    group.add_argument("--platforms", default=",".join(programs.PLATFORMS), help="with commas")
+    add_protocol_options(group)
+    args = parser.parse_args()
+    cache_programs()
+    if args.destination is None:
+        describe(args)
+        return
+    destination = Path(args.destination)
+    folder.refuse_existing(destination)
+    began = time.monotonic()
+    model = read(args)
+    write(model, destination, args)
+    files = [destination] if destination.is_file() else list(destination.rglob("*"))
+    size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+    seconds = time.monotonic() - began
+    print(
+        f"Converted {args.source} ({model.origin['format']}) in {seconds:.1f} s: {args.to}, "
+        f"{args.dtype}, {size:.1f} MB in {destination}"
+    )
+
+
+def read(args: argparse.Namespace) -> TrainedModel:
+    """The model at `args.source`."""
+    path = fetch(args.source)
+    if is_trained(path):
+        model = load_model(args.source, args.step, jnp.dtype(jnp.float32))
+        return dataclasses.replace(model, origin=model.origin | _results(path))
+    weights = read_weights(path)
+    if not authors.is_whole_model(weights):
+        names = ", ".join(form.name for form, _ in find_towers(usual_names(weights.tensors)))
+        raise UserError(
+            f"{args.source} holds {names or 'nothing known here'}, not a whole model: start a run "
+            "from an encoder with --config.init.image or --config.init.text."
+        )
+    architecture, params = authors.read_model(weights, args.image_heads, args.text_heads)
+    config = config_lib.of_architecture(architecture)
+    config.data.vocab = args.vocab
+    config.data.max_length = min(config.data.max_length, architecture.text.max_positions)
+    meta = {key: value for key, value in weights.meta.items() if key != authors.META}
+    origin = {"source": args.source, "format": "authors' checkpoint", **weights.origin, **meta}
+    return assemble_model(
+        config,
+        load_tokenizer(args.vocab),
+        lambda _, shapes: place(params, shapes),
+        step=0,
+        identity=weights.origin,
+        origin=origin,
+        dtype=jnp.dtype(jnp.float32),
+    )
+
+
+def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> None:
+    """Writes `model` as `args.to` and `args.dtype` say."""
+    architecture, name = model.architecture, destination.name
+    params = folder.cast(model.params, jnp.dtype(args.dtype))
+    if args.to == "pth":
+        content = {
+            "state_dict": authors.state_dict(params, architecture),
+            authors.META: authors.describe(architecture),
+        }
+        with folder.complete(destination, folder=False) as partial:
+            save_tensors(partial, content)
+        return
+    if args.to == "stablehlo":
+        segmenter = _segmenter(model, args)
+        settings, platforms = segmenter.settings, args.platforms.split(",")
+        weights = "programs"
+        use = PROGRAMS_USE.format(
+            platforms=", ".join(platforms),
+            size=settings.resolution,
+            least=max(settings.top_k, settings.candidates),
+            refine=settings.refine,
+            sigma=settings.sigma_weight,
+            m_image=settings.m_image,
+            m_text=settings.m_text,
+            width=architecture.embed_dim,
+            length=model.config.data.max_length,
+        )
+
+        def write_weights(path: Path) -> None:
+            programs.write_programs(path, segmenter, platforms, jnp.dtype(args.dtype))
+    elif args.to == "safetensors":
+        weights, use = folder.SAFETENSORS, FOLDER_USE.format(name=name) + PYTORCH_USE
+
+        def write_weights(path: Path) -> None:
+            folder.write_safetensors(path, params, architecture)
+    else:
+        weights, use = folder.PARAMS, FOLDER_USE.format(name=name)
+
+        def write_weights(path: Path) -> None:
+            folder.write_orbax(path, params)
+
+    folder.write_folder(
+        destination,
+        config=model.config,
+        tokenizer=model.tokenizer,
+        origin=model.origin,
+        weights=weights,
+        card=model_card(name, architecture, model.origin, use),
+        write_weights=write_weights,
+    )
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Prints what `args.source` is."""
+    path = fetch(args.source)
+    if is_trained(path):
+        model = load_model(args.source, args.step)
+        _print_model(model.architecture, model.origin)
+        return
+    weights = read_weights(path)
+    if authors.is_whole_model(weights):
+        architecture, _ = authors.read_model(weights, args.image_heads, args.text_heads)
+        _print_model(architecture, {"format": "authors' checkpoint", **weights.origin})
+        return
+    towers = list(find_towers(usual_names(weights.tensors)))
+    if not towers:
+        some = ", ".join(list(weights.tensors)[:5])
+        raise UserError(f"{args.source} is in no format known here; its tensors: {some}, ...")
+    for form, _ in towers:
+        heads = args.image_heads if form.side == "image" else args.text_heads
+        tower = read_tower(weights, form.side, heads)
+        _print_fields(f"{form.name} ({form.side} encoder)", tower.settings)
+        print(f"Start from it with --config.init.{form.side}={args.source}")
+
+
+def _print_model(architecture: SimSegConfig, origin: dict[str, Any]) -> None:
+    fields = dataclasses.asdict(architecture)
+    for side in ("image", "text"):
+        _print_fields(f"{side} encoder", fields.pop(side))
+    _print_fields("model", fields)
+    _print_fields("origin", origin)
+
+
+def _print_fields(title: str, fields: dict[str, Any]) -> None:
+    print(f"{title}: " + ", ".join(f"{key}={value}" for key, value in fields.items()))
+
+
+def _segmenter(model: TrainedModel, args: argparse.Namespace) -> Segmenter:
+    benchmarks = list(model.config.evals.seg.values())
+    base = benchmarks[0] if benchmarks else config_lib.segmentation_eval()
+    classes = [name for name, *_ in prompt_names(base.data, base.names) if name != "background"]
+    words = args.words.split(",") if args.words else classes
+    return Segmenter(model, [word.strip() for word in words], **protocol_settings(args))
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """The last evaluation of a run, for the card."""
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return {}
+    for line in reversed(file.read_text(encoding="utf-8").splitlines()):
+        numbers = json.loads(line)
+        found = {key: round(v, 4) for key, v in numbers.items() if key.endswith("/miou")}
+        if found:
+            return {"results": found}
+    return {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The model card: what a converted model is, how to use it, where it came from."""
+
+from typing import Any
+
+from simseg_jax.models.simseg import SimSegConfig
+
+HEADER = """---
+library_name: simseg_jax
+pipeline_tag: image-segmentation
+tags: [jax, flax, zero-shot-segmentation, image-text, simseg]
+---
+# {name}
+
+Segments any image with any words: two plain encoders and a contrastive loss on the strongest
+responses (SimSeg, Yi et al., CVPR 2023), trained from image-caption pairs without any mask.
+
+| | |
+|---|---|
+| image encoder | ViT, {image.depth} blocks of width {image.width}, {image.heads} heads, \
+patches of {image.patch_size} pixels, trained at {image.image_size} |
+| images | RGB in [0, 1], mean {image.mean}, deviation {image.std} |
+| text encoder | BERT, {text.depth} layers of width {text.width}, {text.heads} heads, \
+{text.vocab_size} tokens |
+| embedding | {model.embed_dim} channels, pool = {model.pool} |
+"""
+
+FOLDER_USE = """
+## Use
+
+With simseg_jax installed (`pip install -e .` in a clone):
+
+```
+python -m simseg_jax.segment --checkpoint={name} --words="dog, grass" --output=out photos/
+python -m simseg_jax.evaluate --checkpoint={name}
+```
+"""
+
+PYTORCH_USE = """
+`model.safetensors` has the names and layouts of the authors' PyTorch code:
+`image_encoder.model.model` is a timm VisionTransformer, `text_encoder.model.model` a transformers
+BertModel without pooler.
+"""
+
+PROGRAMS_USE = """
+## Use
+
+Needs `jax`, `flatbuffers`, and anything that decodes images; compiled for {platforms}.
+
+```python
+import jax
+import numpy as np
+from jax import export
+from PIL import Image
+
+with open("segmenter.stablehlo", "rb") as file:
+    segment = jax.jit(export.deserialize(file.read()).call)
+classes = np.load("classes.npz")
+image = Image.open("photo.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR)
+masks, scores, thresholds = segment(np.asarray(image)[None], classes["embeddings"])
+print({{classes["names"][i] for i in np.unique(masks)}})
+```
+
+`masks` uint8 [B, {size}, {size}] holds positions in `names`, 0 is the background. The batch is
+free, so is the number of classes from {least} on; the first is the background. The protocol has
+refine={refine}, sigma_weight={sigma}, M^I={m_image}, M^T={m_text}.
+
+`image_encoder.stablehlo`: uint8 [B, {size}, {size}, 3] -> embeddings [B, {width}] and tokens.
+`text_encoder.stablehlo`: ids int32 [B, {length}] and mask bool [B, {length}] ([CLS] pieces [SEP],
+padded with 0; the vocabulary is in `tokenizer/`) -> embeddings [B, {width}]. The embedding of a
+class is the normalised mean over its prompts.
+"""
+
+ORIGIN = """
+## Origin
+
+{lines}
+
+Captions of the web decide what the words mean to it: check it on your own images before relying on
+it. No licence is stated here: add the one of the weights and data before you publish this.
+"""
+
+
+def model_card(name: str, architecture: SimSegConfig, origin: dict[str, Any], use: str) -> str:
+    """The text of README.md. use: one of the *_USE above, filled in."""
+    header = HEADER.format(
+        name=name, model=architecture, image=architecture.image, text=architecture.text
+    )
+    lines = "\n".join(f"- {key}: {value}" for key, value in _flat(origin))
+    return header + use + ORIGIN.format(lines=lines)
+
+
+def _flat(origin: dict[str, Any], prefix: str = ""):
+    for key, value in origin.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key} ")
+        else:
+            yield f"{prefix}{key}", value

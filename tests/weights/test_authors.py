@@ -1,0 +1,137 @@
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDENS
+from support import assert_trees_equal
+
+from simseg_jax.errors import UserError
+from simseg_jax.models.bert import BertConfig
+from simseg_jax.models.simseg import SimSegConfig, init_params
+from simseg_jax.models.vit import ViTConfig
+from simseg_jax.weights import authors
+from simseg_jax.weights.sources import Weights, read_weights
+from simseg_jax.weights.towers import leaves_of
+
+IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return read_weights(GOLDENS / "model.pth").tensors
+
+
+def test_architecture_is_read_off_the_shapes(golden_model):
+    config, _, _ = golden_model
+    assert (config.image.width, config.image.depth, config.image.image_size) == (48, 3, 224)
+    assert (config.text.width, config.text.depth, config.text.vocab_size) == (32, 2, 120)
+    assert config.embed_dim == 24
+
+
+def test_module_prefix_and_unused_entries_are_ignored(tensors, golden_model):
+    _, _, params = golden_model
+    prefixed = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    prefixed[f"module.{TEXT}pooler.dense.weight"] = np.zeros((32, 32))
+    prefixed[f"module.{TEXT}embeddings.position_ids"] = np.zeros((1, 64))
+    prefixed[f"module.{IMAGE}head.weight"] = np.zeros((10, 48))
+    config, found = authors.read_model(Weights(prefixed, {}, {}, {}), 3, 2)
+    assert config == golden_model[0]
+    assert_trees_equal(found, params)
+
+
+def test_all_problems_are_reported_together(tensors, golden_model):
+    broken = dict(tensors)
+    del broken["loss.temperature"]
+    broken["image_projection.linear.weight"] = np.zeros((2, 2))
+    broken["decoder.weight"] = np.zeros(3)
+    with pytest.raises(UserError, match="3 problems") as error:
+        authors.fit(broken, golden_model[0])
+    for part in ("missing loss.temperature", "image_projection.linear.weight (2, 2)", "decoder"):
+        assert part in str(error.value)
+
+
+def test_foreign_state_dict_is_refused():
+    with pytest.raises(UserError, match="Not a SimSeg checkpoint"):
+        authors.read_model(Weights({"fc.weight": np.zeros((3, 3))}, {}, {}, {}))
+
+
+def test_there_and_back_is_exact(tensors, golden_model):
+    config, _, params = golden_model
+    back = authors.state_dict(params, config)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (back[name].shape, back[name].dtype) == (tensor.shape, tensor.dtype)
+        np.testing.assert_array_equal(back[name], tensor)
+
+
+def full_size_names(image: ViTConfig, text: BertConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes in a checkpoint of the authors, written down from timm's and BERT's own code."""
+    shapes = {
+        "cls_token": (1, 1, image.width),
+        "pos_embed": (1, 197, image.width),
+        "patch_embed.proj.weight": (image.width, 3, 16, 16),
+        "patch_embed.proj.bias": (image.width,),
+        "norm.weight": (image.width,),
+        "norm.bias": (image.width,),
+    }
+    for i in range(12):
+        for name, rows, columns in (
+            ("attn.qkv", 3 * image.width, image.width),
+            ("attn.proj", image.width, image.width),
+            ("mlp.fc1", 4 * image.width, image.width),
+            ("mlp.fc2", image.width, 4 * image.width),
+        ):
+            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns)}
+            shapes |= {f"blocks.{i}.{name}.bias": (rows,)}
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
+            shapes[f"blocks.{i}.{name}"] = (image.width,)
+    bert = {
+        "embeddings.word_embeddings.weight": (30522, 768),
+        "embeddings.position_embeddings.weight": (512, 768),
+        "embeddings.token_type_embeddings.weight": (2, 768),
+        "embeddings.LayerNorm.weight": (768,),
+        "embeddings.LayerNorm.bias": (768,),
+    }
+    for i in range(12):
+        layer = f"encoder.layer.{i}"
+        for name, rows, columns in (
+            *((f"attention.self.{part}", 768, 768) for part in ("query", "key", "value")),
+            ("attention.output.dense", 768, 768),
+            ("intermediate.dense", 3072, 768),
+            ("output.dense", 768, 3072),
+        ):
+            bert |= {f"{layer}.{name}.weight": (rows, columns), f"{layer}.{name}.bias": (rows,)}
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            bert |= {f"{layer}.{name}.weight": (768,), f"{layer}.{name}.bias": (768,)}
+    return {
+        **{IMAGE + name: shape for name, shape in shapes.items()},
+        **{TEXT + name: shape for name, shape in bert.items()},
+        "image_projection.linear.weight": (512, image.width),
+        "text_projection.linear.weight": (512, 768),
+        "loss.temperature": (),
+    }
+
+
+@pytest.mark.parametrize("image", [ViTConfig.s16(), ViTConfig.b16()], ids=["ViT-S", "ViT-B"])
+def test_full_size_checkpoints_use_every_name_once(image):
+    shapes = full_size_names(image, BertConfig.base())
+    # Another value in every tensor: one that went to the wrong place would be noticed.
+    tensors = {n: np.full(s, i, np.float32) for i, (n, s) in enumerate(shapes.items())}
+    prefixed = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    config, params = authors.read_model(Weights(prefixed, {}, {}, {}))
+    assert config == SimSegConfig(image, BertConfig.base())
+    expected = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert leaves_of(params) == leaves_of(expected)
+    values = [int(leaf.flat[0]) for leaf in jax.tree.leaves(params)]
+    assert sorted(values) == list(range(len(tensors)))
+    names = [name for entry in authors.table(config) for name in entry.names]
+    assert sorted(names) == sorted(tensors)
+
+
+def test_the_description_beside_a_state_dict_decides(tensors, golden_model):
+    config = golden_model[0]
+    meta = {authors.META: authors.describe(config)}
+    assert authors.read_model(Weights(tensors, {}, meta, {}))[0] == config
+    # Without it heads are taken to be 64 channels wide.
+    assert authors.read_model(Weights(tensors, {}, {}, {}))[0].image.heads == 1
+    with pytest.raises(UserError, match="description in the"):
+        authors.read_model(Weights(tensors, {}, {authors.META: {"architecture": "{}"}}, {}))

@@ -1,0 +1,198 @@
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import GOLDENS
+
+from simseg_jax.errors import UserError
+from simseg_jax.weights import sources
+from simseg_jax.weights.sources import fetch, read_weights
+from simseg_jax.weights.towers import read_tower
+
+NEIGHBOURS = GOLDENS / "neighbours"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bucket():
+    """An address with a copy of an encoder; memory:// keeps it in this process."""
+    system = fsspec.filesystem("memory")
+    for file in (NEIGHBOURS / "hf_bert").iterdir():
+        system.pipe(f"/bucket/bert/{file.name}", file.read_bytes())
+    system.pipe("/bucket/bert/notes/readme.txt", b"inner")
+    yield "memory://bucket/bert"
+    system.rm("/bucket", recursive=True)
+
+
+def test_the_content_tells_the_container(tmp_path):
+    for source in (
+        "timm/model.safetensors",
+        "timm_layerscale/pytorch_model.bin",
+        "augreg/model.npz",
+    ):
+        path = tmp_path / "weights"
+        shutil.copy(NEIGHBOURS / source, path)
+        original = read_weights(NEIGHBOURS / source)
+        assert read_weights(path).tensors.keys() == original.tensors.keys()
+
+
+def test_what_lies_beside_the_state_dict_is_kept():
+    weights = read_weights(GOLDENS / "model.pth")
+    assert weights.meta == {"meta": {"epoch": 1, "step": 2, "inner_step": 0}}
+    (checksum,) = weights.origin["files"].values()
+    assert len(checksum) == 64
+
+
+def test_folders_with_no_or_several_weights(tmp_path):
+    with pytest.raises(UserError, match="holds no weights"):
+        read_weights(tmp_path)
+    for name in ("a.npz", "b.npz"):
+        shutil.copy(NEIGHBOURS / "augreg" / "model.npz", tmp_path / name)
+    with pytest.raises(UserError, match=r"several weights files, name one of them: a\.npz, b\.npz"):
+        read_weights(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = (NEIGHBOURS / "timm" / "model.safetensors").read_bytes()
+    for name, content in (
+        ("half.safetensors", whole[: len(whole) // 2]),
+        ("text.bin", b"not weights at all"),
+        ("empty.npz", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is (damaged|neither)"):
+            read_weights(tmp_path / name)
+    with pytest.raises(UserError, match="No weights at"):
+        read_weights(tmp_path / "nothing.pth")
+    # Arrays of Python objects are pickles.
+    np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], object))
+    with pytest.raises(UserError, match="is damaged"):
+        read_weights(tmp_path / "objects.npz")
+
+
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path):
+    (tmp_path / "inner").mkdir()
+    shutil.copy(NEIGHBOURS / "timm" / "model.safetensors", tmp_path / "secret.safetensors")
+    index = {"weight_map": {"x": "../secret.safetensors"}}
+    (tmp_path / "inner" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"lacks secret\.safetensors"):
+        read_weights(tmp_path / "inner")
+
+
+def test_folders_on_object_storage_are_copied_once(cache, bucket, monkeypatch):
+    path = fetch(bucket)
+    assert read_tower(read_weights(path), "text").config.depth == 2
+    assert (path / "notes" / "readme.txt").read_bytes() == b"inner"
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.shutil, "copyfileobj", None)
+        assert fetch(bucket + "/") == path
+    # A new version is another copy.
+    fsspec.filesystem("memory").pipe("/bucket/bert/config.json", b"{}")
+    assert fetch(bucket) != path
+    assert not list(cache.glob("*.partial"))
+
+
+def test_files_on_object_storage_bring_their_settings(cache, bucket):
+    path = fetch(f"{bucket}/model.safetensors")
+    assert path.name == "model.safetensors"
+    assert read_tower(read_weights(path), "text").config.heads == 3
+    with pytest.raises(UserError, match="Nothing at memory://bucket/bert/other"):
+        fetch(f"{bucket}/other.npz")
+
+
+HUB = """
+import http.server, json, pathlib, sys, threading
+
+files = pathlib.Path(sys.argv[1])
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:4] == ["api", "models", "someone", "bert"]:
+            names = sorted(f.name for f in files.iterdir())
+            siblings = [{"rfilename": name} for name in names]
+            if "tree" in parts:
+                tree = [
+                    {"type": "file", "path": n, "oid": n, "size": (files / n).stat().st_size}
+                    for n in names
+                ]
+                return self.answer(json.dumps(tree).encode(), "application/json")
+            info = {"id": "someone/bert", "sha": REVISION, "siblings": siblings}
+            return self.answer(json.dumps(info).encode(), "application/json")
+        if parts[:3] == ["someone", "bert", "resolve"]:
+            return self.answer((files / parts[4]).read_bytes(), "application/octet-stream")
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def answer(self, body, kind):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("ETag", '"%d"' % len(body))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+
+import os
+os.environ.update(HF_ENDPOINT="http://127.0.0.1:%d" % server.server_port, HF_HUB_OFFLINE="0")
+
+from simseg_jax.errors import UserError
+from simseg_jax.weights.sources import fetch, read_weights
+from simseg_jax.weights.towers import read_tower
+
+for source in ("someone/bert", "someone/bert@main"):
+    folder = fetch(source)
+    print(read_tower(read_weights(folder), "text").config.depth, sorted(os.listdir(folder)))
+try:
+    fetch("someone/else")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_hub_repository(tmp_path):
+    """A server that speaks as much of the hub's language as a download needs."""
+    files = tmp_path / "files"
+    shutil.copytree(NEIGHBOURS / "hf_bert", files)
+    # Of two containers the safe one is taken.
+    (files / "pytorch_model.bin").write_bytes(b"not asked for")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HUB), str(files)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "", "HF_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    *found, error = done.stdout.splitlines()
+    assert found == ["2 ['config.json', 'model.safetensors']"] * 2
+    assert error.startswith("No file or folder someone/else here, and the hub did not provide it")
+
+
+def test_a_name_without_hub_or_file(cache):
+    # HF_HUB_OFFLINE is set for all tests.
+    with pytest.raises(UserError, match="No file or folder someone/thing here"):
+        fetch("someone/thing")
