@@ -1,6 +1,8 @@
 """Test set-up: 8 fake CPU devices, float32 products, warnings as errors (pyproject.toml)."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Compiling takes longer than running here: without optimisation a third of the time is saved.
@@ -11,7 +13,10 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # No test asks the network.
 # The processes that share the tests inherit it.
-os.environ.setdefault("SIMSEG_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="simseg_jax_tests_"))
+if "SIMSEG_JAX_TEST_CACHE" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="simseg_jax_tests_")
+    os.environ["SIMSEG_JAX_TEST_CACHE"] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 from pathlib import Path
 

@@ -1,8 +1,11 @@
 """Helpers of several tests."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from simseg_jax.config import data_set, default_config, segmentation_eval
 
@@ -27,6 +30,22 @@ def golden_batch(golden):
     """Images NHWC float32, ids and mask of the reference batch."""
     images = golden["image"].astype(np.float32).transpose(0, 2, 3, 1)
     return jnp.asarray(images), jnp.asarray(golden["input_ids"]), golden["attention_mask"] > 0
+
+
+def run(monkeypatch, capsys, module, *arguments):
+    """Standard output of `python -m module arguments`; SystemExit passes through."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+    return capsys.readouterr().out
+
+
+def message(monkeypatch, capsys, module, *arguments):
+    """The error message of a command that must fail without a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, capsys, module, *arguments)
+    errors = capsys.readouterr().err
+    # 2: nothing a restart would mend; otherwise the message itself, with status 1.
+    return errors.splitlines()[-1] if stop.value.code == 2 else str(stop.value.code)
 
 
 def tiny_config():

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import tiny_config, tiny_eval
+from support import message, run, tiny_config, tiny_eval
 
-from simseg_jax import evaluate, main, segment
+from simseg_jax import convert, evaluate, main, segment
 from simseg_jax.command_line import cache_programs
 from simseg_jax.data.shapes import scene
 from simseg_jax.train import train
@@ -18,29 +18,13 @@ from simseg_jax.train import train
 CONFIG = """
 import sys
 sys.path.insert(0, {tests!r})
-from support import tiny_config, tiny_eval
+from support import message, run, tiny_config, tiny_eval
 
 def get_config():
     config = tiny_config()
     config.evals.seg.shapes = tiny_eval()
     return config
 """
-
-
-def run(monkeypatch, capsys, module, *arguments):
-    """Standard output of `python -m module arguments`; SystemExit passes through."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
-    return capsys.readouterr().out
-
-
-def message(monkeypatch, capsys, module, *arguments):
-    """The error message of a command that must fail without a traceback."""
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, capsys, module, *arguments)
-    errors = capsys.readouterr().err
-    # 2: nothing a restart would mend; otherwise the message itself, with status 1.
-    return errors.splitlines()[-1] if stop.value.code == 2 else str(stop.value.code)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +58,7 @@ def test_train_command(monkeypatch, capsys, tmp_path):
 
 
 def test_help_teaches(monkeypatch, capsys):
-    for module in (main, evaluate, segment):
+    for module in (main, evaluate, segment, convert):
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, capsys, module, "--help")
         assert stop.value.code == 0
@@ -99,6 +83,29 @@ def test_evaluate_command(monkeypatch, capsys, workdir):
     for name in ("worst", "best"):
         with Image.open(folder / "shapes" / f"{name}.png") as picture:
             assert picture.height > 8 * 128
+
+
+def test_a_converted_run_needs_nothing_else(monkeypatch, capsys, workdir, photos, tmp_path):
+    model = tmp_path / "model"
+    out = run(monkeypatch, capsys, convert, workdir, model, "--to=safetensors")
+    assert "training run" in out
+    arguments = (f"--checkpoint={model}", "--pictures=0", f"--output={tmp_path / 'numbers'}")
+    run(monkeypatch, capsys, evaluate, *arguments)
+    record = json.loads((tmp_path / "numbers" / "result.json").read_text())
+    trained = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["results"] == {k: v for k, v in trained.items() if k.startswith("seg/")}
+    card = (model / "README.md").read_text()
+    assert f"results seg/shapes/miou: {trained['seg/shapes/miou']:.4f}"[:-1] in card
+    # Where the training data lay is nobody's business.
+    assert json.loads((model / "config.json").read_text())["data"]["train"] == {}
+    masks = tmp_path / "masks"
+    options = ("--words=star,moon", f"--output={masks}")
+    run(monkeypatch, capsys, segment, photos, f"--checkpoint={model}", *options)
+    assert (masks / "one_mask.png").is_file()
+    error = message(
+        monkeypatch, capsys, segment, photos, f"--checkpoint={model}", "--step=2", *options
+    )
+    assert "leave --step out" in error
 
 
 def test_a_killed_evaluation_continues(monkeypatch, capsys, workdir, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from simseg_jax.config import load_config, model_config
 from simseg_jax.models.simseg import init_params, make_model
@@ -35,6 +36,7 @@ def build(name):
     return make_update(graphdef, optimizer, 0), state | step, batch
 
 
+@pytest.mark.slow
 def test_vits16_makes_a_step():
     update, shapes, batch = build("vits16")
     # Ones for weights would be no network; drawing 100M normal numbers on a CPU takes long.

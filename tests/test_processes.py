@@ -188,6 +188,7 @@ def test_processes_that_cannot_be_found(monkeypatch, settings, message):
         join_processes()
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_like_one(tmp_path):
     config = tiny_config()
     config.evals.seg.shapes = tiny_eval()

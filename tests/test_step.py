@@ -103,6 +103,7 @@ def test_dropout_changes_the_gradient(plain):
     assert np.abs(change).max() > 1e-3 * np.abs(without["text_projection"]["kernel"]).max()
 
 
+@pytest.mark.slow
 def test_memory_shrinks():
     def temporaries(**settings):
         step, _ = compile_step(size=256, **settings)

@@ -220,7 +220,7 @@ TIMM = Format(
     "patch_embed.proj.weight",
     _timm,
     layouts.timm_vit,
-    r"(head|fc_norm|head_drop|pre_logits)\..*",
+    r"(head|fc_norm|head_drop|pre_logits)\..*|mask_token",
 )
 BERT = Format(
     "Hugging Face BERT",

@@ -1,7 +1,5 @@
 import io
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -149,11 +147,3 @@ def test_extreme_images_fall_back_to_a_central_crop():
     assert images.draw_crop(400, 4, AREA, ASPECT, rng) == (197, 0, 5, 4)
     assert images.draw_crop(4, 400, AREA, ASPECT, rng) == (0, 197, 4, 5)
     assert images.draw_crop(400, 4, (1.0, 1.0), ASPECT, rng) == (0, 0, 400, 4)
-
-
-def test_normalisation():
-    batch = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
-    expected = (batch / 255 - np.array(images.MEAN)) / np.array(images.STD)
-    normalised = jax.jit(images.normalize)(batch)
-    assert normalised.dtype == jnp.float32
-    np.testing.assert_allclose(normalised, expected, rtol=1e-5, atol=1e-6)

@@ -109,3 +109,14 @@ def test_bfloat16_stays_close_to_float32(golden_model, golden):
     # bfloat16 has 8 bits of mantissa: 3 layers stay within a few times 2^-8.
     assert_close(image, full.encode_image(images)[0], 0.03)
     assert_close(low.encode_text(ids, mask), full.encode_text(ids, mask), 0.03)
+
+
+def test_images_are_normalised_as_the_encoder_expects():
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    config = dataclasses.replace(TINY, image=dataclasses.replace(TINY.image, mean=mean, std=std))
+    model = bind(make_model(config), init_params(config, jax.random.key(0)))
+    batch = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    normalised = jax.jit(model.normalize)(batch)
+    assert normalised.dtype == jnp.float32
+    expected = (batch / 255 - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(normalised, expected, rtol=1e-5, atol=1e-6)

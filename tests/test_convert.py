@@ -1,0 +1,232 @@
+"""The convert command on the authors' miniature checkpoint: there, back, and into programs."""
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDENS
+from PIL import Image
+from support import assert_close, assert_trees_equal, message, run
+
+from simseg_jax import convert
+from simseg_jax.errors import UserError
+from simseg_jax.masks.postprocess import resize_nearest
+from simseg_jax.masks.protocols import PaperProtocol
+from simseg_jax.trained import load_model
+from simseg_jax.weights.torch_file import load_tensors
+from simseg_jax.zeroshot.classifier import Prompts, class_embedder
+
+MODEL = GOLDENS / "model.pth"
+PHOTOS = ("astronaut", "chelsea")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """As many tokens as the miniature has rows."""
+    path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(115))]
+    path.write_text("\n".join(tokens) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def orbax(tmp_path_factory, vocabulary):
+    """The miniature as a model folder."""
+    folder = tmp_path_factory.mktemp("converted") / "orbax"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["convert", *golden_arguments(vocabulary, folder)])
+        convert.main()
+    return folder
+
+
+def golden_arguments(vocabulary, *destination):
+    heads = ("--image_heads=3", "--text_heads=2")
+    return [str(MODEL), *map(str, destination), f"--vocab={vocabulary}", *heads]
+
+
+@pytest.fixture(scope="module")
+def class_embeddings(orbax, golden):
+    model = load_model(orbax)
+    ids, mask = (golden[f"seg_class_{name}"] for name in ("ids", "mask"))
+    classes = np.repeat(np.arange(len(ids)), ids.shape[1])
+    prompts = Prompts(ids.reshape(-1, 25).astype(np.int32), mask.reshape(-1, 25), classes)
+    return class_embedder(model.graphdef)(model.params, prompts, 1)
+
+
+def test_predictions_of_the_converted_checkpoint_are_the_references(
+    orbax, golden, golden_model, class_embeddings
+):
+    model = load_model(orbax)
+    assert_trees_equal(model.params, golden_model[2])
+    assert_close(class_embeddings, golden["seg_class_embedding"])
+    # The folder alone decides the protocol.
+    (settings,) = model.config.evals.seg.values()
+    protocol = PaperProtocol(model.graphdef, 16, model.mesh, [settings])
+    images = np.stack([golden[f"seg/{photo}/input_uint8"] for photo in PHOTOS] * 4)
+    with jax.set_mesh(model.mesh):
+        started = protocol.start(model.params, {1: class_embeddings}, {"image": images})
+        (masks,), (response,) = protocol.finish(started)
+    for i, photo in enumerate(PHOTOS):
+        assert_close(response.scores[i], golden[f"seg/{photo}/scores"])
+        expected = golden[f"seg/{photo}/prediction"]
+        np.testing.assert_array_equal(resize_nearest(masks[i], *expected.shape), expected)
+
+
+@pytest.mark.parametrize("between", ["orbax", "safetensors"])
+def test_back_to_pth_is_equal_bit_for_bit(
+    orbax, vocabulary, tmp_path, monkeypatch, capsys, between
+):
+    source = orbax
+    if between == "safetensors":
+        source = tmp_path / "safetensors"
+        run(monkeypatch, capsys, convert, orbax, source, "--to=safetensors")
+        assert_trees_equal(load_model(source).params, load_model(orbax).params)
+    target = tmp_path / "back.pth"
+    out = run(monkeypatch, capsys, convert, source, target, "--to=pth")
+    assert str(target) in out.splitlines()[-1]
+    before, after = (load_tensors(path)["state_dict"] for path in (MODEL, target))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(after[name], tensor)
+    # What is written beside the tensors spares the options of heads.
+    out = run(monkeypatch, capsys, convert, target)
+    assert "width=48, depth=3, heads=3" in out
+    torch = pytest.importorskip("torch", reason="PyTorch reads the file: pip install torch")
+    loaded = torch.load(target, weights_only=True)["state_dict"]
+    assert {name: tuple(x.shape) for name, x in loaded.items()} == {
+        name: x.shape for name, x in before.items()
+    }
+
+
+def test_half_precision_halves_the_folder(orbax, tmp_path, monkeypatch, capsys):
+    for kind in ("orbax", "safetensors"):
+        folder = tmp_path / kind
+        run(monkeypatch, capsys, convert, orbax, folder, f"--to={kind}", "--dtype=bfloat16")
+        model, whole = load_model(folder), load_model(orbax)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"float32"}
+        # Eight bits of mantissa; the temperature is kept whole.
+        jax.tree.map(lambda a, b: assert_close(a, b, 2**-8), model.params, whole.params)
+        assert model.params["temperature"] == whole.params["temperature"]
+    size = (folder / "model.safetensors").stat().st_size
+    assert 0.5 < size / (2 * sum(x.size for x in jax.tree.leaves(model.params))) < 1.2
+
+
+def test_a_converted_model_says_where_it_came_from(orbax):
+    manifest = json.loads((orbax / "manifest.json").read_text())
+    assert manifest["origin"]["format"] == "authors' checkpoint"
+    assert manifest["origin"]["meta"] == {"epoch": 1, "step": 2, "inner_step": 0}
+    (checksum,) = manifest["origin"]["files"].values()
+    assert checksum in (orbax / "README.md").read_text()
+    assert "heads" in (orbax / "README.md").read_text()
+
+
+PROGRAM_RUN = """
+import sys
+sys.modules["simseg_jax"] = None  # An import would fail.
+{card}
+given = np.load(sys.argv[1])
+masks, scores, thresholds = segment(given["images"], given["embeddings"])
+np.savez(sys.argv[2], masks=masks, scores=scores, thresholds=thresholds)
+for name, arguments in (("image_encoder", ["images"]), ("text_encoder", ["ids", "mask"])):
+    with open(name + ".stablehlo", "rb") as file:
+        program = export.deserialize(file.read())
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    out = program.call(*(given[argument] for argument in arguments))
+    np.save(name + ".npy", out[0] if isinstance(out, tuple) else out)
+assert not any(name.startswith(("simseg_jax.", "flax")) for name in sys.modules)
+"""
+
+
+def test_exported_programs_in_a_process_with_only_jax(
+    orbax, golden, class_embeddings, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "programs"
+    words = ",".join(f"word{i}" for i in range(12))
+    run(monkeypatch, capsys, convert, orbax, folder, "--to=stablehlo", f"--words={words}")
+    # What the card says is what runs.
+    card = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
+    images = np.stack([golden[f"seg/{photo}/input_uint8"] for photo in PHOTOS])
+    Image.fromarray(images[0]).save(folder / "photo.jpg")
+    ids, mask = golden["input_ids"].astype(np.int32), golden["attention_mask"] > 0
+    inputs, outputs = tmp_path / "inputs.npz", tmp_path / "outputs.npz"
+    np.savez(inputs, images=images, embeddings=class_embeddings, ids=ids, mask=mask)
+    script = PROGRAM_RUN.format(card=card)
+    command = [sys.executable, "-c", script, str(inputs), str(outputs)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = np.load(outputs)
+    for i, photo in enumerate(PHOTOS):
+        assert_close(found["scores"][i], golden[f"seg/{photo}/scores"])
+        expected = golden[f"seg/{photo}/prediction"]
+        # With the dense CRF, another number of images than the program was written for.
+        predicted = resize_nearest(found["masks"][i], *expected.shape)
+        np.testing.assert_array_equal(predicted, expected)
+    assert_close(np.load(folder / "text_encoder.npy"), golden["eval_text_embedding_m1"])
+    assert np.load(folder / "image_encoder.npy").shape == (2, 24)
+    with pytest.raises(UserError, match="exported programs, not parameters"):
+        load_model(folder)
+
+
+def test_descriptions(monkeypatch, capsys, orbax):
+    for source, facts in (
+        (orbax, ("width=48, depth=3, heads=3", "authors' checkpoint")),
+        (GOLDENS / "neighbours" / "timm", ("timm ViT", "mlp_width=48", "--config.init.image=")),
+        (GOLDENS / "neighbours" / "hf_bert", ("vocab_size=60", "--config.init.text=")),
+    ):
+        out = run(monkeypatch, capsys, convert, source)
+        assert all(fact in out for fact in facts), out
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, convert, "--help")
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_mistakes_get_one_sentence_and_write_nothing(
+    monkeypatch, capsys, orbax, vocabulary, tmp_path
+):
+    def error(*arguments):
+        return message(monkeypatch, capsys, convert, *arguments)
+
+    bad = tmp_path / "bad.pth"
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr("bad/data.pkl", pickle.dumps({"state_dict": exec}))
+    destination = tmp_path / "out"
+    assert "asks to run builtins.exec, which is refused" in error(bad, destination)
+    assert "No weights at" in error(tmp_path / "nothing", destination)
+    timm = GOLDENS / "neighbours" / "timm"
+    assert "timm ViT, not a whole model: start a run" in error(timm, destination)
+    several = error(MODEL, destination, f"--vocab={vocabulary}", "--to=stablehlo", "--words=a,a")
+    assert "The same word is given twice" in several
+    programs = error(orbax, destination, "--to=stablehlo", "--refine=pydensecrf")
+    assert "refine=crf" in programs or "paper protocol in JAX" in programs
+    assert "leave --step out" in error(orbax, destination, "--step=3")
+    assert not destination.exists()
+    assert not list(tmp_path.glob("*.partial"))
+    assert f"{orbax} exists" in error(MODEL, orbax)
+    file = tmp_path / "file.pth"
+    file.write_text("precious")
+    assert f"{file} exists" in error(orbax, file, "--to=pth")
+    assert file.read_text() == "precious"
+
+
+def test_damage_is_noticed_before_use(monkeypatch, capsys, orbax, tmp_path):
+    folder = tmp_path / "copy"
+    run(monkeypatch, capsys, convert, orbax, folder, "--to=safetensors")
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"1 of \d+ files .* damaged \(model\.safetensors\)"):
+        load_model(folder)
+    file.unlink()
+    with pytest.raises(UserError, match="missing or damaged"):
+        load_model(folder)
+    (folder / "manifest.json").write_text('{"format": "simseg_jax 9"}')
+    with pytest.raises(UserError, match="install the version that wrote it"):
+        load_model(folder)
