@@ -25,12 +25,12 @@ from PIL import Image
 
 from simseg_jax.config import load_config, model_config
 from simseg_jax.data.text import load_tokenizer
+from simseg_jax.model_folder import PARAMS, write_folder, write_orbax
 from simseg_jax.models.simseg import init_params
+from simseg_jax.programs import PLATFORMS, SEGMENTER, SUFFIX, write_programs
 from simseg_jax.segment import Segmenter
 from simseg_jax.sharding import place
 from simseg_jax.trained import assemble_model
-from simseg_jax.weights.folder import PARAMS, write_folder, write_orbax
-from simseg_jax.weights.programs import PLATFORMS, SEGMENTER, SUFFIX, write_programs
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """

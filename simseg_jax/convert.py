@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from simseg_jax import config as config_lib
+from simseg_jax import model_folder as folder
+from simseg_jax import programs
 from simseg_jax.command_line import (
     add_protocol_options,
     cache_programs,
@@ -19,12 +21,12 @@ from simseg_jax.command_line import (
 from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.segment import Segmenter
 from simseg_jax.sharding import place
 from simseg_jax.trained import TrainedModel, assemble_model, is_trained, load_model
-from simseg_jax.weights import authors, folder, programs
-from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
+from simseg_jax.weights import authors
 from simseg_jax.weights.sources import fetch, read_weights
 from simseg_jax.weights.torch_file import save_tensors
 from simseg_jax.weights.towers import find_towers, read_tower, usual_names

@@ -22,9 +22,9 @@ from simseg_jax.checkpoint import (
 from simseg_jax.config import Config
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
+from simseg_jax.model_folder import MANIFEST, is_model_folder, read_manifest, read_params
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.sharding import make_mesh, state_sharding
-from simseg_jax.weights.folder import MANIFEST, is_model_folder, read_manifest, read_params
 from simseg_jax.weights.sources import fetch, sha256
 
 

@@ -205,6 +205,8 @@ def test_mistakes_get_one_sentence_and_write_nothing(
     assert "The same word is given twice" in several
     programs = error(orbax, destination, "--to=stablehlo", "--refine=pydensecrf")
     assert "refine=crf" in programs or "paper protocol in JAX" in programs
+    other = error(orbax, destination, "--to=stablehlo", "--platforms=cpu,abacus")
+    assert "Platforms are cpu, cuda, tpu, not abacus" in other
     assert "leave --step out" in error(orbax, destination, "--step=3")
     assert not destination.exists()
     assert not list(tmp_path.glob("*.partial"))

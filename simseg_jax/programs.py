@@ -43,6 +43,13 @@ def write_programs(
             "The exported segmenter follows the paper protocol in JAX: choose --refine=none, crf "
             "or pamr and a benchmark with protocol=paper."
         )
+    names = ["background", *segmenter.words, *segmenter.contrast]
+    least = max(settings.top_k, settings.candidates)
+    if len(names) < least:
+        raise UserError(f"The threshold needs {least} classes, the background included: add words.")
+    unknown = set(platforms) - set(PLATFORMS)
+    if unknown or not platforms:
+        raise UserError(f"Platforms are {', '.join(PLATFORMS)}, not {', '.join(unknown)}.")
     graphdef = make_model(model.architecture, jnp.float32)
     stored = jax.tree.map(lambda x: np.asarray(x).astype(dtype), model.params)
     size = settings.resolution
@@ -72,7 +79,6 @@ def write_programs(
         labels = compose(closed, response.scores, response.classes, response.drawn)
         return labels, response.scores, response.threshold
 
-    least = max(settings.top_k, settings.candidates)
     length, width = model.config.data.max_length, model.architecture.embed_dim
     (b,) = export.symbolic_shape("b", constraints=["b >= 1"])
     batch, c = export.symbolic_shape("b, c", constraints=["b >= 1", f"c >= {least}"])
@@ -86,6 +92,5 @@ def write_programs(
         arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         exported = export.export(jax.jit(function), platforms=platforms)(*arguments)
         (folder / f"{name}{SUFFIX}").write_bytes(exported.serialize())
-    names = np.array(["background", *segmenter.words, *segmenter.contrast])
     embedded = np.asarray(segmenter.class_embeddings[settings.m_text])
-    np.savez(folder / CLASSES, names=names, embeddings=embedded)
+    np.savez(folder / CLASSES, names=np.array(names), embeddings=embedded)
