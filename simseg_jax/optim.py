@@ -48,6 +48,12 @@ def match_rules(rules: Rules, params, what: str):
     return values
 
 
+def frozen(lr_rules: Rules, params):
+    """A bool per parameter: whether its learning rate is multiplied by 0."""
+    factors = match_rules(lr_rules, params, "optim.lr_rules")
+    return jax.tree.map(lambda factor: factor == 0, factors)
+
+
 def adamw(
     schedule: optax.Schedule,
     params,

@@ -1,6 +1,7 @@
 """One training step as a pure function: augment, embed, compare, update; exact gradient cache."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ def make_update(
     autoaugment: bool = False,
     micro_batch: int = 0,
     loss_chunk: int = 0,
+    frozen: Any = None,
 ) -> Callable:
     """update(state, batch) -> (state, metrics): one pure training step.
 
@@ -30,17 +32,24 @@ def make_update(
 
     micro_batch: pairs per device that the encoders see at a time, 0 for all (`cached_gradient`).
     loss_chunk: as `contrastive_loss`. Neither changes the result, but for rounding.
+    frozen: a bool per parameter, those that the optimiser does not move; their gradients are zero,
+    and what only serves those is not computed.
     """
 
+    def fixed(params):
+        if frozen is None:
+            return params
+        return jax.tree.map(lambda x, f: jax.lax.stop_gradient(x) if f else x, params, frozen)
+
     def embed(params, examples):
-        model = bind(graphdef, params)
+        model = bind(graphdef, fixed(params))
         images, _ = model.encode_image(model.normalize(examples["image"]))
         texts = model.encode_text(examples["ids"], examples["mask"], keys=examples["keys"])
         return images, texts
 
     def compare(embeddings, params):
         images, texts = embeddings
-        return contrastive_loss(images, texts, params["temperature"], loss_chunk)
+        return contrastive_loss(images, texts, fixed(params)["temperature"], loss_chunk)
 
     def update(state, batch):
         params, size = state["params"], len(batch["image"])

@@ -26,7 +26,7 @@ from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.simseg import init_params, make_model
-from simseg_jax.optim import adamw, cosine_schedule
+from simseg_jax.optim import adamw, cosine_schedule, frozen
 from simseg_jax.pretrained import Pretrained, adopt, keep_architecture
 from simseg_jax.processes import StopSignal
 from simseg_jax.report import Profile, Reporter
@@ -126,6 +126,7 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
         autoaugment=on_device(config.data),
         micro_batch=config.micro_batch,
         loss_chunk=config.loss_chunk,
+        frozen=frozen(config.optim.lr_rules, shapes),
     )
     update = jit_update(update, shardings, mesh)
 

@@ -11,6 +11,7 @@ import pytest
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.models.vit import ViTConfig
+from simseg_jax.optim import frozen
 from simseg_jax.sharding import make_mesh, state_sharding, to_global_batch
 from simseg_jax.step import initial_state, jit_update, make_update
 
@@ -101,6 +102,32 @@ def test_dropout_changes_the_gradient(plain):
     assert np.abs(without["text_projection"]["kernel"]).max() > 0
     change = without["text_projection"]["kernel"] - plain[0]["text_projection"]["kernel"]
     assert np.abs(change).max() > 1e-3 * np.abs(without["text_projection"]["kernel"]).max()
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_frozen_parameters_cost_no_backward_pass(plain, micro_batch):
+    rules = (("text_encoder/.*", 0.0), ("temperature", 0.0), (".*", 1.0))
+    shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+    still = frozen(rules, shapes)
+    assert still["temperature"]
+    assert not still["text_projection"]["kernel"]
+    found, _ = gradients(frozen=still, micro_batch=micro_batch)
+    for name, tree in found.items():
+        for gradient, expected in zip(
+            jax.tree.leaves(tree), jax.tree.leaves(plain[0][name]), strict=True
+        ):
+            if name in ("text_encoder", "temperature"):
+                assert not gradient.any()
+            else:
+                # Micro-batches are summed in another order.
+                tolerance = (3e-6 if micro_batch else 1e-6) * np.abs(expected).max()
+                np.testing.assert_allclose(gradient, expected, rtol=0, atol=tolerance)
+    if not micro_batch:
+        all_flops, flops = (
+            compile_step(**options)[0].cost_analysis()["flops"]
+            for options in ({}, {"frozen": still})
+        )
+        assert flops < 0.8 * all_flops
 
 
 @pytest.mark.slow
