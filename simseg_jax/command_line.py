@@ -50,7 +50,7 @@ def protocol_settings(args: argparse.Namespace) -> dict:
 def add_evals_options(parser: argparse.ArgumentParser) -> None:
     """Which benchmarks."""
     parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
-    parser.add_argument("--benchmark", help="names in evals.seg, with commas; default: all of them")
+    parser.add_argument("--benchmark", help="names in evals, with commas; default: all")
 
 
 def cache_programs() -> None:

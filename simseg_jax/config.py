@@ -19,10 +19,14 @@ from ml_collections import ConfigDict
 from simseg_jax.config_keys import (
     AT_LEAST_ONE,
     CHOICES,
+    CLASSIFICATION_CHOICES,
+    CLASSIFICATION_KEYS,
     DATA_SET_AT_LEAST_ONE,
     DATA_SET_CHOICES,
     DATA_SET_KEYS,
+    EMBEDDING_AT_LEAST_ONE,
     KEYS,
+    RETRIEVAL_KEYS,
     SEGMENTATION_AT_LEAST_ONE,
     SEGMENTATION_CHOICES,
     SEGMENTATION_KEYS,
@@ -40,24 +44,44 @@ Config = Any
 def default_config() -> Config:
     """The paper's settings with no data set and no evaluation yet."""
     config = _from_table(KEYS).lock()
-    # The two places where a configuration names keys of its own.
+    # The places where a configuration names keys of its own.
     config.data.train.unlock()
-    config.evals.seg.unlock()
+    for kind in EVALS:
+        config.evals[kind].unlock()
     return config
 
 
 def data_set(**settings) -> Config:
     """One entry of `config.data.train`: a data set of image-caption pairs."""
-    config = _from_table(DATA_SET_KEYS).lock()
-    _update(config, settings)
-    return config
+    return _entry(DATA_SET_KEYS, settings)
 
 
 def segmentation_eval(**settings) -> Config:
     """One entry of `config.evals.seg`: the paper protocol with `settings` changed."""
-    config = _from_table(SEGMENTATION_KEYS).lock()
+    return _entry(SEGMENTATION_KEYS, settings)
+
+
+def retrieval_eval(**settings) -> Config:
+    """One entry of `config.evals.retrieval`."""
+    return _entry(RETRIEVAL_KEYS, settings)
+
+
+def classification_eval(**settings) -> Config:
+    """One entry of `config.evals.classification`."""
+    return _entry(CLASSIFICATION_KEYS, settings)
+
+
+def _entry(table: dict, settings: dict) -> Config:
+    config = _from_table(table).lock()
     _update(config, settings)
     return config
+
+
+EVALS = {
+    "seg": segmentation_eval,
+    "retrieval": retrieval_eval,
+    "classification": classification_eval,
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -99,6 +123,13 @@ def validate(config: Config) -> None:
         raise UserError(f"data.max_bad={config.data.max_bad} is a share of the examples in [0, 1].")
     for name, entry in config.evals.seg.items():
         validate_segmentation(entry, config.model.image.patch_size, f"evals.seg.{name}.")
+    for kind, choices in (
+        ("retrieval", DATA_SET_CHOICES),
+        ("classification", CLASSIFICATION_CHOICES),
+    ):
+        for name, entry in config.evals[kind].items():
+            prefix = f"evals.{kind}.{name}."
+            validate_embedding(entry, config.model.image.patch_size, prefix, choices)
     image, text = config.model.image, config.model.text
     if image.image_size % image.patch_size:
         raise UserError(
@@ -158,6 +189,16 @@ def validate_segmentation(settings: Config, patch_size: int, prefix: str = "") -
             )
 
 
+def validate_embedding(settings: Config, patch_size: int, prefix: str, choices: dict) -> None:
+    """Checks one entry of `config.evals.retrieval` or `config.evals.classification`."""
+    _check_values(settings, choices, EMBEDDING_AT_LEAST_ONE, prefix)
+    if settings.crop % patch_size or settings.crop > settings.resize:
+        raise UserError(
+            f"{prefix}crop={settings.crop} must be a multiple of the patch size, which is "
+            f"{patch_size}, and at most {prefix}resize={settings.resize}."
+        )
+
+
 def model_config(config: Config, vocab_size: int) -> SimSegConfig:
     """The architecture a configuration describes; vocab_size fills in model.text.vocab_size=0."""
     model = config.model
@@ -184,8 +225,9 @@ def from_dict(saved: dict) -> Config:
     _update(config, {**rest, "data": data})
     for name, settings in saved["data"]["train"].items():
         config.data.train[name] = data_set(**settings)
-    for name, settings in saved["evals"]["seg"].items():
-        config.evals.seg[name] = segmentation_eval(**settings)
+    for kind, make in EVALS.items():
+        for name, settings in saved["evals"].get(kind, {}).items():
+            config.evals[kind][name] = make(**settings)
     validate(config)
     return config
 
@@ -233,6 +275,8 @@ def describe() -> str:
             (KEYS, ""),
             (DATA_SET_KEYS, "data.train.<name>."),
             (SEGMENTATION_KEYS, "evals.seg.<name>."),
+            (RETRIEVAL_KEYS, "evals.retrieval.<name>."),
+            (CLASSIFICATION_KEYS, "evals.classification.<name>."),
         )
         for key, default, text in _flatten(table, prefix)
     )

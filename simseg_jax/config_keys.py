@@ -111,14 +111,17 @@ KEYS = {
         ),
         "resume": ("", "WORKDIR of another run to start from when this one has no checkpoint"),
     },
-    "evals": {"seg": {}},
+    "evals": {"seg": {}, "retrieval": {}, "classification": {}},
 }
 
 # Keys of each entry of data.train: one data set of image-caption pairs.
 DATA_SET_KEYS = {
     "path": ("", "file, folder, pattern ({000..331}, *) or URL (gs://, s3://, hf://) of the data"),
     "format": ("auto", f"one of {', '.join(FORMATS)}; auto: told by the files"),
-    "split": ("", "tfds: name of the split, '' for train; csv, coco: file listing the images"),
+    "split": (
+        "",
+        "tfds, Karpathy's JSON: name of the split; csv, coco: file listing the images; '': all",
+    ),
     "images": ("", "csv, coco: folder of the images, relative to the table's"),
     "image_key": ("", "column or feature with the image; '': the usual names"),
     "caption_key": ("", "column or feature with the caption or captions; '': the usual names"),
@@ -167,6 +170,34 @@ SEGMENTATION_KEYS = {
     "threads": (0, "threads that decode, refine and count; 0: one per core, at most 32"),
 }
 
+EMBEDDING_KEYS = {
+    "resize": (324, "shorter side in pixels to which images are resized"),
+    "crop": (288, "side of the central square that the model sees"),
+    "m_image": (5, "M^I: responses per channel over patches"),
+    "m_text": (1, "M^T: responses per channel over words, padding masked"),
+    "limit": (0, "use so many images; 0: all"),
+    "batch_size": (32, "images per batch over all devices of a process"),
+    "threads": (0, "threads that decode; 0: one per core, at most 32"),
+}
+
+# Keys of each entry of evals.retrieval: images and captions that search each other.
+RETRIEVAL_KEYS = {
+    **{key: DATA_SET_KEYS[key] for key in DATA_SET_KEYS if key != "weight"},
+    "captions": (5, "captions used of every image; 0: all"),
+    **EMBEDDING_KEYS,
+}
+
+# Keys of each entry of evals.classification: images with one class each.
+CLASSIFICATION_KEYS = {
+    "data": ("folder", "folder: ROOT/SPLIT/CLASS/IMAGE or a TFDS folder; shapes: generated"),
+    "root": ("", "folder of the data"),
+    "split": ("", "subfolder, or split of the TFDS or generated data"),
+    "names": ("auto", "auto: CLIP's for ImageNet, else the folders'; file of `class: name, name`"),
+    "prompts": ("imagenet", "templates: imagenet (the 80 of CLIP), plain, shapes"),
+    "size": (256, "shapes: number of scenes"),
+    **EMBEDDING_KEYS,
+}
+
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "remat": REMAT,
@@ -178,6 +209,8 @@ CHOICES = {
 }
 
 DATA_SET_CHOICES = {"format": FORMATS}
+
+CLASSIFICATION_CHOICES = {"data": ("folder", "shapes"), "prompts": tuple(TEMPLATES)}
 
 SEGMENTATION_CHOICES = {
     "data": tuple(BENCHMARKS),
@@ -198,4 +231,5 @@ SEGMENTATION_AT_LEAST_ONE = (
     "size", "resolution", "m_image", "m_text", "candidates", "closing", "crf.iterations",
     "pamr.iterations", "stride", "batch_size",
 )
+EMBEDDING_AT_LEAST_ONE = ("size", "resize", "crop", "m_image", "m_text", "batch_size")
 # fmt: on

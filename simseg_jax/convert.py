@@ -21,6 +21,7 @@ from simseg_jax.command_line import (
 from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.evaluators.build import headlines
 from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.segment import Segmenter
@@ -221,9 +222,9 @@ def _results(path: Path) -> dict[str, Any]:
         return {}
     for line in reversed(file.read_text(encoding="utf-8").splitlines()):
         numbers = json.loads(line)
-        found = {key: round(v, 4) for key, v in numbers.items() if key.endswith("/miou")}
+        found = headlines(numbers)
         if found:
-            return {"results": found}
+            return {"results": ", ".join(found)}
     return {}
 
 

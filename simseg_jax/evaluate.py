@@ -18,6 +18,7 @@ from simseg_jax.command_line import (
 )
 from simseg_jax.config import Config, apply_overrides, load_config
 from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
 from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.evaluators.statistics import class_table, format_table, image_ious, write_csv
@@ -31,9 +32,9 @@ EPILOG = """examples:
   python -m simseg_jax.evaluate --checkpoint=runs/f8k --config=configs/vits16.py \\
       --config.evals.seg.voc.root=data/VOCdevkit/VOC2012 --output=runs/f8k/voc
 
---output receives result.json (numbers and settings) and, for every benchmark, classes.csv, the
-worst and best images as pictures, and one record per image: the same command continues a job that
-was killed. With --distributed every process of a SLURM job, TPU pod or MPI launch takes its share.
+--output receives result.json (numbers and settings) and, for segmentation, classes.csv, the worst
+and best images as pictures, and one record per image: the same command continues a job that was
+killed. With --distributed every process of a SLURM job, TPU pod or MPI launch takes its share.
 """
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     """Evaluates a checkpoint, prints the tables, writes everything into a folder."""
     parser = make_parser(
         "evaluate",
-        "Evaluates a checkpoint on the benchmarks of its configuration (evals.seg).",
+        "Evaluates a checkpoint on the benchmarks of its configuration (evals).",
         EPILOG,
     )
     add_checkpoint_options(parser)
@@ -60,13 +61,15 @@ def main() -> None:
     benchmarks = choose(config, args.benchmark)
     folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
     # All of them first, so that a missing file is found now.
-    evaluators = {
-        name: SegmentationEvaluator(*model.parts, settings) for name, settings in benchmarks.items()
-    }
+    evaluators = make_evaluators(benchmarks, *model.parts)
     results = {}
-    for name, evaluator in evaluators.items():
-        numbers = evaluate(model, evaluator, name, folder / name, args.pictures)
-        results |= {f"seg/{name}/{key}": value for key, value in numbers.items()}
+    for prefix, evaluator in evaluators.items():
+        kind, name = prefix.split("/")
+        if kind == "seg":
+            numbers = evaluate(model, evaluator, name, folder / name, args.pictures)
+        else:
+            numbers = measure(model, evaluator, name)
+        results |= {f"{prefix}/{key}": value for key, value in numbers.items()}
     if jax.process_index() > 0:
         return
     record = {
@@ -75,10 +78,10 @@ def main() -> None:
         "results": results,
         "config": config.to_dict(),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "result.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    summary = [f"{key} {value:.4f}" for key, value in results.items() if key.endswith("/miou")]
-    print(f"{', '.join(summary)}. Numbers, tables and pictures are in {folder}")
+    print(f"{', '.join(headlines(results))}. Numbers, tables and pictures are in {folder}")
 
 
 def evaluation_config(config: Config, file: str | None, overrides: list[str]) -> Config:
@@ -96,16 +99,39 @@ def evaluation_config(config: Config, file: str | None, overrides: list[str]) ->
 
 
 def choose(config: Config, names: str | None) -> dict[str, Config]:
-    """The named benchmarks (with commas between) of a configuration, or all of them."""
-    benchmarks = dict(config.evals.seg.items())
+    """The named benchmarks (with commas between) of a configuration, or all of them, by prefix.
+
+    A name stands for the benchmarks of every kind that are called so; "seg/voc" for one.
+    """
+    benchmarks = benchmarks_of(config)
     known = ", ".join(benchmarks)
     if not benchmarks:
         raise UserError("The checkpoint was trained without benchmarks: give --config=FILE.")
-    chosen = [name.strip() for name in names.split(",")] if names else list(benchmarks)
-    for name in chosen:
-        if name not in benchmarks:
-            raise UserError(f"There is no benchmark {name!r} in evals.seg, only: {known}.")
-    return {name: benchmarks[name] for name in chosen}
+    if not names:
+        return benchmarks
+    chosen = {}
+    for name in map(str.strip, names.split(",")):
+        found = {p: s for p, s in benchmarks.items() if name in (p, p.partition("/")[2])}
+        if not found:
+            raise UserError(f"There is no benchmark {name!r} in evals, only: {known}.")
+        chosen |= found
+    return chosen
+
+
+def measure(model: TrainedModel, evaluator, name: str) -> dict[str, float]:
+    """Numbers of one benchmark of retrieval or classification, printed as well."""
+    began = time.monotonic()
+    main_process = jax.process_index() == 0
+
+    def bar(images):
+        return tqdm(images, desc=name, unit="image", disable=not main_process)
+
+    numbers = dict(evaluator.run(model.params, bar))
+    if main_process:
+        listed = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+        seconds = time.monotonic() - began
+        print(f"{name}: {listed}; {evaluator.count} images in {seconds:.1f} s\n")
+    return numbers
 
 
 def evaluate(

@@ -8,6 +8,7 @@ import jax
 from simseg_jax.command_line import cache_programs, make_parser
 from simseg_jax.config import describe, load_config
 from simseg_jax.errors import report_user_errors
+from simseg_jax.evaluators.build import headlines
 from simseg_jax.processes import STOPPED, add_distributed_option, join_processes
 from simseg_jax.train import train
 
@@ -55,7 +56,7 @@ def main() -> None:
             print("Stopped by a signal; run the same command again to continue.", flush=True)
         sys.exit(STOPPED)
     if jax.process_index() == 0:
-        scores = [f"{k} {v:.4f}" for k, v in results.items() if k.endswith("/miou")]
+        scores = headlines(results)
         seconds = time.monotonic() - began
         print(
             f"Done in {seconds:.0f} s. {', '.join(scores) or 'No evaluation'}. "

@@ -1,4 +1,4 @@
-"""Segmentation metrics in plain NumPy."""
+"""Metrics in plain NumPy."""
 
 import numpy as np
 
@@ -29,3 +29,26 @@ def mean_iou(ious: np.ndarray) -> float:
     """Mean of the class IoUs that are defined, a fraction; NaN if none is."""
     defined = ious[np.isfinite(ious)]
     return float(defined.mean()) if len(defined) else float("nan")
+
+
+def recall_at(
+    nearest: tuple[np.ndarray, np.ndarray], owners: np.ndarray, k: int
+) -> tuple[float, float]:
+    """R@k of image-to-text and text-to-image retrieval, fractions.
+
+    nearest: (int [N, K], int [M, K]) of `evaluators.ranking.nearest`, K >= k. owners: int [M], the
+    image of every text. An image counts as right if one of its texts is among the first k.
+    """
+    of_images, of_texts = nearest
+    known = of_images[:, :k]
+    right = (owners[known] == np.arange(len(known))[:, None]) & (known >= 0)
+    return (
+        float(right.any(axis=1).mean()),
+        float((of_texts[:, :k] == owners[:, None]).any(axis=1).mean()),
+    )
+
+
+def top_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share of rows of `scores` [N, C] whose label is among the k highest; ties by position."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return float((order == labels[:, None]).any(axis=1).mean())

@@ -19,7 +19,7 @@ from simseg_jax.command_line import (
 )
 from simseg_jax.config import segmentation_eval, validate_segmentation
 from simseg_jax.data.classes import prompt_names
-from simseg_jax.data.images import decode_image
+from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.masks.protocols import Response
 from simseg_jax.trained import TrainedModel, load_model
@@ -36,7 +36,6 @@ where its similarity is high, provided its score exceeds mean + sigma_weight * d
 scores. A few words alone have no meaningful mean, so the classes of the benchmark that the
 checkpoint was evaluated on are scored as well, without being drawn; --contrast replaces them.
 """
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,12 @@ def main() -> None:
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
     # One benchmark: the first of those chosen.
-    name, settings = next(iter(choose(config, args.benchmark).items()))
+    chosen = choose(config, args.benchmark)
+    segmentation = {p: s for p, s in chosen.items() if p.startswith("seg/")}
+    if not segmentation:
+        raise UserError(f"Tables are of segmentation benchmarks, not {', '.join(chosen)}.")
+    prefix, settings = next(iter(segmentation.items()))
+    name = prefix.removeprefix("seg/")
     if args.table:
         table = fit(TABLES[args.table], model.config.model.image)
     else:

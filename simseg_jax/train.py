@@ -24,7 +24,7 @@ from simseg_jax.cost import describe_step, step_flops
 from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
-from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.optim import adamw, cosine_schedule, frozen
 from simseg_jax.pretrained import Pretrained, adopt, keep_architecture
@@ -131,12 +131,9 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
     update = jit_update(update, shardings, mesh)
 
     # ---- evaluators: built before training, so that a missing file is found now
-    evaluators = {
-        f"seg/{name}": SegmentationEvaluator(
-            graphdef, config.model.image.patch_size, mesh, encoder, settings
-        )
-        for name, settings in config.evals.seg.items()
-    }
+    evaluators = make_evaluators(
+        benchmarks_of(config), graphdef, config.model.image.patch_size, mesh, encoder
+    )
 
     # ---- restore
     if restorable:
@@ -219,9 +216,10 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
         if not last:
             reporter.say(f"Saved step {step}.")
             return None
-        if config.pictures and evaluators:
+        shown = {k: v for k, v in evaluators.items() if k.startswith("seg/")}
+        if config.pictures and shown:
             folder = workdir / "pictures"
-            for prefix, evaluator in evaluators.items():
+            for prefix, evaluator in shown.items():
                 path = folder / f"{prefix.removeprefix('seg/')}.png"
                 images = range(min(config.pictures, evaluator.count))
                 write_contact_sheet(path, evaluator, state["params"], images)
@@ -241,12 +239,13 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[str, float]:
-    """Runs every evaluator; reports and returns {"seg/<set>/miou": fraction, ...}."""
+    """Runs every evaluator; reports and returns {"seg/<name>/miou": fraction, ...}."""
     results = {}
     for prefix, evaluator in evaluators.items():
         values = evaluator.run(params, lambda images, p=prefix: reporter.progress(images, p))
-        results |= {f"{prefix}/{name}": value for name, value in values}
-        reporter.say(f"step {step}: {prefix}/miou {results[f'{prefix}/miou']:.4f}")
+        numbers = {f"{prefix}/{name}": value for name, value in values}
+        reporter.say(f"step {step}: {', '.join(headlines(numbers))}")
+        results |= numbers
     if results:
         reporter.write(step, results)
     reporter.pause()

@@ -96,7 +96,7 @@ def test_errors(monkeypatch, capsys, workdir):
         return message(monkeypatch, capsys, sweep, f"--checkpoint={workdir}", *arguments)
 
     assert "Give either --table" in error()
-    assert "no benchmark 'voc' in evals.seg, only: shapes" in error(
+    assert "no benchmark 'voc' in evals, only: seg/shapes" in error(
         "--benchmark=voc", "--table=crf"
     )
     assert "the nearest is 'sigma_weight'" in error("--set=sigmaweight=1")

@@ -53,6 +53,15 @@ def prompt_names(data: str, names: str = "original") -> tuple[tuple[str, ...], .
     return (("background",),) * background + tuple(classes)
 
 
+def read_label_file(source: str | Path) -> list[tuple[str, tuple[str, ...]]]:
+    """(name, prompt names) of every line of a label set of ours or of a file of the user."""
+    if isinstance(source, str):
+        return _read(source)
+    if not source.is_file():
+        raise UserError(f"There is no file of class names at {source}.")
+    return _parse(source.read_text(encoding="utf-8"))
+
+
 def _read(name: str) -> list[tuple[str, tuple[str, ...]]]:
     if name == "shapes":
         return [(category, (category,)) for category in CATEGORIES]

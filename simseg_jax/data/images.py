@@ -25,6 +25,7 @@ except (
     simd = None
 
 JPEG = b"\xff\xd8"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 

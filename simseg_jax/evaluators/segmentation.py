@@ -28,6 +28,8 @@ class SegmentationEvaluator:
     for benchmarks without it, "no class". Results do not depend on batch size, devices, processes.
     """
 
+    headline = "miou"
+
     def __init__(
         self, graphdef: nnx.GraphDef, patch_size: int, mesh: Mesh, encoder: TextEncoder, *variants
     ):

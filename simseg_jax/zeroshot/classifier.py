@@ -36,9 +36,25 @@ def tokenize_prompts(
 def class_embedder(graphdef: nnx.GraphDef, devices: int = 1) -> Callable:
     """embed(params, prompts, m_text) -> unit-length class embeddings float32 [C, D].
 
-    Each prompt is pooled over its `m_text` strongest words (padding masked) and normalised; the
-    mean over the prompts of a class is normalised again. One compiled program serves any number of
-    prompts: they pass in chunks.
+    Each prompt is embedded as by `text_embedder`; the mean over the prompts of a class is
+    normalised again.
+    """
+    embed_texts = text_embedder(graphdef, devices)
+
+    def embed(params, prompts: Prompts, m_text: int) -> jax.Array:
+        embeddings = embed_texts(params, prompts.ids, prompts.mask, m_text)
+        counts = np.bincount(prompts.classes).astype(np.float32)
+        total = jax.ops.segment_sum(embeddings, prompts.classes, len(counts))
+        return l2_normalize(total / counts[:, None])
+
+    return embed
+
+
+def text_embedder(graphdef: nnx.GraphDef, devices: int = 1) -> Callable:
+    """embed(params, ids, mask, m_text) -> unit-length embeddings float32 [P, D] of P texts.
+
+    ids, mask: [P, T]. Each text is pooled over its `m_text` strongest words, padding masked. One
+    compiled program serves any number of texts: they pass in chunks.
     """
     chunk = -(-CHUNK // devices) * devices
 
@@ -47,16 +63,13 @@ def class_embedder(graphdef: nnx.GraphDef, devices: int = 1) -> Callable:
         model = bind(graphdef, params)
         return model.encode_text(ids, mask, m=m_text, mask_padding=True)
 
-    def embed(params, prompts: Prompts, m_text: int) -> jax.Array:
+    def embed(params, ids: np.ndarray, mask: np.ndarray, m_text: int) -> jax.Array:
         parts = []
-        for start in range(0, len(prompts.ids), chunk):
-            rows = slice(start, start + chunk)
-            padding = ((0, chunk - len(prompts.ids[rows])), (0, 0))
-            ids, mask = (np.pad(x[rows], padding) for x in (prompts.ids, prompts.mask))
-            parts.append(embed_chunk(params, ids, mask.astype(bool), m_text=m_text))
-        embeddings = jnp.concatenate(parts)[: len(prompts.ids)]
-        counts = np.bincount(prompts.classes).astype(np.float32)
-        total = jax.ops.segment_sum(embeddings, prompts.classes, len(counts))
-        return l2_normalize(total / counts[:, None])
+        for start in range(0, len(ids), chunk):
+            part = [x[start : start + chunk] for x in (ids, mask)]
+            padding = ((0, chunk - len(part[0])), (0, 0))
+            padded = [np.pad(x, padding) for x in part]
+            parts.append(embed_chunk(params, padded[0], padded[1].astype(bool), m_text=m_text))
+        return jnp.concatenate(parts)[: len(ids)]
 
     return embed

@@ -46,33 +46,8 @@ class RecordSource:
         cache: Path,
         promised: list[int] | None = None,
     ):
-        self.path, self.problems = path, Problems()
-
-        def measure(file: File):
-            try:
-                path = remote.local_copy(file, cache)
-                reader = ArrayRecordReader(path)
-                count = reader.num_records()
-                reader.close()  # Raises what went wrong before: a damaged file counts 0 records.
-                return path, count
-            except (OSError, RuntimeError) as error:
-                if not remote.is_damage(error):
-                    raise
-                return file.path, error
-
-        with ThreadPoolExecutor(16) as pool:
-            measured = list(pool.map(measure, files))
-        shards = []
-        for number, (shard, count) in enumerate(measured):
-            if isinstance(count, Exception):
-                lost = f" with {promised[number]} records" if promised else ""
-                reason = str(count).partition(";")[0] or "truncated"
-                self.problems.add(f"{shard}: unreadable shard{lost} ({reason})")
-            elif count:
-                # The protocol of grain's file instructions; saves it from counting again.
-                shards.append(
-                    SimpleNamespace(filename=shard, skip=0, take=count, examples_in_shard=count)
-                )
+        self.path = path
+        shards, self.problems = open_shards(files, cache, promised)
         if not shards:
             raise no_pairs(path, self.problems)
         self.records: Any = ArrayRecordDataSource(shards)
@@ -115,10 +90,50 @@ class RecordSource:
         raise UserError(f"The records of {self.path} are no tf.train.Example: {reason}.")
 
 
+def open_shards(
+    files: list[File], cache: Path, promised: list[int] | None = None
+) -> tuple[list, Problems]:
+    """Instructions for `ArrayRecordDataSource`, and the shards that cannot be read."""
+    problems = Problems()
+
+    def measure(file: File):
+        try:
+            path = remote.local_copy(file, cache)
+            reader = ArrayRecordReader(path)
+            count = reader.num_records()
+            reader.close()  # Raises what went wrong before: a damaged file counts 0 records.
+            return path, count
+        except (OSError, RuntimeError) as error:
+            if not remote.is_damage(error):
+                raise
+            return file.path, error
+
+    with ThreadPoolExecutor(16) as pool:
+        measured = list(pool.map(measure, files))
+    shards = []
+    for number, (shard, count) in enumerate(measured):
+        if isinstance(count, Exception):
+            lost = f" with {promised[number]} records" if promised else ""
+            reason = str(count).partition(";")[0] or "truncated"
+            problems.add(f"{shard}: unreadable shard{lost} ({reason})")
+        elif count:
+            # The protocol of grain's file instructions; saves it from counting again.
+            shards.append(
+                SimpleNamespace(filename=shard, skip=0, take=count, examples_in_shard=count)
+            )
+    return shards, problems
+
+
 def tfds_source(
     folder: str, split: str, image_key: str, caption_key: str, cache: Path
 ) -> RecordSource:
     """The split ('' for train) of a TFDS data set: a folder with dataset_info.json."""
+    files, lengths = tfds_files(folder, split)
+    return RecordSource(folder, files, image_key, caption_key, cache, lengths)
+
+
+def tfds_files(folder: str, split: str) -> tuple[list[File], list[int]]:
+    """The shards of a split of a TFDS data set and their numbers of records."""
     path = remote.join(folder, INFO)
     try:
         info = json.loads(remote.read(path))
@@ -148,7 +163,7 @@ def tfds_source(
             SHARD_X_OF_Y=f"{number:05d}-of-{count:05d}",
         )
         files.append(present.get(name, File(remote.join(folder, name), 0, "")))
-    return RecordSource(folder, files, image_key, caption_key, cache, lengths[split])
+    return files, lengths[split]
 
 
 def _text(value) -> str:

@@ -1,4 +1,4 @@
-"""A folder of images with a table of captions: CSV or the JSON of COCO captions."""
+"""A folder of images with a table of captions: CSV, COCO's JSON or that of Karpathy's splits."""
 
 import csv
 import io
@@ -23,9 +23,10 @@ class TableSource:
     """Images of a folder with the captions of a table: one example is one image.
 
     table, form: the file and its format. csv: with a header, `image,caption` or `filepath,title`,
-    separated by commas or tabs, one row per caption; coco: the JSON of COCO captions. images: the
-    folder of the images. split: a text file that lists the images to use, one per line, '' for
-    all. Both are relative to the table.
+    separated by commas or tabs, one row per caption; coco: the JSON of COCO captions or of
+    Karpathy's splits (dataset_flickr30k.json, dataset_coco.json). images: the folder of the images.
+    split: a text file that lists the images to use, one per line, '' for all; of Karpathy's the
+    name of a split, such as test, or several joined by +. Both are relative to the table.
     """
 
     def __init__(
@@ -39,7 +40,11 @@ class TableSource:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"Cannot read the caption table {table}: {error}.") from error
         if form == "coco":
-            rows = _coco_rows(table, text, self.problems)
+            content = _parsed(table, text)
+            if any("sentences" in image for image in content["images"][:1]):
+                rows, split = _karpathy_rows(table, content, split), ""
+            else:
+                rows = _coco_rows(table, content, self.problems)
         else:
             rows = _csv_rows(table, text, image_key, caption_key)
         self.names, self.captions = Texts(), Texts()
@@ -110,10 +115,41 @@ def _csv_rows(table: str, text: str, image_key: str, caption_key: str) -> Iterat
         raise UserError(f"{table}, after line {rows.line_num}: {error}.") from error
 
 
-def _coco_rows(table: str, text: str, problems: Problems) -> Iterator:
-    """(image name, caption) of every annotation, image by image."""
+def _parsed(table: str, text: str) -> dict:
     try:
         content = json.loads(text)
+        assert isinstance(content["images"], list)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{table} is no JSON of COCO captions or of Karpathy's splits, which have a list "
+            f"`images`: {error!r}."
+        ) from error
+    return content
+
+
+def _karpathy_rows(table: str, content: dict, split: str) -> Iterator:
+    """(image name, caption) of the sentences of the images in some splits, '' for all."""
+    try:
+        known = dict.fromkeys(image["split"] for image in content["images"])
+        wanted = split.split("+") if split else list(known)
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise UserError(f"{table} has no split {unknown[0]!r}, only {', '.join(known)}.")
+        for image in content["images"]:
+            if image["split"] in wanted:
+                name = posixpath.join(image.get("filepath", ""), image["filename"])
+                for sentence in image["sentences"]:
+                    yield name, sentence["raw"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{table} is no JSON of Karpathy's splits, with images (filename, split, sentences "
+            f"with raw): {error!r}."
+        ) from error
+
+
+def _coco_rows(table: str, content: dict, problems: Problems) -> Iterator:
+    """(image name, caption) of every annotation, image by image."""
+    try:
         captions: dict = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             if annotation["image_id"] in captions:

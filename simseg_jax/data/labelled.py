@@ -1,0 +1,132 @@
+"""Images with one class each: a folder of class subfolders, a TFDS data set, generated scenes.
+
+A source has `__len__`, `classes` (names as the data have them) and, per index, {"image": encoded
+bytes or uint8 array, "label": int, "name": str}.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grain.sources import ArrayRecordDataSource
+
+from simseg_jax.data import shapes
+from simseg_jax.data.classes import read_label_file
+from simseg_jax.data.images import IMAGE_SUFFIXES
+from simseg_jax.data.pairs import tf_example
+from simseg_jax.data.pairs.example import IMAGE_KEYS, choose_key
+from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
+from simseg_jax.errors import UserError
+
+
+def labelled_source(settings):
+    """The source that `settings` (data, root, split, size) describe."""
+    if settings.data == "shapes":
+        return LabelledShapes(settings.size, settings.split)
+    root = Path(settings.root).expanduser()
+    if not settings.root or not root.is_dir():
+        raise UserError(f"There is no folder {str(root)!r}: set root to the images' folder.")
+    if (root / INFO).is_file():
+        return LabelledRecords(root, settings.split)
+    return LabelledFolder(root / settings.split if settings.split else root)
+
+
+def class_prompts(classes: tuple[str, ...], names: str) -> list[tuple[str, ...]]:
+    """For every class the names to put into prompts.
+
+    names: "auto" (CLIP's names for ImageNet's synsets such as n01440764, otherwise the names of the
+    data with spaces for underscores) or a text file of `class: name, name` lines.
+    """
+    if names != "auto":
+        known = dict(read_label_file(Path(names).expanduser()))
+    else:
+        known = dict(read_label_file("imagenet"))
+        if not set(classes) <= set(known):
+            return [(name.replace("_", " "),) for name in classes]
+    missing = [name for name in classes if name not in known]
+    if missing:
+        raise UserError(f"{names} has no line for {len(missing)} classes, such as {missing[0]!r}.")
+    return [known[name] for name in classes]
+
+
+class LabelledFolder:
+    """root/CLASS/**/IMAGE, classes in alphabetical order."""
+
+    def __init__(self, root: Path):
+        if not root.is_dir():
+            raise UserError(f"There is no folder {root}: set root and split.")
+        self.root = root
+        self.classes = tuple(sorted(f.name for f in os.scandir(root) if f.is_dir()))
+        files = [
+            (path, label)
+            for label, name in enumerate(self.classes)
+            for path in sorted((root / name).rglob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not files:
+            raise UserError(f"{root} holds no subfolders with images, one for each class.")
+        self.files = [str(path) for path, _ in files]
+        self.labels = np.array([label for _, label in files], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict:
+        path = self.files[index]
+        label = int(self.labels[index])
+        return {"image": Path(path).read_bytes(), "label": label, "name": path}
+
+
+class LabelledRecords:
+    """A split of a TFDS data set of encoded images with an integer `label`."""
+
+    def __init__(self, folder: Path, split: str):
+        files, lengths = tfds_files(str(folder), split)
+        self.folder = folder
+        shards, problems = open_shards(files, Path(), lengths)
+        if not shards or problems.count:
+            # A benchmark with a hole would give another number.
+            raise UserError(f"{folder} is not complete. {problems}. Prepare it again.")
+        self.records: Any = ArrayRecordDataSource(shards)
+        first = tf_example.parse(self.records[0])
+        self.image = choose_key(str(folder), "feature image", "", IMAGE_KEYS, first)
+        names = folder / "label.labels.txt"
+        if "label" not in first or not names.is_file():
+            raise UserError(f"{folder} has no feature `label` with its {names.name}.")
+        self.classes = tuple(names.read_text(encoding="utf-8").split("\n")[:-1])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        name = f"{self.folder}, record {index}"
+        try:
+            values = tf_example.parse(self.records[index])
+            return {"image": values[self.image][0], "label": int(values["label"][0]), "name": name}
+        except (*READ_ERRORS, KeyError, IndexError) as error:
+            raise UserError(f"{name} cannot be read: {error}. Prepare the data again.") from error
+
+
+class LabelledShapes:
+    """Generated scenes with a single kind of object."""
+
+    classes = shapes.CATEGORIES
+
+    def __init__(self, size: int, split: str):
+        self.split = shapes.check_split(split)
+        self.found: list[tuple[int, int]] = []
+        index = 0
+        while len(self.found) < size:
+            kinds = np.unique(shapes.scene(index, split)[1])
+            if len(kinds[kinds > 0]) == 1:
+                self.found.append((index, int(kinds.max()) - 1))
+            index += 1
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, index: int) -> dict:
+        scene, label = self.found[index]
+        name = f"scene {scene} of {self.split}"
+        return {"image": shapes.scene(scene, self.split)[0], "label": label, "name": name}

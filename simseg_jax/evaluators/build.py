@@ -1,0 +1,49 @@
+"""All evaluators of a configuration, by the prefix of their numbers, such as "seg/voc"."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from simseg_jax.config import Config
+from simseg_jax.data.text import TextEncoder
+from simseg_jax.evaluators.classification import ClassificationEvaluator
+from simseg_jax.evaluators.retrieval import RetrievalEvaluator
+from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+
+# Each has `headline`, `count`, and run(params, progress), which yields names and numbers.
+KINDS: dict[str, Any] = {
+    "seg": SegmentationEvaluator,
+    "retrieval": RetrievalEvaluator,
+    "classification": ClassificationEvaluator,
+}
+
+
+def benchmarks_of(config: Config) -> dict[str, Config]:
+    """Every entry of `config.evals` by its prefix."""
+    return {
+        f"{kind}/{name}": settings
+        for kind in KINDS
+        for name, settings in config.evals[kind].items()
+    }
+
+
+def headlines(results: Mapping[str, float]) -> list[str]:
+    """The one number per benchmark that sums it up, as text."""
+    names = tuple(f"/{kind.headline}" for kind in KINDS.values())
+    return [f"{key} {value:.4f}" for key, value in results.items() if key.endswith(names)]
+
+
+def make_evaluators(
+    benchmarks: Mapping[str, Any],
+    graphdef: nnx.GraphDef,
+    patch_size: int,
+    mesh: Mesh,
+    encoder: TextEncoder,
+) -> dict[str, Any]:
+    """benchmarks: settings by prefix, as of `benchmarks_of`. Missing data are found now."""
+    return {
+        prefix: KINDS[prefix.partition("/")[0]](graphdef, patch_size, mesh, encoder, settings)
+        for prefix, settings in benchmarks.items()
+    }

@@ -1,0 +1,56 @@
+"""Zero-shot classification: the class whose prompts are nearest to the image (table 8)."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from simseg_jax.data.images import decode_image
+from simseg_jax.data.labelled import class_prompts, labelled_source
+from simseg_jax.data.text import TextEncoder
+from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.metrics import top_accuracy
+from simseg_jax.sharding import local_mesh, local_params
+from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.prompts import TEMPLATES
+
+
+class ClassificationEvaluator:
+    """Images with one class each; settings: an entry of `config.evals.classification`."""
+
+    headline = "top1"
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, _patch: int, mesh: Mesh, encoder: TextEncoder, settings
+    ):
+        self.settings = settings
+        self.source = labelled_source(settings)
+        self.count = min(len(self.source), settings.limit or len(self.source))
+        self.mesh = local_mesh(mesh)
+        names = class_prompts(self.source.classes, settings.names)
+        self.prompts = tokenize_prompts(encoder, names, TEMPLATES[settings.prompts])
+        self.embed_classes = class_embedder(graphdef, self.mesh.size)
+        self.embed_images = ImageEmbedder(graphdef, mesh, settings)
+
+    def run(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[tuple]:
+        """Yields ("top1", fraction) and ("top5", fraction)."""
+        # Spread over the set, whose images may come class by class.
+        indices = np.linspace(0, len(self.source) - 1, self.count).round().astype(int)
+        labels = {}
+
+        def load(index: int):
+            example = self.source[index]
+            labels[index] = example["label"]
+            return decode_image(example["image"], example["name"])
+
+        images = self.embed_images(params, indices.tolist(), load, progress)
+        with jax.set_mesh(self.mesh):
+            local = local_params(params, self.mesh)
+            classes = np.asarray(self.embed_classes(local, self.prompts, self.settings.m_text))
+        scores = images @ classes.T
+        # Other processes saw the other images.
+        truth = [labels[i] if i in labels else self.source[i]["label"] for i in indices.tolist()]
+        for k in (1, 5):
+            yield f"top{k}", top_accuracy(scores, np.array(truth), k)

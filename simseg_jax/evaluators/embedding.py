@@ -1,0 +1,113 @@
+"""Images -> one vector each: the shared part of retrieval, classification and linear probing."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from PIL import Image
+
+from simseg_jax.masks.refine import threads_of
+from simseg_jax.models.simseg import bind
+from simseg_jax.sharding import local_mesh, local_params, to_global_batch
+from simseg_jax.zeroshot.engine import ahead
+
+# What stands for an image: its unit-length embedding, or the encoder's own tokens after the final
+# norm, the CLS token or the mean of the patches.
+FEATURES = ("embedding", "cls", "mean")
+
+
+def resize_and_crop(image: Image.Image, short: int, side: int) -> np.ndarray:
+    """uint8 [side, side, 3]: shorter side to `short` pixels, bilinear, then the central square."""
+    width, height = image.size
+    scale = short / min(width, height)
+    # As torchvision rounds: the longer side down.
+    size = (max(short, int(width * scale)), max(short, int(height * scale)))
+    image = image.resize(size, Image.Resampling.BILINEAR) if size != image.size else image
+    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+class ImageEmbedder:
+    """Runs many images through the image encoder.
+
+    settings: with the attributes resize, crop, m_image, batch_size and threads. feature: one of
+    FEATURES. Results do not depend on batch size, devices or processes.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, settings, feature: str = "embedding"):
+        self.mesh, self.settings = local_mesh(mesh), settings
+        self.batch_size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
+        self.threads = threads_of(settings)
+
+        def embed(params, images: jax.Array) -> jax.Array:
+            model = bind(graphdef, params)
+            images = model.normalize(images)
+            if feature == "embedding":
+                _, tokens = model.encode_image(images)
+                return model.pool_image(tokens, settings.m_image)
+            tokens = model.image_encoder(images).astype(jnp.float32)
+            return tokens[:, 0] if feature == "cls" else tokens[:, 1:].mean(axis=1)
+
+        self.embed = jax.jit(embed)
+
+    def __call__(
+        self,
+        params,
+        indices: Sequence[int],
+        load: Callable[[int], Image.Image],
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> np.ndarray:
+        """Vectors float32 [len(indices), D], complete on every process; load(index) -> image."""
+        share = indices[jax.process_index() :: jax.process_count()]
+        params = local_params(params, self.mesh)
+
+        def prepare(index: int) -> np.ndarray:
+            return resize_and_crop(load(index), self.settings.resize, self.settings.crop)
+
+        parts, running = [], None
+        with ThreadPoolExecutor(self.threads) as pool, jax.set_mesh(self.mesh):
+            loaded = ahead(pool, prepare, progress(share), 2 * self.batch_size)
+            for batch in self._batches(loaded):
+                ahead_of_it, running = running, self._start(params, batch)
+                if ahead_of_it is not None:
+                    # While the device is busy with the next batch.
+                    parts.append(np.asarray(ahead_of_it))
+            if running is not None:
+                parts.append(np.asarray(running))
+        return _gathered(np.concatenate(parts)[: len(share)] if parts else None, len(indices))
+
+    def _start(self, params, batch: list[np.ndarray]) -> jax.Array:
+        images = np.zeros((self.batch_size, *batch[0].shape), np.uint8)
+        images[: len(batch)] = batch
+        return self.embed(params, to_global_batch(images, self.mesh))
+
+    def _batches(self, loaded: Iterable[np.ndarray]):
+        batch: list[np.ndarray] = []
+        for image in loaded:
+            batch.append(image)
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            # The last one is padded by `_start`; its surplus is cut off at the end.
+            yield batch
+
+
+def _gathered(own: np.ndarray | None, count: int) -> np.ndarray:
+    """The rows of all processes, which took every n-th index each, in the order of the indices."""
+    if jax.process_count() == 1:
+        assert own is not None
+        return own
+    width = int(
+        multihost_utils.process_allgather(np.array(own.shape[1] if own is not None else 0)).max()
+    )
+    rows = -(-count // jax.process_count())
+    padded = np.zeros((rows, width), np.float32)
+    if own is not None:
+        padded[: len(own)] = own
+    return multihost_utils.process_allgather(padded).swapaxes(0, 1).reshape(-1, width)[:count]

@@ -1,0 +1,91 @@
+"""Image-text retrieval: R@1, R@5, R@10 both ways and their sum (tables 6 and 7 of the paper)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from simseg_jax.data.images import decode_image
+from simseg_jax.data.pairs import BadExample, open_source
+from simseg_jax.data.text import TextEncoder
+from simseg_jax.errors import UserError
+from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.evaluators.ranking import nearest
+from simseg_jax.metrics import recall_at
+from simseg_jax.sharding import local_mesh, local_params
+from simseg_jax.zeroshot.classifier import text_embedder
+
+KS = (1, 5, 10)
+
+
+class Ranked(NamedTuple):
+    """The nearest of everything: see `ranking.nearest`. owners: the image of every text."""
+
+    nearest: tuple[np.ndarray, np.ndarray]
+    owners: np.ndarray
+    texts: list[str]
+
+
+class RetrievalEvaluator:
+    """A set of images with several captions each; settings: an entry of `config.evals.retrieval`.
+
+    Every caption searches all images, every image all captions; exact, ties by position.
+    """
+
+    headline = "rsum"
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, _patch: int, mesh: Mesh, encoder: TextEncoder, settings
+    ):
+        self.settings, self.encoder = settings, encoder
+        self.source = open_source(settings)
+        self.count = min(len(self.source), settings.limit or len(self.source))
+        self.mesh = local_mesh(mesh)
+        self.embed_images = ImageEmbedder(graphdef, mesh, settings)
+        self.embed_texts = text_embedder(graphdef, self.mesh.size)
+
+    def run(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[tuple]:
+        """Yields ("i2t/r@1", fraction), ..., ("rsum", sum of the six in per cent)."""
+        yield from scores(self.rank(params, progress))
+
+    def rank(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Ranked:
+        """What `run` counts, for pictures as well."""
+        captions: dict[int, tuple[str, ...]] = {}
+
+        def load(index: int):
+            example = self._example(index)
+            captions[index] = example["captions"]
+            return decode_image(example["image"], str(example["name"]))
+
+        images = self.embed_images(params, range(self.count), load, progress)
+        # Other processes saw the other images.
+        everything = [
+            captions[i] if i in captions else self._example(i)["captions"]
+            for i in range(self.count)
+        ]
+        used = [found[: self.settings.captions or None] for found in everything]
+        owners = np.repeat(np.arange(self.count), [len(several) for several in used])
+        texts = [caption for several in used for caption in several]
+        ids, mask = self.encoder.batch(texts)
+        with jax.set_mesh(self.mesh):
+            local = local_params(params, self.mesh)
+            embedded = self.embed_texts(local, ids, mask, self.settings.m_text)
+        return Ranked(nearest(images, np.asarray(embedded), max(KS)), owners, texts)
+
+    def _example(self, index: int) -> dict:
+        try:
+            return self.source[index]
+        except BadExample as error:
+            raise UserError(f"{error} Remove it from the benchmark or replace the file.") from error
+
+
+def scores(ranked: Ranked) -> Iterator[tuple[str, float]]:
+    """The numbers of `RetrievalEvaluator.run`."""
+    recalls = {k: recall_at(ranked.nearest, ranked.owners, k) for k in KS}
+    for way, name in enumerate(("i2t", "t2i")):
+        for k in KS:
+            yield f"{name}/r@{k}", recalls[k][way]
+    yield "rsum", 100 * sum(sum(both) for both in recalls.values())

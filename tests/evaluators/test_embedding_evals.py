@@ -1,0 +1,249 @@
+"""Retrieval and zero-shot classification on generated scenes and small files."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from pairs_support import make_pairs
+from PIL import Image
+from support import assert_close, tiny_config
+
+from simseg_jax.config import (
+    classification_eval,
+    default_config,
+    model_config,
+    retrieval_eval,
+    validate,
+)
+from simseg_jax.data.labelled import class_prompts, labelled_source
+from simseg_jax.data.pairs import tf_example
+from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.errors import UserError
+from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
+from simseg_jax.evaluators.embedding import FEATURES, ImageEmbedder, resize_and_crop
+from simseg_jax.models.simseg import bind, init_params, make_model
+from simseg_jax.sharding import make_mesh
+from simseg_jax.zeroshot.prompts import TEMPLATES
+
+SMALL = {"resize": 40, "crop": 32, "threads": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = load_tokenizer("shapes")
+    architecture = model_config(tiny_config(), len(tokenizer))
+    params = init_params(architecture, jax.random.key(0))
+    return make_model(architecture), params, TextEncoder(tokenizer, 25)
+
+
+def evaluators(model, devices=1, **entries):
+    """Of a configuration with `kind__name=settings`, and the parameters."""
+    graphdef, params, encoder = model
+    config = default_config()
+    for entry, settings in entries.items():
+        kind, name = entry.split("__")
+        config.evals[kind][name] = settings
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    return make_evaluators(benchmarks_of(config), graphdef, 8, mesh, encoder), params
+
+
+def test_resize_keeps_the_aspect_and_crop_is_central():
+    picture = np.zeros((30, 61, 3), np.uint8)
+    picture[:, 25:36] = 255
+    result = resize_and_crop(Image.fromarray(picture), 20, 16)
+    assert result.shape == (16, 16, 3)
+    # 61 x 30 -> 40 x 20 (torchvision rounds down) -> columns 12..28: the stripe is in the middle.
+    bright = np.flatnonzero(result[8, :, 0] > 127)
+    assert abs((bright[0] + bright[-1]) / 2 - 7.5) <= 0.5
+    np.testing.assert_array_equal(
+        resize_and_crop(Image.fromarray(picture[:, :30]), 30, 30), picture[:, :30]
+    )
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_vectors_do_not_depend_on_batches_and_devices(model, feature):
+    graphdef, params, _ = model
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (40, 44, 3), np.uint8)) for _ in range(7)]
+    results = []
+    for batch_size, devices in ((32, 1), (2, 1), (3, 2)):
+        settings = retrieval_eval(batch_size=batch_size, **SMALL)
+        embedder = ImageEmbedder(
+            graphdef, make_mesh(devices=jax.devices()[:devices]), settings, feature
+        )
+        results.append(embedder(params, range(7), images.__getitem__))
+        assert_close(results[-1], results[0], 1e-6)
+    network = bind(graphdef, params)
+    image = network.normalize(resize_and_crop(images[3], 40, 32)[None])
+    tokens = network.image_encoder(image)[0]
+    expected = {
+        "embedding": network.encode_image(image)[0][0],
+        "cls": tokens[0],
+        "mean": tokens[1:].mean(axis=0),
+    }
+    assert_close(results[0][3], expected[feature])
+
+
+@pytest.fixture
+def karpathy(tmp_path):
+    """Twelve images in two splits, with one to three sentences each."""
+    (tmp_path / "images" / "inner").mkdir(parents=True)
+    entries = []
+    for number, (name, image, captions) in enumerate(make_pairs(12)):
+        (tmp_path / "images" / "inner" / name).write_bytes(image)
+        entries.append(
+            {
+                "filename": name,
+                "filepath": "inner",
+                "split": "test" if number % 3 else "train",
+                "sentences": [{"raw": caption} for caption in captions],
+            }
+        )
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": entries}))
+    return tmp_path
+
+
+def test_karpathys_splits(model, karpathy):
+    data = {"path": str(karpathy / "dataset.json"), "images": "images", **SMALL}
+    built, params = evaluators(
+        model,
+        retrieval__test=retrieval_eval(split="test", **data),
+        retrieval__all=retrieval_eval(split="test+train", captions=0, **data),
+    )
+    ranked = built["retrieval/test"].rank(params)
+    assert built["retrieval/test"].count == 8
+    assert ranked.owners.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 5, 6, 6, 7, 7, 7]
+    assert ranked.texts[:2] == ['A "1", seen 0 é', 'A "1", seen 1 é']
+    assert built["retrieval/all"].count == 12
+    with pytest.raises(UserError, match="has no split 'tset', only train, test"):
+        evaluators(model, retrieval__x=retrieval_eval(split="tset", **data))
+
+
+def test_recall_of_the_model_is_that_of_its_similarities(model):
+    settings = retrieval_eval(format="shapes", split="val", size=20, **SMALL)
+    built, params = evaluators(model, retrieval__shapes=settings)
+    evaluator = built["retrieval/shapes"]
+    results = dict(evaluator.run(params))
+    graphdef, _, encoder = model
+    network = bind(graphdef, params)
+    examples = [evaluator.source[i] for i in range(20)]
+    pixels = [resize_and_crop(Image.fromarray(e["image"]), 40, 32) for e in examples]
+    images = np.asarray(network.encode_image(network.normalize(np.stack(pixels)))[0])
+    ids, mask = encoder.batch([e["captions"][0] for e in examples])
+    texts = np.asarray(network.encode_text(ids, mask, m=1, mask_padding=True))
+    similarity = images @ texts.T
+    total = 0.0
+    for name, matrix in (("i2t", similarity), ("t2i", similarity.T)):
+        places = np.argsort(np.argsort(-matrix, axis=1, kind="stable"), axis=1).diagonal()
+        for k in (1, 5, 10):
+            assert results[f"{name}/r@{k}"] == pytest.approx((places < k).mean())
+            total += (places < k).mean()
+    assert results["rsum"] == pytest.approx(100 * total)
+    assert headlines({f"retrieval/shapes/{k}": v for k, v in results.items()}) == [
+        f"retrieval/shapes/rsum {results['rsum']:.4f}"
+    ]
+
+
+def test_damaged_images_are_named(model, karpathy):
+    (karpathy / "images" / "inner" / "00004.jpg").write_bytes(b"\xff\xd8 not")
+    settings = retrieval_eval(path=str(karpathy / "dataset.json"), images="images", **SMALL)
+    built, params = evaluators(model, retrieval__x=settings)
+    with pytest.raises(UserError, match=r"Cannot decode .*00004\.jpg"):
+        dict(built["retrieval/x"].run(params))
+
+
+def test_classification_is_the_nearest_class(model):
+    settings = classification_eval(data="shapes", split="val", size=24, prompts="shapes", **SMALL)
+    built, params = evaluators(model, devices=2, classification__shapes=settings)
+    evaluator = built["classification/shapes"]
+    results = dict(evaluator.run(params))
+    graphdef, _, encoder = model
+    network = bind(graphdef, params)
+    examples = [evaluator.source[i] for i in range(24)]
+    pixels = [resize_and_crop(Image.fromarray(e["image"]), 40, 32) for e in examples]
+    images = np.asarray(network.encode_image(network.normalize(np.stack(pixels)))[0])
+    classes = []
+    for name in evaluator.source.classes:
+        ids, mask = encoder.batch([template.format(name) for template in TEMPLATES["shapes"]])
+        mean = np.asarray(network.encode_text(ids, mask, m=1, mask_padding=True)).mean(axis=0)
+        classes.append(mean / np.linalg.norm(mean))
+    order = np.argsort(-images @ np.stack(classes).T, axis=1)
+    labels = np.array([e["label"] for e in examples])
+    assert results["top1"] == pytest.approx((order[:, 0] == labels).mean())
+    assert results["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(axis=1).mean())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """ROOT/val/CLASS/**/IMAGE as CIFAR-10 or ImageNet are unpacked."""
+    for name, image, _ in make_pairs(6):
+        kind = ("black_bear", "tabby_cat")[int(name[:5]) % 2]
+        path = tmp_path / "val" / kind / "deeper"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(image)
+    (tmp_path / "val" / "black_bear" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_folders_of_class_subfolders(model, folder):
+    settings = classification_eval(root=str(folder), split="val", prompts="plain", **SMALL)
+    source = labelled_source(settings)
+    assert source.classes == ("black_bear", "tabby_cat")
+    assert [source[i]["label"] for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert class_prompts(source.classes, "auto") == [("black bear",), ("tabby cat",)]
+    names = folder / "names.txt"
+    names.write_text("tabby_cat: cat, kitten\nblack_bear: bear\n")
+    assert class_prompts(source.classes, str(names)) == [("bear",), ("cat", "kitten")]
+    names.write_text("tabby_cat: cat\n")
+    with pytest.raises(UserError, match="no line for 1 classes, such as 'black_bear'"):
+        class_prompts(source.classes, str(names))
+    built, params = evaluators(model, classification__x=settings)
+    # Of two classes one of the first five is always right.
+    assert dict(built["classification/x"].run(params))["top5"] == 1.0
+    for root, split, message in (
+        ("", "val", "There is no folder"),
+        (str(folder), "train", "There is no folder"),
+        (str(folder / "val" / "tabby_cat" / "deeper"), "", "holds no subfolders with images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            labelled_source(classification_eval(root=root, split=split))
+
+
+def test_imagenets_folders_get_clips_names():
+    prompts = class_prompts(("n01440764", "n01484850"), "auto")
+    assert prompts == [("tench",), ("great white shark",)]
+
+
+def test_labelled_tfds(tmp_path):
+    pairs = make_pairs(5)
+    path = tmp_path / "tiny-val.array_record-00000-of-00001"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for number, (_, image, _) in enumerate(pairs):
+        writer.write(tf_example.serialize({"image": image, "label": number % 2}))
+    writer.close()
+    info = {
+        "name": "tiny",
+        "fileFormat": "array_record",
+        "splits": [{"name": "val", "shardLengths": ["5"]}],
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"no feature `label` with its label\.labels\.txt"):
+        labelled_source(classification_eval(root=str(tmp_path), split="val"))
+    (tmp_path / "label.labels.txt").write_text("cat\ndog\n")
+    source = labelled_source(classification_eval(root=str(tmp_path), split="val"))
+    assert source.classes == ("cat", "dog")
+    assert [(source[i]["image"], source[i]["label"]) for i in range(5)] == [
+        (image, number % 2) for number, (_, image, _) in enumerate(pairs)
+    ]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="is not complete"):
+        labelled_source(classification_eval(root=str(tmp_path), split="val"))
+
+
+def test_settings_are_checked():
+    config = default_config()
+    config.evals.retrieval.x = retrieval_eval(crop=100)
+    with pytest.raises(UserError, match=r"evals\.retrieval\.x\.crop=100 must be a multiple"):
+        validate(config)
