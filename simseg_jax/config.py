@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from simseg_jax.config_keys import (
     DATA_SET_KEYS,
     EMBEDDING_AT_LEAST_ONE,
     KEYS,
+    PROBE_AT_LEAST_ONE,
+    PROBE_CHOICES,
+    PROBE_KEYS,
     RETRIEVAL_KEYS,
     SEGMENTATION_AT_LEAST_ONE,
     SEGMENTATION_CHOICES,
@@ -71,6 +74,11 @@ def classification_eval(**settings) -> Config:
     return _entry(CLASSIFICATION_KEYS, settings)
 
 
+def probe_config(**settings) -> Config:
+    """The settings of a linear probe; see configs/linear_probe.py."""
+    return _entry(PROBE_KEYS, settings)
+
+
 def _entry(table: dict, settings: dict) -> Config:
     config = _from_table(table).lock()
     _update(config, settings)
@@ -84,8 +92,13 @@ EVALS = {
 }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Runs `get_config()` of a configuration file, applies overrides, checks everything."""
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), check: Callable[[Config], None] | None = None
+) -> Config:
+    """Runs `get_config()` of a configuration file, applies overrides, checks everything.
+
+    check: raises a `UserError` for what cannot work; `validate` by default.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No configuration file at {path}; see the ones in configs/.")
@@ -100,17 +113,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if unknown:
             message = unknown_key(unknown[1], [key.split(".")[-1] for key, *_ in _flatten(KEYS)])
         raise UserError(f"{path}: {message}") from error
-    return apply_overrides(config, overrides)
+    return apply_overrides(config, overrides, check)
 
 
-def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+def apply_overrides(
+    config: Config, overrides: Sequence[str], check: Callable[[Config], None] | None = None
+) -> Config:
     """Sets the keys of `--config.key=value` arguments in `config` and checks the result."""
     for argument in overrides:
         name, equals, text = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise UserError(f"Cannot read {argument!r}: overrides look like --config.key=value.")
         assign(config, name, text if isinstance(get(config, name), str) else literal(name, text))
-    validate(config)
+    (check or validate)(config)
     return config
 
 
@@ -196,6 +211,15 @@ def validate_embedding(settings: Config, patch_size: int, prefix: str, choices: 
         raise UserError(
             f"{prefix}crop={settings.crop} must be a multiple of the patch size, which is "
             f"{patch_size}, and at most {prefix}resize={settings.resize}."
+        )
+
+
+def validate_probe(settings: Config) -> None:
+    """Raises a `UserError` naming the first key of a linear probe that cannot work."""
+    _check_values(settings, PROBE_CHOICES, PROBE_AT_LEAST_ONE)
+    if not 0 <= settings.warmup_epochs < settings.epochs:
+        raise UserError(
+            f"warmup_epochs={settings.warmup_epochs} must be less than epochs={settings.epochs}."
         )
 
 

@@ -11,6 +11,7 @@ from simseg_jax.models.simseg import POOLS
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
+FEATURES = ("embedding", "cls", "mean")  # See `evaluators.embedding`.
 FORMATS = ("auto", "csv", "coco", "tfds", "array_record", "webdataset", "parquet", "shapes")
 
 KEYS = {
@@ -198,6 +199,30 @@ CLASSIFICATION_KEYS = {
     **EMBEDDING_KEYS,
 }
 
+# Keys of a linear probe (tables 9 and 10): a classifier on the features of a frozen encoder.
+PROBE_KEYS = {
+    "seed": (0, "seeds the classifier and the order of the images"),
+    "data": CLASSIFICATION_KEYS["data"],
+    "root": CLASSIFICATION_KEYS["root"],
+    "train": ("train", "split to train on"),
+    "val": ("val", "split to measure on"),
+    "size": (2000, "shapes: number of training scenes"),
+    "val_size": (500, "shapes: number of validation scenes"),
+    "feature": ("mean", "embedding: top-M, projected, unit length; cls: CLS; mean: of the patches"),
+    "resize": (256, EMBEDDING_KEYS["resize"][1]),
+    "crop": (224, EMBEDDING_KEYS["crop"][1]),
+    "m_image": EMBEDDING_KEYS["m_image"],
+    "images": (32, "images per batch of the encoder over all devices of a process"),
+    "threads": EMBEDDING_KEYS["threads"],
+    "standardize": (False, "features minus their mean, over their deviation"),
+    "epochs": (90, "passes over the features"),
+    "warmup_epochs": (10, "of them with a learning rate that rises from 0"),
+    "batch_size": (16384, "features per step; never more than there are"),
+    "base_lr": (0.1, "peak learning rate for 256 features per step; grows with the batch"),
+    "momentum": (0.9, "of LARS"),
+    "weight_decay": (0.0, "of LARS"),
+}
+
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "remat": REMAT,
@@ -209,6 +234,8 @@ CHOICES = {
 }
 
 DATA_SET_CHOICES = {"format": FORMATS}
+
+PROBE_CHOICES = {"data": ("folder", "shapes"), "feature": FEATURES}
 
 CLASSIFICATION_CHOICES = {"data": ("folder", "shapes"), "prompts": tuple(TEMPLATES)}
 
@@ -232,4 +259,5 @@ SEGMENTATION_AT_LEAST_ONE = (
     "pamr.iterations", "stride", "batch_size",
 )
 EMBEDDING_AT_LEAST_ONE = ("size", "resize", "crop", "m_image", "m_text", "batch_size")
+PROBE_AT_LEAST_ONE = ("resize", "crop", "m_image", "images", "epochs", "batch_size")
 # fmt: on

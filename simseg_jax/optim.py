@@ -91,3 +91,23 @@ def adamw(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.partition({str(pair): group_update(*pair) for pair in pairs}, labels),
     )
+
+
+def lars(
+    schedule: optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 1e-3,
+) -> optax.GradientTransformation:
+    """LARS (You et al., 2017) as in linear probing: every parameter, biases too, is adapted.
+
+    The gradient is scaled by trust_coefficient * |parameter| / |gradient| (by 1 where one of them
+    is zero), summed with momentum and then multiplied by the learning rate.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(schedule),
+    )

@@ -16,10 +16,6 @@ from simseg_jax.models.simseg import bind
 from simseg_jax.sharding import local_mesh, local_params, to_global_batch
 from simseg_jax.zeroshot.engine import ahead
 
-# What stands for an image: its unit-length embedding, or the encoder's own tokens after the final
-# norm, the CLS token or the mean of the patches.
-FEATURES = ("embedding", "cls", "mean")
-
 
 def resize_and_crop(image: Image.Image, short: int, side: int) -> np.ndarray:
     """uint8 [side, side, 3]: shorter side to `short` pixels, bilinear, then the central square."""
@@ -35,8 +31,9 @@ def resize_and_crop(image: Image.Image, short: int, side: int) -> np.ndarray:
 class ImageEmbedder:
     """Runs many images through the image encoder.
 
-    settings: with the attributes resize, crop, m_image, batch_size and threads. feature: one of
-    FEATURES. Results do not depend on batch size, devices or processes.
+    settings: with the attributes resize, crop, m_image, batch_size and threads. feature: what
+    stands for an image: "embedding", of unit length, or of the encoder's tokens after the final
+    norm "cls" or "mean", of the patches. Results do not depend on batch size, devices or processes.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, settings, feature: str = "embedding"):

@@ -17,12 +17,13 @@ from simseg_jax.config import (
     retrieval_eval,
     validate,
 )
+from simseg_jax.config_keys import FEATURES
 from simseg_jax.data.labelled import class_prompts, labelled_source
 from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
-from simseg_jax.evaluators.embedding import FEATURES, ImageEmbedder, resize_and_crop
+from simseg_jax.evaluators.embedding import ImageEmbedder, resize_and_crop
 from simseg_jax.models.simseg import bind, init_params, make_model
 from simseg_jax.sharding import make_mesh
 from simseg_jax.zeroshot.prompts import TEMPLATES

@@ -1,0 +1,23 @@
+"""Linear probing of a frozen image encoder (tables 9 and 10 of the paper): LARS, cached features.
+
+python -m simseg_jax.linear_probe --checkpoint=runs/vits16 --config=configs/linear_probe.py \
+    --config.root=imagenet
+
+imagenet/ holds train/SYNSET/*.JPEG and val/SYNSET/*.JPEG, or is a TFDS folder of ArrayRecord files.
+The recipe is the authors': LARS without weight decay, learning rate 0.1 x batch / 256, momentum
+0.9, 90 epochs, 10 of them warm-up, cosine. Their text has a batch of 32,768, their file 16,384, the
+default here. Features come from the central crop and are computed once; the authors draw crops anew
+in every epoch. LARS moves the weights by a small share of their length per step: data sets of a few
+thousand images want --config.batch_size=256 --config.base_lr=10.
+
+Hardware: any; embedding 1.28M images is the work, not measured on ImageNet. Expected (paper,
+ViT-S/16 on CC3M + CC12M, ImageNet top-1 / top-5): 65.2 / 87.5 with LoDA, 64.6 / 87.3 without. Not
+reproduced.
+"""
+
+from simseg_jax.config import Config, probe_config
+
+
+def get_config() -> Config:
+    """The defaults of `probe_config` are this recipe."""
+    return probe_config()

@@ -1,0 +1,203 @@
+"""Linear probing: a classifier on cached features of the frozen image encoder (tables 9 and 10)."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from simseg_jax.command_line import (
+    add_checkpoint_options,
+    cache_programs,
+    make_parser,
+    results_folder,
+)
+from simseg_jax.config import Config, load_config, validate_probe
+from simseg_jax.data.images import decode_image
+from simseg_jax.data.labelled import labelled_source
+from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.metrics import top_accuracy
+from simseg_jax.optim import cosine_schedule, lars
+from simseg_jax.processes import add_distributed_option, join_processes
+from simseg_jax.sharding import batch_sharding, make_mesh, replicated, to_global_batch
+from simseg_jax.trained import TrainedModel, load_model
+
+EPILOG = """examples:
+  python -m simseg_jax.linear_probe --checkpoint=runs/shapes --config=configs/linear_probe.py \\
+      --config.data=shapes --config.resize=64 --config.crop=64
+  python -m simseg_jax.linear_probe --checkpoint=runs/vits16 --config=configs/linear_probe.py \\
+      --config.root=imagenet --config.feature=embedding
+
+Features are computed once and kept in --output (train.npz, val.npz): the same command with another
+learning rate starts from them. result.json has the accuracies and settings.
+"""
+# Keys that the features depend on.
+OF_FEATURES = ("data", "root", "size", "val_size", "feature", "resize", "crop", "m_image")
+
+
+@report_user_errors
+def main() -> None:
+    """Embeds both splits, trains the classifier, prints top-1 and top-5."""
+    parser = make_parser("linear_probe", "Trains a linear classifier on frozen features.", EPILOG)
+    add_checkpoint_options(parser)
+    parser.add_argument("--config", required=True, help="settings, see configs/linear_probe.py")
+    parser.add_argument("--output", help="folder; default: CHECKPOINT/linear_probe-STEP/FEATURE")
+    add_distributed_option(parser)
+    args, overrides = parser.parse_known_args()
+    if args.distributed:
+        join_processes()
+    cache_programs()
+    settings = load_config(args.config, overrides, validate_probe)
+    model = load_model(args.checkpoint, args.step)
+    folder = results_folder(args.checkpoint) / f"linear_probe-{model.step}" / settings.feature
+    folder = Path(args.output or folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    train, val = (features_of(model, settings, split, folder) for split in ("train", "val"))
+    classes = int(max(train["labels"].max(), val["labels"].max())) + 1
+    scores = probe(settings, train, val["features"], classes)
+    result = {f"top{k}": top_accuracy(scores, val["labels"], k) for k in (1, 5)}
+    if jax.process_index() > 0:
+        return
+    record = {
+        "checkpoint": str(args.checkpoint),
+        "step": model.step,
+        "results": result,
+        "config": settings.to_dict(),
+    }
+    (folder / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    listed = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+    print(
+        f"{listed} of {len(val['labels'])} images in {classes} classes, trained on "
+        f"{len(train['labels'])}, in {time.monotonic() - began:.0f} s. Everything is in {folder}"
+    )
+
+
+def features_of(
+    model: TrainedModel, settings: Config, split: str, folder: Path
+) -> dict[str, np.ndarray]:
+    """{"features": float32 [N, D], "labels": int [N]} of a split, from `folder` if they are there.
+
+    split: "train" or "val".
+    """
+    path = folder / f"{split}.npz"
+    chosen = {key: settings[key] for key in (*OF_FEATURES, split)}
+    identity = json.dumps({"checkpoint": model.identity, **chosen}, sort_keys=True)
+    if path.is_file():
+        try:
+            with np.load(path) as kept:
+                if str(kept["identity"]) == identity:
+                    return {name: kept[name] for name in ("features", "labels")}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove it.") from error
+    size = settings.size if split == "train" else settings.val_size
+    where = {"data": settings.data, "root": settings.root, "split": settings[split]}
+    source = labelled_source(SimpleNamespace(**where, size=size))
+    images = SimpleNamespace(
+        resize=settings.resize,
+        crop=settings.crop,
+        m_image=settings.m_image,
+        batch_size=settings.images,
+        threads=settings.threads,
+    )
+    if settings.crop % model.config.model.image.patch_size or settings.crop > settings.resize:
+        raise UserError(
+            f"crop={settings.crop} must be a multiple of the patch size, which is "
+            f"{model.config.model.image.patch_size}, and at most resize={settings.resize}."
+        )
+    embed = ImageEmbedder(model.graphdef, model.mesh, images, settings.feature)
+    labels: dict[int, int] = {}
+
+    def load(index: int):
+        example = source[index]
+        labels[index] = example["label"]
+        return decode_image(example["image"], example["name"])
+
+    main_process = jax.process_index() == 0
+
+    def bar(indices):
+        return tqdm(indices, desc=split, unit="image", disable=not main_process)
+
+    features = embed(model.params, range(len(source)), load, bar)
+    # Other processes saw the other images.
+    truth = [labels[i] if i in labels else source[i]["label"] for i in range(len(source))]
+    result = {"features": features, "labels": np.array(truth)}
+    if main_process:
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            features, labels = result["features"], result["labels"]
+            np.savez(file, features=features, labels=labels, identity=np.array(identity))
+        partial.replace(path)
+    return result
+
+
+def probe(
+    settings: Config, train: dict[str, np.ndarray], features: np.ndarray, classes: int
+) -> np.ndarray:
+    """Scores float32 [N, classes] of `features` by a classifier trained on `train`.
+
+    The batch is split over all devices. All of the features are in the memory of every host.
+    """
+    mesh = make_mesh()
+    known, labels = train["features"], train["labels"]
+    if settings.standardize:
+        mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-6
+        known, features = (known - mean) / deviation, (features - mean) / deviation
+    count = len(known)
+    # A whole number for every device.
+    batch = min(settings.batch_size, count) // mesh.size * mesh.size
+    if not batch:
+        raise UserError(f"{count} training images are fewer than the {mesh.size} devices.")
+    per_epoch = count // batch
+    steps, warmup = settings.epochs * per_epoch, settings.warmup_epochs * per_epoch
+    schedule = cosine_schedule(settings.base_lr * batch / 256, steps, warmup, 0.0)
+    optimizer = lars(schedule, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    key = jax.random.key(settings.seed)
+    params = {
+        "kernel": 0.01 * jax.random.normal(key, (known.shape[1], classes)),
+        "bias": jnp.zeros(classes),
+    }
+    params = jax.device_put(params, replicated(mesh))
+    state = jax.device_put(optimizer.init(params), replicated(mesh))
+    step = jax.jit(
+        lambda *arguments: probe_step(optimizer, *arguments),
+        in_shardings=(replicated(mesh), replicated(mesh), batch_sharding(mesh)),
+        donate_argnums=(0, 1),
+    )
+    rng = np.random.default_rng(settings.seed)
+    begin, own = jax.process_index() * batch // jax.process_count(), batch // jax.process_count()
+    with tqdm(total=steps, unit="step", disable=jax.process_index() > 0) as bar:
+        loss = np.nan
+        for _ in range(settings.epochs):
+            order = rng.permutation(count)
+            for start in range(0, per_epoch * batch, batch):
+                rows = np.sort(order[start + begin : start + begin + own])
+                part = to_global_batch({"x": known[rows], "y": labels[rows]}, mesh)
+                params, state, loss = step(params, state, part)
+                bar.update()
+            bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
+    kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
+    return features @ kernel + bias
+
+
+def probe_step(optimizer: optax.GradientTransformation, params, state, batch) -> tuple[Any, ...]:
+    """(parameters, optimiser state, loss) after one step of softmax cross entropy."""
+
+    def loss(params):
+        logits = batch["x"] @ params["kernel"] + params["bias"][None]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+
+if __name__ == "__main__":
+    main()

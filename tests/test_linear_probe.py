@@ -1,0 +1,98 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import message, run, tiny_config
+
+from simseg_jax import linear_probe
+from simseg_jax.config import probe_config, validate_probe
+from simseg_jax.errors import UserError
+from simseg_jax.linear_probe import probe, probe_step
+from simseg_jax.optim import lars
+from simseg_jax.train import train
+
+CONFIG = """
+from simseg_jax.config import probe_config
+
+def get_config():
+    small = {"resize": 32, "crop": 32, "size": 40, "val_size": 20, "epochs": 12}
+    return probe_config(data="shapes", threads=2, **small)
+"""
+
+
+def test_lars_follows_the_references_trajectory(golden):
+    optimizer = lars(optax.constant_schedule(0.1))
+    params = {"kernel": jnp.asarray(golden["lars/w0"].T), "bias": jnp.zeros(5)}
+    batch = {"x": golden["lars/x"], "y": golden["lars/y"]}
+    state, losses = optimizer.init(params), []
+    for _ in range(6):
+        params, state, loss = jax.jit(lambda *a: probe_step(optimizer, *a))(params, state, batch)
+        losses.append(loss)
+    np.testing.assert_allclose(losses, golden["lars/losses"], rtol=1e-6)
+    np.testing.assert_allclose(params["kernel"].T, golden["lars/w6"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(params["bias"], golden["lars/b6"], rtol=1e-6, atol=1e-7)
+
+
+def clusters(count, seed):
+    """Features of three classes around three points, far from the origin in one channel."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    centres = np.array([[2, 0, 0, 50], [0, 2, 0, 50], [0, 0, 2, 50]], np.float32)
+    features = centres[labels] + 0.5 * rng.normal(size=(count, 4))
+    return {"features": features.astype(np.float32), "labels": labels}
+
+
+@pytest.mark.parametrize(("standardize", "base_lr"), [(False, 200.0), (True, 20.0)])
+def test_clusters_are_told_apart(standardize, base_lr):
+    # The channel that all share hinders LARS until it is taken away.
+    settings = probe_config(batch_size=64, epochs=60, warmup_epochs=5, base_lr=base_lr)
+    settings.standardize = standardize
+    val = clusters(99, 1)
+    scores = probe(settings, clusters(203, 0), val["features"], 3)
+    assert (scores.argmax(axis=1) == val["labels"]).mean() > 0.95
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    train(tiny_config(), path)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "probe.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_command_keeps_its_features(monkeypatch, capsys, workdir, config):
+    arguments = (f"--checkpoint={workdir}", f"--config={config}")
+    out = run(monkeypatch, capsys, linear_probe, *arguments)
+    folder = workdir / "linear_probe-4" / "mean"
+    assert str(folder) in out.splitlines()[-1]
+    first = json.loads((folder / "result.json").read_text())
+    assert first["results"]["top1"] <= first["results"]["top5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_probe, "ImageEmbedder", None)
+        run(monkeypatch, capsys, linear_probe, *arguments)
+        assert json.loads((folder / "result.json").read_text())["results"] == first["results"]
+        # Another classifier, the same features; another size is refused by the patch.
+        run(monkeypatch, capsys, linear_probe, *arguments, "--config.base_lr=0.5")
+        with pytest.raises(TypeError):
+            run(monkeypatch, capsys, linear_probe, *arguments, "--config.size=41")
+
+
+def test_mistakes(monkeypatch, capsys, workdir, config):
+    arguments = (f"--checkpoint={workdir}", f"--config={config}")
+    error = message(monkeypatch, capsys, linear_probe, *arguments, "--config.crop=30")
+    assert "crop=30 must be a multiple of the patch size, which is 8" in error
+    error = message(monkeypatch, capsys, linear_probe, *arguments, "--config.data=folder")
+    assert "There is no folder" in error
+    error = message(monkeypatch, capsys, linear_probe, *arguments, "--config.epoch=1")
+    assert "the nearest is 'epochs'" in error
+    with pytest.raises(UserError, match="warmup_epochs=90 must be less than epochs=90"):
+        validate_probe(probe_config(warmup_epochs=90))
