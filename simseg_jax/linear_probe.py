@@ -132,8 +132,12 @@ def features_of(
     if main_process:
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            features, labels = result["features"], result["labels"]
-            np.savez(file, features=features, labels=labels, identity=np.array(identity))
+            np.savez(
+                file,
+                features=features,
+                labels=result["labels"],
+                identity=np.array(identity),
+            )
         partial.replace(path)
     return result
 

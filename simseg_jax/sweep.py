@@ -1,9 +1,7 @@
 """Many settings of one benchmark in one pass: the evaluation tables of the paper and any others."""
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
@@ -15,11 +13,11 @@ from simseg_jax.command_line import (
     results_folder,
 )
 from simseg_jax.config import segmentation_eval, validate_segmentation
-from simseg_jax.dotted import assign, get, literal
+from simseg_jax.dotted import assign
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.evaluators.statistics import write_csv
+from simseg_jax.tables import Table, format_rows, paper_rows, parse_values, write_table
 from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.zeroshot.engine import before_encoder
 
@@ -35,18 +33,6 @@ that the same command continues a sweep that was killed.
 """
 
 
-class Table(NamedTuple):
-    """Values of the keys to combine, and what the paper reports, by benchmark and values."""
-
-    title: str
-    values: dict[str, tuple]
-    paper: dict[str, dict[tuple, float]]
-
-
-def _paper(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict[tuple, float]]:
-    return {data: dict(zip(keys, row, strict=True)) for data, row in rows.items()}
-
-
 SIGMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 RESOLUTIONS = (224, 288, 336, 384, 448)
 RESPONSES = (1, 3, 5)
@@ -55,26 +41,26 @@ TABLES = {
     "sigma": Table(
         "Weight of the standard deviation in the class threshold (paper, table 2)",
         {"sigma_weight": SIGMAS},
-        _paper(
+        paper_rows(
             [(sigma,) for sigma in SIGMAS], voc=(51.0, 53.0, 55.1, 56.6, 57.1, 57.8, 56.4, 51.7)
         ),
     ),
     "resolution": Table(
         "Resolution at evaluation (paper, table 3)",
         {"resolution": RESOLUTIONS},
-        _paper([(size,) for size in RESOLUTIONS], voc=(55.9, 56.6, 56.2, 55.0, 54.4)),
+        paper_rows([(size,) for size in RESOLUTIONS], voc=(55.9, 56.6, 56.2, 55.0, 54.4)),
     ),
     "crf": Table(
         "Mask refinement (paper, table 4)",
         {"refine": ("none", "crf")},
-        _paper(
+        paper_rows(
             [("none",), ("crf",)], voc=(53.8, 56.6), context=(23.5, 25.8), coco_object=(25.7, 27.2)
         ),
     ),
     "responses": Table(
         "Responses per channel at evaluation (paper, table 11)",
         {"m_text": RESPONSES, "m_image": RESPONSES},
-        _paper(
+        paper_rows(
             list(itertools.product(RESPONSES, RESPONSES)),
             voc=(55.4, 56.3, 56.6, 45.1, 45.2, 45.9, 33.3, 33.0, 33.0),
         ),
@@ -117,7 +103,7 @@ def main() -> None:
     rows = sweep(model, settings, table, folder)
     if jax.process_index() == 0:
         print(format_rows(table, rows))
-        write(folder, table, rows)
+        write_table(folder, table, rows)
         print(f"{len(rows)} settings on {name}; table.csv and table.png are in {folder}")
 
 
@@ -132,19 +118,6 @@ def fit(table: Table, image) -> Table:
         for data, row in table.paper.items()
     }
     return table._replace(values={"resolution": tuple(sizes)}, paper=paper)
-
-
-def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
-    """Key -> values of --set arguments, each of the type of the key."""
-    values = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        current = get(settings, key)
-        if not equals or not text or isinstance(current, tuple):
-            raise UserError(f"Cannot read --set={argument}: write --set=sigma_weight=0.5,1.")
-        parts = [part.strip() for part in text.split(",")]
-        values[key] = tuple(p if isinstance(current, str) else literal(key, p) for p in parts)
-    return values
 
 
 def sweep(model: TrainedModel, settings, table: Table, folder: Path) -> list[dict]:
@@ -169,43 +142,6 @@ def sweep(model: TrainedModel, settings, table: Table, folder: Path) -> list[dic
             row |= {f"paper {d}": p[combination] / 100 for d, p in table.paper.items()}
             rows.append(row)
     return rows
-
-
-def format_rows(table: Table, rows: Sequence[dict]) -> str:
-    """Title and aligned columns; fractions with four digits."""
-    lines = [
-        [str(v) if key in table.values else f"{v:.4f}" for key, v in row.items()] for row in rows
-    ]
-    cells = [list(rows[0]), *lines]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(rows[0]))]
-    text = ["  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join([table.title, *text])
-
-
-def write(folder: Path, table: Table, rows: Sequence[dict]) -> None:
-    """table.csv and table.png: one line per combination of all keys but the last."""
-    # Imported late: only a plot needs it, and it takes a second.
-    from matplotlib.figure import Figure
-
-    write_csv(folder / "table.csv", rows)
-    *outer, x = table.values
-    columns = [column for column in rows[0] if column not in table.values]
-    figure = Figure(figsize=(5 * len(columns), 3.6), layout="constrained")
-    figure.suptitle(table.title)
-    # The paper's numbers are of other images and models: panels of their own, not one scale.
-    panels = figure.subplots(1, len(columns), squeeze=False)[0]
-    for axes, column in zip(panels, columns, strict=True):
-        for values, group in itertools.groupby(rows, key=lambda row: [row[key] for key in outer]):
-            line = list(group)
-            label = ", ".join(f"{k} {v}" for k, v in zip(outer, values, strict=True))
-            # Between values that are words there is nothing to connect.
-            draw = axes.bar if isinstance(line[0][x], str) else axes.plot
-            draw([str(r[x]) for r in line], [r[column] for r in line], label=label)
-        axes.set(title=column, xlabel=x, ylabel="mIoU")
-        axes.grid(alpha=0.3)
-    if outer:
-        figure.legend(handles=panels[0].lines, loc="outside right upper")
-    figure.savefig(folder / "table.png", dpi=120)
 
 
 if __name__ == "__main__":

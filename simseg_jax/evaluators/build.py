@@ -29,10 +29,15 @@ def benchmarks_of(config: Config) -> dict[str, Config]:
     }
 
 
-def headlines(results: Mapping[str, float]) -> list[str]:
-    """The one number per benchmark that sums it up, as text."""
+def summary(results: Mapping[str, float]) -> dict[str, float]:
+    """The one number per benchmark that sums it up."""
     names = tuple(f"/{kind.headline}" for kind in KINDS.values())
-    return [f"{key} {value:.4f}" for key, value in results.items() if key.endswith(names)]
+    return {key: value for key, value in results.items() if key.endswith(names)}
+
+
+def headlines(results: Mapping[str, float]) -> list[str]:
+    """The numbers of `summary` as text."""
+    return [f"{key} {value:.4f}" for key, value in summary(results).items()]
 
 
 def make_evaluators(

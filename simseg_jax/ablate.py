@@ -1,0 +1,152 @@
+"""Many training runs of one configuration, and the table of their results beside the paper's."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from simseg_jax.command_line import cache_programs, make_parser
+from simseg_jax.config import Config, load_config, validate
+from simseg_jax.dotted import assign
+from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.evaluators.build import summary
+from simseg_jax.processes import STOPPED
+from simseg_jax.tables import Table, format_rows, paper_rows, parse_values, write_table
+from simseg_jax.train import train
+
+EPILOG = """examples:
+  python -m simseg_jax.ablate --config=configs/shapes.py --workdir=runs/loda --table=loda
+  python -m simseg_jax.ablate --config=configs/shapes.py --workdir=runs/temperature \\
+      --set=model.temperature=0.03,0.07,0.2 --set=seed=0,1 --config.steps=300
+  one run per job of a SLURM array, afterwards the same without --only for the table:
+  python -m simseg_jax.ablate --config=configs/vits16.py --workdir=runs/table12 \\
+      --table=training --only=$SLURM_ARRAY_TASK_ID
+
+Tables of the paper: training (12: M^I x M^T in training), loda (LoDA, mean and CLS pooling),
+padding (text pooling with and without [PAD]). Every run has a folder of its own in --workdir; the
+same command skips those that are done and continues the one that was interrupted. When all are
+done, table.csv and table.png are written there.
+"""
+RESPONSES = (1, 3, 5)
+# VOC, Context and COCO-Object with ViT-S, in percent; the authors have no numbers for CLS pooling
+# and masked padding.
+TABLES = {
+    "training": Table(
+        "Responses per channel in training (paper, table 12)",
+        {"model.m_text": RESPONSES, "model.m_image": RESPONSES},
+        paper_rows(
+            list(itertools.product(RESPONSES, RESPONSES)),
+            voc=(40.9, 48.7, 37.3, 54.1, 55.3, 51.9, 54.3, 56.3, 56.6),
+        ),
+    ),
+    "loda": Table(
+        "Pooling: locality-driven (LoDA), dense (mean), CLS tokens",
+        {"model.pool": ("loda", "mean", "cls")},
+        paper_rows(
+            [("loda",), ("mean",)],
+            voc=(56.6, 19.1),
+            context=(25.8, 11.0),
+            coco_object=(27.2, 12.5),
+        ),
+    ),
+    "padding": Table(
+        "Text pooling in training: [PAD] takes part or not",
+        {"model.mask_padding": (False, True)},
+        paper_rows([(False,)], voc=(56.6,)),
+    ),
+}
+
+
+@report_user_errors
+def main() -> None:
+    """Trains what is missing, prints and writes the table when everything is there."""
+    parser = make_parser("ablate", "Trains a configuration under several settings.", EPILOG)
+    parser.add_argument("--config", required=True, help="configuration file, see configs/")
+    parser.add_argument("--workdir", required=True, help="folder for all runs and the table")
+    parser.add_argument("--table", choices=TABLES, help="a table of the paper")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=A,B,...", help="values of a key"
+    )
+    parser.add_argument("--only", type=int, help="train this run of the table only, from 0 on")
+    args, overrides = parser.parse_known_args()
+    cache_programs()
+    if bool(args.table) == bool(args.set):
+        raise UserError(f"Give either --table ({', '.join(TABLES)}) or --set=KEY=A,B,...")
+    base = load_config(args.config, overrides)
+    table = TABLES[args.table] if args.table else None
+    table = table or Table("Ablation", parse_values(base, args.set), {})
+    combinations = list(itertools.product(*table.values.values()))
+    if args.only is not None and not 0 <= args.only < len(combinations):
+        raise UserError(f"--only={args.only}: the table has the runs 0 to {len(combinations) - 1}.")
+    workdir = Path(args.workdir)
+    rows, missing = [], 0
+    for number, combination in enumerate(combinations):
+        config = load_config(args.config, overrides)
+        for key, value in zip(table.values, combination, strict=True):
+            assign(config, key, value)
+        validate(config)
+        folder = workdir / name_of(table, combination)
+        results = finished(folder, config)
+        if results is None and args.only in (None, number):
+            print(f"Run {number + 1} of {len(combinations)}: {folder.name}", flush=True)
+            results = run(config, folder)
+        if results is None:
+            missing += 1
+            continue
+        row = dict(zip(table.values, combination, strict=True))
+        row |= summary(results)
+        row |= {
+            f"paper {d}": p[combination] / 100 if combination in p else float("nan")
+            for d, p in table.paper.items()
+        }
+        rows.append(row)
+    if missing:
+        print(f"{len(rows)} of {len(combinations)} runs are done in {workdir}; {missing} to go.")
+        return
+    print(format_rows(table, rows))
+    write_table(workdir, table, rows)
+    print(f"{len(rows)} runs; table.csv and table.png are in {workdir}")
+
+
+def name_of(table: Table, combination: tuple) -> str:
+    """The folder of a run, such as "m_text=3,m_image=5"."""
+    keys = (key.rpartition(".")[2] for key in table.values)
+    return ",".join(f"{key}={value}" for key, value in zip(keys, combination, strict=True))
+
+
+def finished(folder: Path, config: Config) -> dict[str, float] | None:
+    """The results of a run that is done; a `UserError` if it had another configuration."""
+    file = folder / "result.json"
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{file} is no JSON ({error}): remove it to train this run again."
+        ) from error
+    if record["config"] != json.loads(config.to_json()):
+        raise UserError(
+            f"{folder} was trained with another configuration: choose another --workdir, or remove "
+            "the folder."
+        )
+    return record["results"]
+
+
+def run(config: Config, folder: Path) -> dict[str, float]:
+    """Trains, or goes on, and keeps the results."""
+    results = train(config, folder)
+    if results is None:
+        print("Stopped by a signal; run the same command again to continue.", flush=True)
+        sys.exit(STOPPED)
+    if not results:
+        raise UserError("An ablation compares evaluations: the configuration has none in evals.")
+    record = {"results": results, "config": json.loads(config.to_json())}
+    partial = folder / "result.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "result.json")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The paper's figures from a checkpoint or an evaluation: `python -m simseg_jax.figures KIND`."""
+
+import argparse
+import csv
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from simseg_jax.command_line import (
+    add_checkpoint_options,
+    add_evals_options,
+    cache_programs,
+    make_parser,
+)
+from simseg_jax.config import Config, segmentation_eval, validate_segmentation
+from simseg_jax.data.images import decode_image, resize
+from simseg_jax.errors import UserError, report_user_errors, require_file
+from simseg_jax.evaluate import choose, evaluation_config
+from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.models.simseg import bind, l2_normalize
+from simseg_jax.trained import TrainedModel, load_model
+from simseg_jax.visualize import overlay, palette
+
+EPILOG = """examples:
+  figures 3 and 10, where an image answers to itself and to captions, the first one its own:
+    python -m simseg_jax.figures responses --checkpoint=runs/shapes --image=scene.png \\
+        --caption="a star on the grass" --caption="a heart on the grass" --output=figures/responses
+  figures 11 to 13, masks with and without dense CRF:
+    python -m simseg_jax.figures gallery --checkpoint=runs/shapes --count=6 --output=figures/gallery
+  figure 7, sorted IoU per class of one or several evaluations:
+    python -m simseg_jax.figures classes --output=figures/classes \\
+        --table=LoDA=runs/shapes/evaluation-700/shapes --table=mean=runs/mean/evaluation-700/shapes
+  figure 14, scores of the classes where they show and where not:
+    python -m simseg_jax.figures scores --table=runs/shapes/evaluation-700/shapes \\
+        --output=figures/scores
+
+Every figure is written as OUTPUT.png and OUTPUT.pdf. Tables are the classes.csv of evaluate.
+"""
+CELL = 1.9  # Inches.
+
+
+@report_user_errors
+def main() -> None:
+    """Draws the figure of the command line."""
+    parser = make_parser("figures", "Draws the paper's figures.", EPILOG)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    responses = kinds.add_parser("responses", help="maps of an image for several captions")
+    add_checkpoint_options(responses)
+    responses.add_argument("--image", required=True, help="image file")
+    responses.add_argument("--caption", action="append", required=True, help="may be repeated")
+    responses.add_argument("--resolution", type=int, help="side in pixels the model sees")
+    gallery = kinds.add_parser("gallery", help="images, truth, masks without and with dense CRF")
+    add_checkpoint_options(gallery)
+    add_evals_options(gallery)
+    gallery.add_argument("--count", type=int, default=6, help="images, spread over the benchmark")
+    classes = kinds.add_parser("classes", help="sorted IoU per class")
+    scores = kinds.add_parser("scores", help="scores where a class shows and where not")
+    for kind in (classes, scores):
+        kind.add_argument(
+            "--table", action="append", required=True, help="[NAME=]folder of an evaluation"
+        )
+    for kind in kinds.choices.values():
+        kind.add_argument("--output", required=True, help="file name without suffix")
+    args, overrides = parser.parse_known_args()
+    if overrides and args.kind != "gallery":
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    cache_programs()
+    if args.kind == "responses":
+        figure = draw_responses(args)
+    elif args.kind == "gallery":
+        figure = draw_gallery(args, overrides)
+    elif args.kind == "classes":
+        figure = draw_classes([read_table(text) for text in args.table])
+    else:
+        if len(args.table) > 1:
+            raise UserError("One --table is enough: scores of two models have different scales.")
+        figure = draw_scores(read_table(args.table[0]))
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".png", ".pdf"):
+        figure.savefig(path.with_name(path.name + suffix), dpi=150)
+    print(f"Wrote {path}.png and {path}.pdf")
+
+
+class Responses(NamedTuple):
+    """What one image answers. self_map: float [g, g], s^I2I, cosine of the patches and the image's
+    own embedding; maps: [n, g, g], s^T2I of every caption; scores: [n], image-text similarity."""
+
+    image: np.ndarray
+    self_map: np.ndarray
+    maps: np.ndarray
+    scores: np.ndarray
+
+
+def responses_of(
+    model: TrainedModel, image: Image.Image, captions: Sequence[str], settings: Config
+) -> Responses:
+    """Section 3.1 of the paper; settings: resolution, m_image and m_text of an evals.seg entry."""
+    pixels = resize(image, settings.resolution)
+    ids, mask = model.encoder.batch(captions)
+
+    @jax.jit
+    def respond(params, pixels, ids, mask):
+        network = bind(model.graphdef, params)
+        _, tokens = network.encode_image(network.normalize(pixels[None]))
+        own = network.pool_image(tokens, settings.m_image)[0]
+        texts = network.encode_text(ids, mask, m=settings.m_text, mask_padding=True)
+        patches = l2_normalize(tokens[0, 1:])
+        return patches @ own, texts @ patches.T, texts @ own
+
+    self_map, maps, scores = map(np.asarray, respond(model.params, pixels, ids, mask))
+    grid = settings.resolution // model.config.model.image.patch_size
+    return Responses(pixels, self_map.reshape(grid, grid), maps.reshape(-1, grid, grid), scores)
+
+
+def draw_responses(args: argparse.Namespace):
+    """Figures 3 and 10: the image, s^I2I, and s^T2I of every caption on one scale."""
+    file = require_file(Path(args.image), "the image")
+    image = decode_image(file.read_bytes(), str(file))
+    model = load_model(args.checkpoint, args.step)
+    benchmarks = list(model.config.evals.seg.values())
+    settings = segmentation_eval(**(benchmarks[0].to_dict() if benchmarks else {}))
+    settings.resolution = args.resolution or settings.resolution
+    validate_segmentation(settings, model.config.model.image.patch_size)
+    answer = responses_of(model, image, args.caption, settings)
+    figure, axes = _panels(1, 2 + len(args.caption), extra=0.6)
+    axes[0, 0].imshow(answer.image)
+    axes[0, 0].set_title("image", fontsize=8)
+    axes[0, 1].imshow(answer.self_map)
+    axes[0, 1].set_title("$s^{I2I}$", fontsize=8)
+    # One scale, so that an edit which weakens the response is seen.
+    limits = {"vmin": answer.maps.min(), "vmax": answer.maps.max()}
+    for axis, caption, values, score in zip(
+        axes[0, 2:], args.caption, answer.maps, answer.scores, strict=True
+    ):
+        axis.imshow(values, **limits)
+        axis.set_title(f"{textwrap.fill(caption, 24)}\n{score:.3f}", fontsize=8)
+    return figure
+
+
+def draw_gallery(args: argparse.Namespace, overrides: list[str]):
+    """Figures 11 to 13: one row per image."""
+    model = load_model(args.checkpoint, args.step)
+    config = evaluation_config(model.config, args.config, overrides)
+    chosen = {p: s for p, s in choose(config, args.benchmark).items() if p.startswith("seg/")}
+    if not chosen:
+        raise UserError("A gallery shows a segmentation benchmark: name one with --benchmark.")
+    settings = next(iter(chosen.values()))
+    if settings.protocol != "paper":
+        raise UserError("A gallery with and without dense CRF needs protocol=paper.")
+    columns = []
+    for refine in ("none", "crf"):
+        changed = segmentation_eval(**{**settings.to_dict(), "refine": refine})
+        evaluator = SegmentationEvaluator(*model.parts, changed)
+        count = min(args.count, evaluator.count)
+        indices = np.linspace(0, evaluator.count - 1, count).round().astype(int).tolist()
+        columns.append(list(evaluator.predictions(model.params, indices)))
+    titles = ("image", "ground truth", "without CRF", "with CRF")
+    figure, axes = _panels(len(columns[0]), len(titles), extra=0.5)
+    for row, (plain, refined) in enumerate(zip(*columns, strict=True)):
+        example = plain[0]
+        image = np.asarray(decode_image(example["image"], example["name"]))
+        truth = np.where(example["mask"] == 255, 0, example["mask"])
+        shown = [truth, plain[1], refined[1]]
+        for column, picture in enumerate([image, *(overlay(image, m, 0.75) for m in shown)]):
+            axes[row, column].imshow(picture)
+            if row == 0:
+                axes[row, column].set_title(titles[column], fontsize=9)
+        labels = sorted({int(x) for mask in shown for x in np.unique(mask)} - {0})
+        names = [evaluator.class_names[label] for label in labels]
+        axes[row, 0].set_ylabel(textwrap.fill(", ".join(names), 22), fontsize=7)
+    shown_labels = {
+        int(x)
+        for p, r in zip(*columns, strict=True)
+        for m in (p[1], r[1], p[0]["mask"])
+        for x in np.unique(m)
+    } - {0, 255}
+    patches = [
+        _patch(palette()[label] / 255, evaluator.class_names[label])
+        for label in sorted(shown_labels)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=7)
+    return figure
+
+
+def draw_classes(tables: Sequence[tuple[str, list[dict]]]):
+    """Figure 7: IoU of every class, in the order of the first table."""
+    from matplotlib.figure import Figure
+
+    first = sorted(tables[0][1], key=lambda row: -float(row["iou"]))
+    names = [row["class"] for row in first]
+    figure = Figure(figsize=(2 + 0.32 * len(names), 3.6), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(tables)
+    for number, (title, rows) in enumerate(tables):
+        ious = {row["class"]: float(row["iou"]) for row in rows}
+        heights = [ious.get(name, 0.0) for name in names]
+        places = np.arange(len(names)) + number * width
+        mean = np.mean(list(ious.values()))
+        axis.bar(places, heights, width, label=f"{title}: mean {mean:.3f}")
+    axis.set_xticks(np.arange(len(names)) + 0.4 - width / 2, names, rotation=60, ha="right")
+    axis.set(ylabel="IoU", title="IoU per class")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def draw_scores(table: tuple[str, list[dict]]):
+    """Figure 14: mean and deviation of the image-text score, the most frequent classes first."""
+    from matplotlib.figure import Figure
+
+    _, rows = table
+    rows = [row for row in rows if row["score_present"] and row["class"] != "background"]
+    if not rows:
+        raise UserError("The table has no class with scores on images that show it.")
+    rows = sorted(rows, key=lambda row: -int(row["images"]))[:40]
+    figure = Figure(figsize=(2 + 0.36 * len(rows), 3.8), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(rows))
+    present, deviation = (
+        [float(row[key]) for row in rows] for key in ("score_present", "deviation_present")
+    )
+    axis.bar(places, present, 0.6, yerr=deviation, capsize=2, label="where the class shows")
+    known = [
+        (p, float(row["score_absent"]))
+        for p, row in zip(places, rows, strict=True)
+        if row["score_absent"]
+    ]
+    axis.plot(*zip(*known, strict=True), "k_", markersize=12, label="elsewhere")
+    names = [f"{row['class']} ({row['images']})" for row in rows]
+    axis.set_xticks(places, names, rotation=60, ha="right")
+    axis.set(ylabel="image-text score", title="Scores of the classes (images that show them)")
+    axis.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def read_table(argument: str) -> tuple[str, list[dict]]:
+    """(name, rows) of NAME=PATH or PATH, a classes.csv or the folder that holds it."""
+    name, equals, path = argument.rpartition("=")
+    file = Path(path)
+    file = file / "classes.csv" if file.is_dir() else file
+    require_file(file, "the table", "write one with python -m simseg_jax.evaluate")
+    with file.open(encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    if not rows or not {"class", "iou", "images"} <= set(rows[0]):
+        raise UserError(f"{file} is no table of classes: give classes.csv of an evaluation.")
+    return (name if equals else file.parent.name), rows
+
+
+def _panels(rows: int, columns: int, extra: float) -> tuple[Any, Any]:
+    """A figure with a grid of square panels without ticks, and its axes [rows, columns]."""
+    # Imported late: only figures need it, and it takes a second.
+    from matplotlib.figure import Figure
+
+    size = (CELL * columns, CELL * rows + extra)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure, axes
+
+
+def _patch(colour: np.ndarray, name: str):
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=tuple(colour), label=name)
+
+
+if __name__ == "__main__":
+    main()

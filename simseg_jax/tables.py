@@ -1,0 +1,73 @@
+"""Tables over combinations of settings, beside the paper's numbers: text, CSV and a plot."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from simseg_jax.dotted import get, literal
+from simseg_jax.errors import UserError
+from simseg_jax.evaluators.statistics import write_csv
+
+
+class Table(NamedTuple):
+    """Values of the keys to combine, and what the paper reports, by benchmark and values."""
+
+    title: str
+    values: dict[str, tuple]
+    paper: dict[str, dict[tuple, float]]
+
+
+def paper_rows(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict[tuple, float]]:
+    """By benchmark: the paper's numbers in percent by the values they belong to."""
+    return {data: dict(zip(keys, row, strict=True)) for data, row in rows.items()}
+
+
+def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
+    """Key -> values of --set arguments, each of the type of the key."""
+    values = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        current = get(settings, key)
+        if not equals or not text or isinstance(current, tuple):
+            raise UserError(f"Cannot read --set={argument}: write --set=sigma_weight=0.5,1.")
+        parts = [part.strip() for part in text.split(",")]
+        values[key] = tuple(p if isinstance(current, str) else literal(key, p) for p in parts)
+    return values
+
+
+def format_rows(table: Table, rows: Sequence[dict]) -> str:
+    """Title and aligned columns; fractions with four digits."""
+    lines = [
+        [str(v) if key in table.values else f"{v:.4f}" for key, v in row.items()] for row in rows
+    ]
+    cells = [list(rows[0]), *lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(rows[0]))]
+    text = ["  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([table.title, *text])
+
+
+def write_table(folder: Path, table: Table, rows: Sequence[dict]) -> None:
+    """table.csv and table.png: one line per combination of all keys but the last."""
+    # Imported late: only a plot needs it, and it takes a second.
+    from matplotlib.figure import Figure
+
+    write_csv(folder / "table.csv", rows)
+    *outer, x = table.values
+    columns = [column for column in rows[0] if column not in table.values]
+    figure = Figure(figsize=(5 * len(columns), 3.6), layout="constrained")
+    figure.suptitle(table.title)
+    # The paper's numbers are of other images and models: panels of their own, not one scale.
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=True):
+        for values, group in itertools.groupby(rows, key=lambda row: [row[key] for key in outer]):
+            line = list(group)
+            label = ", ".join(f"{k} {v}" for k, v in zip(outer, values, strict=True))
+            # Between values that are words there is nothing to connect.
+            draw = axes.bar if isinstance(line[0][x], str) else axes.plot
+            draw([str(r[x]) for r in line], [r[column] for r in line], label=label)
+        axes.set(title=column, xlabel=x, ylabel="mIoU")
+        axes.grid(alpha=0.3)
+    if outer:
+        figure.legend(handles=panels[0].lines, loc="outside right upper")
+    figure.savefig(folder / "table.png", dpi=120)
