@@ -1,19 +1,30 @@
-"""Every segmentation benchmark under the paper's and the field's usual protocol; not for training.
+"""Every benchmark of the paper, and the field's usual protocol of segmentation; not for training.
 
 python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/benchmarks.py \
     --benchmark=voc,context,coco_object
+python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/benchmarks.py \
+    --benchmark=flickr30k,coco,imagenet
 
-Without --benchmark all eleven are run. The data are expected under data/ (make it a link, or set
+Without --benchmark all fourteen are run. The data are expected under data/ (make it a link, or set
 --config.evals.seg.NAME.root), in the layouts people have: VOC2012 as unpacked; PASCAL Context as
 PNGs of mmsegmentation, as trainval_merged.json or as .mat files; COCO-Stuff raw or converted;
-ADEChallengeData2016; Cityscapes with gtFine labelIds or labelTrainIds.
+ADEChallengeData2016; Cityscapes with gtFine labelIds or labelTrainIds; Karpathy's splits of
+Flickr30K and COCO as JSON, or the authors' Parquet (--config.evals.retrieval.coco.path); ImageNet
+as a folder of synsets or a TFDS folder.
 
 Hardware: any. Hours: not measured with a trained ViT-S; on 2 CPU cores an image of the paper
 protocol takes 0.12 s. Expected (paper, ViT-S/16 on CC3M + CC12M): voc 56.6, context 25.8,
-coco_object 27.2 mIoU; the paper has no numbers for the others. Not reproduced with this code yet.
+coco_object 27.2 mIoU; retrieval RSUM flickr30k 507.7, coco 384.6; imagenet top-1 / top-5 47.1 /
+74.6; the paper has no numbers for the others. Not reproduced with this code yet.
 """
 
-from simseg_jax.config import Config, default_config, segmentation_eval
+from simseg_jax.config import (
+    Config,
+    classification_eval,
+    default_config,
+    retrieval_eval,
+    segmentation_eval,
+)
 
 VOC2012, VOC2010 = "data/VOCdevkit/VOC2012", "data/VOCdevkit/VOC2010"
 COCO = "data/coco_stuff164k"
@@ -39,4 +50,11 @@ def get_config() -> Config:
         seg[f"{data}_standard"] = segmentation_eval(
             data=data, root=root, protocol="standard", resolution=448, refine="none", batch_size=8
         )
+    config.evals.retrieval.flickr30k = retrieval_eval(
+        path="data/dataset_flickr30k.json", images="flickr30k-images", split="test"
+    )
+    config.evals.retrieval.coco = retrieval_eval(
+        path="data/dataset_coco.json", images="coco", split="test"
+    )
+    config.evals.classification.imagenet = classification_eval(root="data/imagenet", split="val")
     return config

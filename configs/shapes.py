@@ -11,7 +11,14 @@ benchmarks/shapes_limit.py shows what limits the score: without refinement label
 reach 0.804 at most, the maps with the right classes given 0.644.
 """
 
-from simseg_jax.config import Config, data_set, default_config, segmentation_eval
+from simseg_jax.config import (
+    Config,
+    classification_eval,
+    data_set,
+    default_config,
+    retrieval_eval,
+    segmentation_eval,
+)
 
 
 def get_config() -> Config:
@@ -49,5 +56,10 @@ def get_config() -> Config:
     # Twice the training resolution: a grid of 16x16 instead of 8x8, with the same patches.
     config.evals.seg.shapes = segmentation_eval(
         data="shapes", split="val", resolution=128, prompts="shapes", batch_size=64
+    )
+    seen = {"resize": 128, "crop": 128, "batch_size": 64}
+    config.evals.retrieval.shapes = retrieval_eval(format="shapes", split="val", size=256, **seen)
+    config.evals.classification.shapes = classification_eval(
+        data="shapes", split="val", size=256, prompts="shapes", **seen
     )
     return config

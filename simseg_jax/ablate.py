@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from simseg_jax.command_line import cache_programs, make_parser
-from simseg_jax.config import Config, load_config, validate
+from simseg_jax.config import Config, load_config
+from simseg_jax.config_checks import validate
 from simseg_jax.dotted import assign
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import summary

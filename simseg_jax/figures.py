@@ -17,7 +17,8 @@ from simseg_jax.command_line import (
     cache_programs,
     make_parser,
 )
-from simseg_jax.config import Config, segmentation_eval, validate_segmentation
+from simseg_jax.config import Config, segmentation_eval
+from simseg_jax.config_checks import validate_segmentation
 from simseg_jax.data.images import decode_image, resize
 from simseg_jax.errors import UserError, report_user_errors, require_file
 from simseg_jax.evaluate import choose, evaluation_config

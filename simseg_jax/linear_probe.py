@@ -18,7 +18,8 @@ from simseg_jax.command_line import (
     make_parser,
     results_folder,
 )
-from simseg_jax.config import Config, load_config, validate_probe
+from simseg_jax.config import Config, load_config
+from simseg_jax.config_checks import validate_probe
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.labelled import labelled_source
 from simseg_jax.errors import UserError, report_user_errors

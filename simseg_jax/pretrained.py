@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simseg_jax.config import Config, validate
+from simseg_jax.config import Config
+from simseg_jax.config_checks import validate
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.models.vit import resize_position_embedding

@@ -17,7 +17,8 @@ from simseg_jax.command_line import (
     make_parser,
     protocol_settings,
 )
-from simseg_jax.config import segmentation_eval, validate_segmentation
+from simseg_jax.config import segmentation_eval
+from simseg_jax.config_checks import validate_segmentation
 from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
 from simseg_jax.errors import UserError, report_user_errors

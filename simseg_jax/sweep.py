@@ -12,7 +12,8 @@ from simseg_jax.command_line import (
     make_parser,
     results_folder,
 )
-from simseg_jax.config import segmentation_eval, validate_segmentation
+from simseg_jax.config import segmentation_eval
+from simseg_jax.config_checks import validate_segmentation
 from simseg_jax.dotted import assign
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluate import choose, collect, evaluation_config

@@ -8,7 +8,8 @@ import pytest
 from support import message, run, tiny_config
 
 from simseg_jax import linear_probe
-from simseg_jax.config import probe_config, validate_probe
+from simseg_jax.config import probe_config
+from simseg_jax.config_checks import validate_probe
 from simseg_jax.errors import UserError
 from simseg_jax.linear_probe import probe, probe_step
 from simseg_jax.optim import lars

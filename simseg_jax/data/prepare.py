@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from simseg_jax.command_line import make_parser
-from simseg_jax.config import data_set, validate_data_set
+from simseg_jax.config import data_set
+from simseg_jax.config_checks import validate_data_set
 from simseg_jax.config_keys import DATA_SET_KEYS, KEYS
 from simseg_jax.data.assemble import VERSION, check_same, make_data_set, read_back
 from simseg_jax.data.shards import Job, open_once

@@ -15,8 +15,8 @@ from simseg_jax.config import (
     default_config,
     model_config,
     retrieval_eval,
-    validate,
 )
+from simseg_jax.config_checks import validate
 from simseg_jax.config_keys import FEATURES
 from simseg_jax.data.labelled import class_prompts, labelled_source
 from simseg_jax.data.pairs import tf_example
