@@ -95,7 +95,7 @@ def test_a_converted_run_needs_nothing_else(monkeypatch, capsys, workdir, photos
     trained = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["results"] == {k: v for k, v in trained.items() if k.startswith("seg/")}
     card = (model / "README.md").read_text()
-    assert f"results seg/shapes/miou: {trained['seg/shapes/miou']:.4f}"[:-1] in card
+    assert f"results: seg/shapes/miou {trained['seg/shapes/miou']:.4f}" in card
     # Where the training data lay is nobody's business.
     assert json.loads((model / "config.json").read_text())["data"]["train"] == {}
     masks = tmp_path / "masks"
