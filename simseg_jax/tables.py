@@ -1,6 +1,7 @@
 """Tables over combinations of settings, beside the paper's numbers: text, CSV and a plot."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,13 +39,18 @@ def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
 
 def format_rows(table: Table, rows: Sequence[dict]) -> str:
     """Title and aligned columns; fractions with four digits."""
-    lines = [
-        [str(v) if key in table.values else f"{v:.4f}" for key, v in row.items()] for row in rows
-    ]
+    lines = [[_cell(v, key in table.values) for key, v in row.items()] for row in rows]
     cells = [list(rows[0]), *lines]
     widths = [max(len(line[i]) for line in cells) for i in range(len(rows[0]))]
     text = ["  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in cells]
     return "\n".join([table.title, *text])
+
+
+def _cell(value, setting: bool) -> str:
+    if setting:
+        return str(value)
+    # What the paper does not report.
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def write_table(folder: Path, table: Table, rows: Sequence[dict]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from support import tiny_config, tiny_eval
 
 from simseg_jax.checkpoint import checkpoints_folder, completed_steps
+from simseg_jax.config import classification_eval, retrieval_eval
 from simseg_jax.errors import UserError
 from simseg_jax.processes import STOPPED, join_processes
 from simseg_jax.train import train
@@ -193,6 +194,9 @@ def test_two_processes_evaluate_like_one(tmp_path):
     config = tiny_config()
     config.evals.seg.shapes = tiny_eval()
     config.evals.seg.windows = tiny_eval(protocol="standard", window=32, limit=7)
+    small = {"split": "val", "resize": 32, "crop": 32}
+    config.evals.retrieval.pairs = retrieval_eval(format="shapes", size=9, batch_size=4, **small)
+    config.evals.classification.kinds = classification_eval(data="shapes", size=7, **small)
     expected = train(config, tmp_path / "run")
     output = tmp_path / "out"
     arguments = ("simseg_jax.evaluate", f"--checkpoint={tmp_path / 'run'}", f"--output={output}")

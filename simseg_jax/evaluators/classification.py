@@ -46,8 +46,8 @@ class ClassificationEvaluator:
             return decode_image(example["image"], example["name"])
 
         images = self.embed_images(params, indices.tolist(), load, progress)
+        local = local_params(params, self.mesh)
         with jax.set_mesh(self.mesh):
-            local = local_params(params, self.mesh)
             classes = np.asarray(self.embed_classes(local, self.prompts, self.settings.m_text))
         scores = images @ classes.T
         # Other processes saw the other images.

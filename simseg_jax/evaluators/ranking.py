@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simseg_jax.sharding import make_mesh
+
 IMAGE_CHUNK, TEXT_CHUNK = 1024, 8192
 
 
@@ -39,9 +41,11 @@ def nearest(
         blocks = {device: jax.device_put(block, device) for device in used}
         found = {device: jax.device_put(_nothing(TEXT_CHUNK, k), device) for device in used}
         for i, (start, home) in enumerate(zip(starts, homes, strict=True)):
-            best[i], found[home] = _merge(
-                chunks[i], blocks[home], best[i], found[home], (start, begin), counts
-            )
+            # Inside a training run the context has the mesh of all devices.
+            with jax.set_mesh(make_mesh(devices=[home])):
+                best[i], found[home] = _merge(
+                    chunks[i], blocks[home], best[i], found[home], (start, begin), counts
+                )
         rows = of_texts[begin : begin + TEXT_CHUNK]
         rows[:] = _join([found[device] for device in used], k)[: len(rows)]
     of_images = np.concatenate([np.asarray(numbers) for _, numbers in best])

@@ -70,8 +70,8 @@ class RetrievalEvaluator:
         owners = np.repeat(np.arange(self.count), [len(several) for several in used])
         texts = [caption for several in used for caption in several]
         ids, mask = self.encoder.batch(texts)
+        local = local_params(params, self.mesh)
         with jax.set_mesh(self.mesh):
-            local = local_params(params, self.mesh)
             embedded = self.embed_texts(local, ids, mask, self.settings.m_text)
         return Ranked(nearest(images, np.asarray(embedded), max(KS)), owners, texts)
 

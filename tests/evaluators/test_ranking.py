@@ -5,6 +5,7 @@ import pytest
 from simseg_jax.evaluators import ranking
 from simseg_jax.evaluators.ranking import nearest
 from simseg_jax.metrics import recall_at
+from simseg_jax.sharding import make_mesh
 
 
 def reference(images, texts, k):
@@ -29,6 +30,13 @@ def test_chunks_and_devices_do_not_matter(monkeypatch, devices, count, others):
         width = expected.shape[1]
         np.testing.assert_array_equal(result[:, :width], expected)
         assert (result[:, width:] == -1).all()
+
+
+def test_a_mesh_of_other_devices_in_the_context_is_left_alone():
+    x = np.eye(4, dtype=np.float32)
+    with jax.set_mesh(make_mesh()):
+        found = nearest(x, x, 1, jax.devices()[:2])
+    np.testing.assert_array_equal(found[0][:, 0], np.arange(4))
 
 
 def test_recall_equals_the_reference(golden):
