@@ -61,18 +61,24 @@ def write_table(folder: Path, table: Table, rows: Sequence[dict]) -> None:
     write_csv(folder / "table.csv", rows)
     *outer, x = table.values
     columns = [column for column in rows[0] if column not in table.values]
-    figure = Figure(figsize=(5 * len(columns), 3.6), layout="constrained")
+    width = min(len(columns), 3)
+    height = -(-len(columns) // width)
+    figure = Figure(figsize=(5 * width, 3.6 * height), layout="constrained")
     figure.suptitle(table.title)
     # The paper's numbers are of other images and models: panels of their own, not one scale.
-    panels = figure.subplots(1, len(columns), squeeze=False)[0]
-    for axes, column in zip(panels, columns, strict=True):
+    panels = figure.subplots(height, width, squeeze=False).reshape(-1)
+    for axes in panels[len(columns) :]:
+        axes.set_axis_off()
+    for axes, column in zip(panels, columns, strict=False):
         for values, group in itertools.groupby(rows, key=lambda row: [row[key] for key in outer]):
             line = list(group)
             label = ", ".join(f"{k} {v}" for k, v in zip(outer, values, strict=True))
             # Between values that are words there is nothing to connect.
             draw = axes.bar if isinstance(line[0][x], str) else axes.plot
             draw([str(r[x]) for r in line], [r[column] for r in line], label=label)
-        axes.set(title=column, xlabel=x, ylabel="mIoU")
+        axes.set(
+            title=column, xlabel=x, ylabel=column.rpartition("/")[2] if "/" in column else "mIoU"
+        )
         axes.grid(alpha=0.3)
     if outer:
         figure.legend(handles=panels[0].lines, loc="outside right upper")

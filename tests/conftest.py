@@ -23,8 +23,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support import tiny_config, tiny_eval
 
 from simseg_jax.models.simseg import make_model
+from simseg_jax.train import train
 from simseg_jax.weights.authors import read_model
 from simseg_jax.weights.sources import read_weights
 
@@ -35,6 +37,24 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 GOLDENS = Path(__file__).parent / "goldens"
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The workdir of a tiny run with a benchmark of 20 generated scenes: for reading only."""
+    path = tmp_path_factory.mktemp("trained")
+    config = tiny_config()
+    config.evals.seg.shapes = tiny_eval()
+    train(config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def workdir(trained, tmp_path_factory):
+    """A copy of `trained` for the tests of one file, which may write into it."""
+    path = tmp_path_factory.mktemp("workdir") / "run"
+    shutil.copytree(trained, path)
+    return path
 
 
 @pytest.fixture(scope="session")

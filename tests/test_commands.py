@@ -8,12 +8,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import message, run, tiny_config, tiny_eval
+from support import message, run
 
 from simseg_jax import convert, evaluate, main, segment
 from simseg_jax.command_line import cache_programs
 from simseg_jax.data.shapes import scene
-from simseg_jax.train import train
 
 CONFIG = """
 import sys
@@ -25,15 +24,6 @@ def get_config():
     config.evals.seg.shapes = tiny_eval()
     return config
 """
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("commands")
-    config = tiny_config()
-    config.evals.seg.shapes = tiny_eval()
-    train(config, path)
-    return path
 
 
 @pytest.fixture

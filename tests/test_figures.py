@@ -4,27 +4,23 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close, message, run, tiny_config, tiny_eval
+from support import assert_close, message, run
 
 from simseg_jax import evaluate, figures
 from simseg_jax.config import segmentation_eval
 from simseg_jax.data.shapes import scene
 from simseg_jax.figures import read_table, responses_of
 from simseg_jax.models.simseg import bind
-from simseg_jax.train import train
 from simseg_jax.trained import load_model
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("figures")
-    config = tiny_config()
-    config.evals.seg.shapes = tiny_eval(size=8)
-    train(config, path)
+def table(workdir):
+    """The folder with classes.csv of an evaluation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate", f"--checkpoint={path}", "--pictures=0"])
+        patch.setattr(sys, "argv", ["evaluate", f"--checkpoint={workdir}", "--pictures=0"])
         evaluate.main()
-    return path
+    return workdir / "evaluation-4" / "shapes"
 
 
 @pytest.fixture
@@ -64,8 +60,7 @@ def test_responses(monkeypatch, capsys, workdir, picture, tmp_path):
     assert_close(answer.scores, np.asarray(texts) @ own / np.linalg.norm(own))
 
 
-def test_gallery_classes_and_scores(monkeypatch, capsys, workdir, tmp_path):
-    table = workdir / "evaluation-4" / "shapes"
+def test_gallery_classes_and_scores(monkeypatch, capsys, workdir, table, tmp_path):
     for kind, *options in (
         ("gallery", f"--checkpoint={workdir}", "--count=2"),
         ("classes", f"--table=LoDA={table}", f"--table={table / 'classes.csv'}"),

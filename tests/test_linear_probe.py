@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import message, run, tiny_config
+from support import message, run
 
 from simseg_jax import linear_probe
 from simseg_jax.config import probe_config
@@ -13,7 +13,6 @@ from simseg_jax.config_checks import validate_probe
 from simseg_jax.errors import UserError
 from simseg_jax.linear_probe import probe, probe_step
 from simseg_jax.optim import lars
-from simseg_jax.train import train
 
 CONFIG = """
 from simseg_jax.config import probe_config
@@ -54,13 +53,6 @@ def test_clusters_are_told_apart(standardize, base_lr):
     val = clusters(99, 1)
     scores = probe(settings, clusters(203, 0), val["features"], 3)
     assert (scores.argmax(axis=1) == val["labels"]).mean() > 0.95
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    train(tiny_config(), path)
-    return path
 
 
 @pytest.fixture

@@ -4,22 +4,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from support import tiny_config, tiny_eval
+from support import tiny_config
 from test_commands import message, run
 
 from simseg_jax import evaluate, sweep
 from simseg_jax.config import default_config, segmentation_eval
 from simseg_jax.sweep import TABLES, fit, parse_values
-from simseg_jax.train import train
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sweep")
-    config = tiny_config()
-    config.evals.seg.shapes = tiny_eval(size=12)
-    train(config, path)
-    return path
 
 
 @pytest.mark.parametrize("table", TABLES)
