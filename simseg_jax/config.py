@@ -188,17 +188,21 @@ def compute_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def describe() -> str:
-    """All keys, one per line with default and meaning: the end of the command line's help."""
+TRAINING = (
+    (KEYS, ""),
+    (DATA_SET_KEYS, "data.train.<name>."),
+    (SEGMENTATION_KEYS, "evals.seg.<name>."),
+    (RETRIEVAL_KEYS, "evals.retrieval.<name>."),
+    (CLASSIFICATION_KEYS, "evals.classification.<name>."),
+)
+PROBE = ((PROBE_KEYS, ""),)
+
+
+def describe(tables: Sequence[tuple[dict, str]] = TRAINING) -> str:
+    """All keys, one per line with default and meaning: the end of a command's help."""
     return "\n".join(
         f"  {key} = {default!r}\n      {text}"
-        for table, prefix in (
-            (KEYS, ""),
-            (DATA_SET_KEYS, "data.train.<name>."),
-            (SEGMENTATION_KEYS, "evals.seg.<name>."),
-            (RETRIEVAL_KEYS, "evals.retrieval.<name>."),
-            (CLASSIFICATION_KEYS, "evals.classification.<name>."),
-        )
+        for table, prefix in tables
         for key, default, text in _flatten(table, prefix)
     )
 

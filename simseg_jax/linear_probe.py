@@ -18,7 +18,7 @@ from simseg_jax.command_line import (
     make_parser,
     results_folder,
 )
-from simseg_jax.config import Config, load_config
+from simseg_jax.config import PROBE, Config, describe, load_config
 from simseg_jax.config_checks import validate_probe
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.labelled import labelled_source
@@ -37,7 +37,7 @@ EPILOG = """examples:
       --config.root=imagenet --config.feature=embedding
 
 Features are computed once and kept in --output (train.npz, val.npz): the same command with another
-learning rate starts from them. result.json has the accuracies and settings.
+learning rate starts from them. result.json has the accuracies and settings. Keys and defaults:
 """
 # Keys that the features depend on.
 OF_FEATURES = ("data", "root", "size", "val_size", "feature", "resize", "crop", "m_image")
@@ -46,7 +46,9 @@ OF_FEATURES = ("data", "root", "size", "val_size", "feature", "resize", "crop", 
 @report_user_errors
 def main() -> None:
     """Embeds both splits, trains the classifier, prints top-1 and top-5."""
-    parser = make_parser("linear_probe", "Trains a linear classifier on frozen features.", EPILOG)
+    parser = make_parser(
+        "linear_probe", "Trains a linear classifier on frozen features.", EPILOG + describe(PROBE)
+    )
     add_checkpoint_options(parser)
     parser.add_argument("--config", required=True, help="settings, see configs/linear_probe.py")
     parser.add_argument("--output", help="folder; default: CHECKPOINT/linear_probe-STEP/FEATURE")
