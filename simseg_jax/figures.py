@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from simseg_jax.command_line import (
     add_checkpoint_options,
@@ -22,6 +23,7 @@ from simseg_jax.config_checks import validate_segmentation
 from simseg_jax.data.images import decode_image, resize
 from simseg_jax.errors import UserError, report_user_errors, require_file
 from simseg_jax.evaluate import choose, evaluation_config
+from simseg_jax.evaluators.retrieval import RetrievalEvaluator
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.simseg import bind, l2_normalize
 from simseg_jax.trained import TrainedModel, load_model
@@ -33,6 +35,8 @@ EPILOG = """examples:
         --caption="a star on the grass" --caption="a heart on the grass" --output=figures/responses
   figures 11 to 13, masks with and without dense CRF:
     python -m simseg_jax.figures gallery --checkpoint=runs/shapes --count=6 --output=figures/gallery
+  the images nearest to captions of a retrieval benchmark, the right one framed:
+    python -m simseg_jax.figures retrieved --checkpoint=runs/shapes --output=figures/retrieved
   figure 7, sorted IoU per class of one or several evaluations:
     python -m simseg_jax.figures classes --output=figures/classes \\
         --table=LoDA=runs/shapes/evaluation-700/shapes --table=mean=runs/mean/evaluation-700/shapes
@@ -59,6 +63,10 @@ def main() -> None:
     add_checkpoint_options(gallery)
     add_evals_options(gallery)
     gallery.add_argument("--count", type=int, default=6, help="images, spread over the benchmark")
+    retrieved = kinds.add_parser("retrieved", help="captions and the images nearest to them")
+    add_checkpoint_options(retrieved)
+    add_evals_options(retrieved)
+    retrieved.add_argument("--count", type=int, default=6, help="captions, spread over all")
     classes = kinds.add_parser("classes", help="sorted IoU per class")
     scores = kinds.add_parser("scores", help="scores where a class shows and where not")
     for kind in (classes, scores):
@@ -68,13 +76,15 @@ def main() -> None:
     for kind in kinds.choices.values():
         kind.add_argument("--output", required=True, help="file name without suffix")
     args, overrides = parser.parse_known_args()
-    if overrides and args.kind != "gallery":
+    if overrides and args.kind not in ("gallery", "retrieved"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     cache_programs()
     if args.kind == "responses":
         figure = draw_responses(args)
     elif args.kind == "gallery":
         figure = draw_gallery(args, overrides)
+    elif args.kind == "retrieved":
+        figure = draw_retrieved(args, overrides)
     elif args.kind == "classes":
         figure = draw_classes([read_table(text) for text in args.table])
     else:
@@ -148,10 +158,7 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     """Figures 11 to 13: one row per image."""
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
-    chosen = {p: s for p, s in choose(config, args.benchmark).items() if p.startswith("seg/")}
-    if not chosen:
-        raise UserError("A gallery shows a segmentation benchmark: name one with --benchmark.")
-    settings = next(iter(chosen.values()))
+    settings = _first(config, args.benchmark, "seg")
     if settings.protocol != "paper":
         raise UserError("A gallery with and without dense CRF needs protocol=paper.")
     columns = []
@@ -187,6 +194,39 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=7)
     return figure
+
+
+def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
+    """One row per caption: the five images nearest to it; its own has a frame."""
+    model = load_model(args.checkpoint, args.step)
+    config = evaluation_config(model.config, args.config, overrides)
+    settings = _first(config, args.benchmark, "retrieval")
+    evaluator = RetrievalEvaluator(*model.parts, settings)
+    ranked = evaluator.rank(model.params, tqdm)
+    count = min(args.count, len(ranked.texts))
+    figure, axes = _panels(count, 5, extra=0.3 * count)
+    for row, text in enumerate(np.linspace(0, len(ranked.texts) - 1, count).round().astype(int)):
+        for axis, image in zip(axes[row], ranked.nearest[1][text, :5], strict=True):
+            if image < 0:
+                axis.set_axis_off()
+                continue
+            example = evaluator.source[int(image)]
+            axis.imshow(np.asarray(decode_image(example["image"], str(example["name"]))))
+            if image == ranked.owners[text]:
+                for side in axis.spines.values():
+                    side.set(edgecolor="tab:green", linewidth=4)
+        title = textwrap.shorten(ranked.texts[text], 90)
+        # It is as wide as the row: the first column must not make room for it.
+        axes[row, 0].set_title(title, fontsize=8, loc="left").set_in_layout(False)
+    return figure
+
+
+def _first(config: Config, names: str | None, kind: str) -> Config:
+    """The first benchmark of a kind among those that --benchmark names."""
+    chosen = {p: s for p, s in choose(config, names).items() if p.startswith(f"{kind}/")}
+    if not chosen:
+        raise UserError(f"There is no benchmark of the kind {kind} among those chosen.")
+    return next(iter(chosen.values()))
 
 
 def draw_classes(tables: Sequence[tuple[str, list[dict]]]):

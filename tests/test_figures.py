@@ -72,6 +72,23 @@ def test_gallery_classes_and_scores(monkeypatch, capsys, workdir, table, tmp_pat
     assert read_table(str(table))[0] == "shapes"
 
 
+def test_retrieved(monkeypatch, capsys, workdir, tmp_path):
+    file = tmp_path / "evals.py"
+    file.write_text(
+        "from simseg_jax.config import default_config, retrieval_eval\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.evals.retrieval.shapes = retrieval_eval(\n"
+        "        format='shapes', split='val', size=4, resize=32, crop=32)\n"
+        "    return config\n"
+    )
+    arguments = (f"--checkpoint={workdir}", f"--config={file}", f"--output={tmp_path / 'found'}")
+    run(monkeypatch, capsys, figures, "retrieved", *arguments, "--count=2")
+    assert_written(tmp_path, "found")
+    error = message(monkeypatch, capsys, figures, "gallery", *arguments)
+    assert "no benchmark of the kind seg" in error
+
+
 def test_mistakes(monkeypatch, capsys, workdir, tmp_path):
     def error(*arguments):
         return message(monkeypatch, capsys, figures, *arguments, f"--output={tmp_path / 'x'}")
