@@ -205,7 +205,7 @@ def compare(args) -> dict:
             began = time.perf_counter()
             results[side] = run(chunk, confusion[side])
             seconds[side].append(time.perf_counter() - began)
-        labels = [item[1] for item in evaluator.predictions(params, chunk)]  # Not in records.
+        labels = [item[1][0] for item in evaluator.predictions(params, chunk)]  # Not in records.
         for (mask, scores), others, other in zip(*results.values(), labels, strict=True):
             difference = max(difference, float(np.abs(scores - others).max()))
             equal, pixels = equal + int((mask == other).sum()), pixels + mask.size

@@ -11,7 +11,7 @@ python -m simseg_jax.main --config=configs/flickr8k_minilm.py --workdir=runs/fli
 Data as for configs/flickr8k.py, with dev.txt for retrieval. The embeddings and the first four
 layers of MiniLM stay as they are, the last two learn slowly.
 
-Hardware: 2 CPU cores, 25 minutes (83 pairs/s on an idle machine). Expected: retrieval among the
+Hardware: 2 CPU cores, 47 minutes beside other work, 17 to 83 pairs/s. Expected: among the
 1,000 dev images R@10 18 % (captions of an image) and 14 % (images of a caption), 1 % by chance; no
 useful masks yet: VOC sample 0.03 mIoU, not above an empty prediction. REPRODUCTION.md has more.
 """

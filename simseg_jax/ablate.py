@@ -12,7 +12,16 @@ from simseg_jax.dotted import assign
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import summary
 from simseg_jax.processes import STOPPED
-from simseg_jax.tables import Table, format_rows, paper_rows, parse_values, write_table
+from simseg_jax.tables import (
+    Table,
+    add_table_options,
+    check_table_options,
+    format_rows,
+    paper_columns,
+    paper_rows,
+    parse_values,
+    write_table,
+)
 from simseg_jax.train import train
 
 EPILOG = """examples:
@@ -64,15 +73,11 @@ def main() -> None:
     parser = make_parser("ablate", "Trains a configuration under several settings.", EPILOG)
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument("--workdir", required=True, help="folder for all runs and the table")
-    parser.add_argument("--table", choices=TABLES, help="a table of the paper")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=A,B,...", help="values of a key"
-    )
+    add_table_options(parser, TABLES)
     parser.add_argument("--only", type=int, help="train this run of the table only, from 0 on")
     args, overrides = parser.parse_known_args()
     cache_programs()
-    if bool(args.table) == bool(args.set):
-        raise UserError(f"Give either --table ({', '.join(TABLES)}) or --set=KEY=A,B,...")
+    check_table_options(args, TABLES)
     base = load_config(args.config, overrides)
     table = TABLES[args.table] if args.table else None
     table = table or Table("Ablation", parse_values(base, args.set), {})
@@ -82,7 +87,7 @@ def main() -> None:
     workdir = Path(args.workdir)
     rows, missing = [], 0
     for number, combination in enumerate(combinations):
-        config = load_config(args.config, overrides)
+        config = base.copy_and_resolve_references()
         for key, value in zip(table.values, combination, strict=True):
             assign(config, key, value)
         validate(config)
@@ -96,10 +101,7 @@ def main() -> None:
             continue
         row = dict(zip(table.values, combination, strict=True))
         row |= summary(results)
-        row |= {
-            f"paper {d}": p[combination] / 100 if combination in p else float("nan")
-            for d, p in table.paper.items()
-        }
+        row |= paper_columns(table, combination)
         rows.append(row)
     if missing:
         print(f"{len(rows)} of {len(combinations)} runs are done in {workdir}; {missing} to go.")

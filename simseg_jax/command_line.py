@@ -1,9 +1,11 @@
 """What the commands have in common: the shape of their help and the options of a checkpoint."""
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
+from tqdm import tqdm
 
 from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
 
@@ -51,6 +53,15 @@ def add_evals_options(parser: argparse.ArgumentParser) -> None:
     """Which benchmarks."""
     parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
     parser.add_argument("--benchmark", help="names in evals, with commas; default: all")
+
+
+def image_bar(name: str) -> Callable[[Iterable], Iterable]:
+    """What wraps an iterator over images to show its progress, in the first process only."""
+
+    def bar(images: Iterable) -> Iterable:
+        return tqdm(images, desc=name, unit="image", disable=jax.process_index() > 0)
+
+    return bar
 
 
 def cache_programs() -> None:

@@ -84,11 +84,11 @@ EVALS = {
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), check: Callable[[Config], None] | None = None
+    path: str | Path, overrides: Sequence[str] = (), check: Callable[[Config], None] = validate
 ) -> Config:
     """Runs `get_config()` of a configuration file, applies overrides, checks everything.
 
-    check: raises a `UserError` for what cannot work; `validate` by default.
+    check: raises a `UserError` for what cannot work.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,7 +108,7 @@ def load_config(
 
 
 def apply_overrides(
-    config: Config, overrides: Sequence[str], check: Callable[[Config], None] | None = None
+    config: Config, overrides: Sequence[str], check: Callable[[Config], None] = validate
 ) -> Config:
     """Sets the keys of `--config.key=value` arguments in `config` and checks the result."""
     for argument in overrides:
@@ -116,8 +116,14 @@ def apply_overrides(
         if not argument.startswith("--config.") or not equals:
             raise UserError(f"Cannot read {argument!r}: overrides look like --config.key=value.")
         assign(config, name, text if isinstance(get(config, name), str) else literal(name, text))
-    (check or validate)(config)
+    check(config)
     return config
+
+
+def first_segmentation(config: Config) -> Config:
+    """A copy of the first entry of `config.evals.seg`; without any, the paper protocol."""
+    entries = list(config.evals.seg.values())
+    return segmentation_eval(**(entries[0].to_dict() if entries else {}))
 
 
 def model_config(config: Config, vocab_size: int) -> SimSegConfig:

@@ -97,6 +97,11 @@ def validate_segmentation(settings: Any, patch_size: int, prefix: str = "") -> N
 def validate_embedding(settings: Any, patch_size: int, prefix: str, choices: dict) -> None:
     """Checks one entry of `config.evals.retrieval` or `config.evals.classification`."""
     _check_values(settings, choices, EMBEDDING_AT_LEAST_ONE, prefix)
+    validate_crop(settings, patch_size, prefix)
+
+
+def validate_crop(settings: Any, patch_size: int, prefix: str = "") -> None:
+    """Checks resize and crop of images that a ViT embeds."""
     if settings.crop % patch_size or settings.crop > settings.resize:
         raise UserError(
             f"{prefix}crop={settings.crop} must be a multiple of the patch size, which is "

@@ -18,13 +18,12 @@ from simseg_jax.command_line import (
     make_parser,
     protocol_settings,
 )
-from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.models.simseg import SimSegConfig
-from simseg_jax.segment import Segmenter
+from simseg_jax.segment import Segmenter, words_of
 from simseg_jax.sharding import place
 from simseg_jax.trained import TrainedModel, assemble_model, is_trained, load_model
 from simseg_jax.weights import authors
@@ -94,7 +93,7 @@ def read(args: argparse.Namespace) -> TrainedModel:
     """The model at `args.source`."""
     path = fetch(args.source)
     if is_trained(path):
-        model = load_model(args.source, args.step, jnp.dtype(jnp.float32))
+        model = load_model(path, args.step, jnp.dtype(jnp.float32))
         return dataclasses.replace(model, origin=model.origin | _results(path))
     weights = read_weights(path)
     if not authors.is_whole_model(weights):
@@ -108,13 +107,14 @@ def read(args: argparse.Namespace) -> TrainedModel:
     config.data.vocab = args.vocab
     config.data.max_length = min(config.data.max_length, architecture.text.max_positions)
     meta = {key: value for key, value in weights.meta.items() if key != authors.META}
-    origin = {"source": args.source, "format": "authors' checkpoint", **weights.origin, **meta}
+    files = weights.origin
+    origin = {"source": args.source, "format": "authors' checkpoint", **files, **meta}
     return assemble_model(
         config,
         load_tokenizer(args.vocab),
         lambda _, shapes: place(params, shapes),
         step=0,
-        identity=weights.origin,
+        identity=files,
         origin=origin,
         dtype=jnp.dtype(jnp.float32),
     )
@@ -176,7 +176,7 @@ def describe(args: argparse.Namespace) -> None:
     """Prints what `args.source` is."""
     path = fetch(args.source)
     if is_trained(path):
-        model = load_model(args.source, args.step)
+        model = load_model(path, args.step)
         _print_model(model.architecture, model.origin)
         return
     weights = read_weights(path)
@@ -208,9 +208,7 @@ def _print_fields(title: str, fields: dict[str, Any]) -> None:
 
 
 def _segmenter(model: TrainedModel, args: argparse.Namespace) -> Segmenter:
-    benchmarks = list(model.config.evals.seg.values())
-    base = benchmarks[0] if benchmarks else config_lib.segmentation_eval()
-    classes = [name for name, *_ in prompt_names(base.data, base.names) if name != "background"]
+    classes = words_of(config_lib.first_segmentation(model.config))
     words = args.words.split(",") if args.words else classes
     return Segmenter(model, [word.strip() for word in words], **protocol_settings(args))
 

@@ -13,6 +13,7 @@ from simseg_jax.command_line import (
     add_checkpoint_options,
     add_evals_options,
     cache_programs,
+    image_bar,
     make_parser,
     results_folder,
 )
@@ -121,13 +122,8 @@ def choose(config: Config, names: str | None) -> dict[str, Config]:
 def measure(model: TrainedModel, evaluator, name: str) -> dict[str, float]:
     """Numbers of one benchmark of retrieval or classification, printed as well."""
     began = time.monotonic()
-    main_process = jax.process_index() == 0
-
-    def bar(images):
-        return tqdm(images, desc=name, unit="image", disable=not main_process)
-
-    numbers = dict(evaluator.run(model.params, bar))
-    if main_process:
+    numbers = dict(evaluator.run(model.params, image_bar(name)))
+    if jax.process_index() == 0:
         listed = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
         seconds = time.monotonic() - began
         print(f"{name}: {listed}; {evaluator.count} images in {seconds:.1f} s\n")
@@ -175,14 +171,10 @@ def collect(
     store = RecordStore(folder, identity)
     records = gather({i: r for i, r in store.read().items() if i < evaluator.count})
     remaining = [index for index in range(evaluator.count) if index not in records]
-    main_process = jax.process_index() == 0
-    if records and main_process:
+    if records and jax.process_index() == 0:
         tqdm.write(f"{name}: {len(records)} of {evaluator.count} images are done already.")
 
-    def bar(images):
-        return tqdm(images, desc=name, unit="image", disable=not main_process)
-
-    fresh = store.extend(evaluator.records(model.params, remaining, bar))
+    fresh = store.extend(evaluator.records(model.params, remaining, image_bar(name)))
     records = gather(records | {record.index: record for record in fresh})
     return list(records.values()), len(remaining)
 

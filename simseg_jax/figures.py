@@ -18,7 +18,7 @@ from simseg_jax.command_line import (
     cache_programs,
     make_parser,
 )
-from simseg_jax.config import Config, segmentation_eval
+from simseg_jax.config import Config, first_segmentation, segmentation_eval
 from simseg_jax.config_checks import validate_segmentation
 from simseg_jax.data.images import decode_image, resize
 from simseg_jax.errors import UserError, report_user_errors, require_file
@@ -134,8 +134,7 @@ def draw_responses(args: argparse.Namespace):
     file = require_file(Path(args.image), "the image")
     image = decode_image(file.read_bytes(), str(file))
     model = load_model(args.checkpoint, args.step)
-    benchmarks = list(model.config.evals.seg.values())
-    settings = segmentation_eval(**(benchmarks[0].to_dict() if benchmarks else {}))
+    settings = first_segmentation(model.config)
     settings.resolution = args.resolution or settings.resolution
     validate_segmentation(settings, model.config.model.image.patch_size)
     answer = responses_of(model, image, args.caption, settings)
@@ -161,36 +160,29 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     settings = _first(config, args.benchmark, "seg")
     if settings.protocol != "paper":
         raise UserError("A gallery with and without dense CRF needs protocol=paper.")
-    columns = []
-    for refine in ("none", "crf"):
-        changed = segmentation_eval(**{**settings.to_dict(), "refine": refine})
-        evaluator = SegmentationEvaluator(*model.parts, changed)
-        count = min(args.count, evaluator.count)
-        indices = np.linspace(0, evaluator.count - 1, count).round().astype(int).tolist()
-        columns.append(list(evaluator.predictions(model.params, indices)))
+    variants = [
+        segmentation_eval(**{**settings.to_dict(), "refine": refine}) for refine in ("none", "crf")
+    ]
+    evaluator = SegmentationEvaluator(*model.parts, *variants)
+    count = min(args.count, evaluator.count)
+    indices = np.linspace(0, evaluator.count - 1, count).round().astype(int).tolist()
     titles = ("image", "ground truth", "without CRF", "with CRF")
-    figure, axes = _panels(len(columns[0]), len(titles), extra=0.5)
-    for row, (plain, refined) in enumerate(zip(*columns, strict=True)):
-        example = plain[0]
+    figure, axes = _panels(count, len(titles), extra=0.5)
+    seen: set[int] = set()
+    for row, (example, masks, _) in enumerate(evaluator.predictions(model.params, indices)):
         image = np.asarray(decode_image(example["image"], example["name"]))
         truth = np.where(example["mask"] == 255, 0, example["mask"])
-        shown = [truth, plain[1], refined[1]]
+        shown = [truth, *masks]
         for column, picture in enumerate([image, *(overlay(image, m, 0.75) for m in shown)]):
             axes[row, column].imshow(picture)
             if row == 0:
                 axes[row, column].set_title(titles[column], fontsize=9)
         labels = sorted({int(x) for mask in shown for x in np.unique(mask)} - {0})
+        seen.update(labels)
         names = [evaluator.class_names[label] for label in labels]
         axes[row, 0].set_ylabel(textwrap.fill(", ".join(names), 22), fontsize=7)
-    shown_labels = {
-        int(x)
-        for p, r in zip(*columns, strict=True)
-        for m in (p[1], r[1], p[0]["mask"])
-        for x in np.unique(m)
-    } - {0, 255}
     patches = [
-        _patch(palette()[label] / 255, evaluator.class_names[label])
-        for label in sorted(shown_labels)
+        _patch(palette()[label] / 255, evaluator.class_names[label]) for label in sorted(seen)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=7)
     return figure

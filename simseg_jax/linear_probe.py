@@ -15,13 +15,13 @@ from tqdm import tqdm
 from simseg_jax.command_line import (
     add_checkpoint_options,
     cache_programs,
+    image_bar,
     make_parser,
     results_folder,
 )
 from simseg_jax.config import PROBE, Config, describe, load_config
-from simseg_jax.config_checks import validate_probe
-from simseg_jax.data.images import decode_image
-from simseg_jax.data.labelled import labelled_source
+from simseg_jax.config_checks import validate_crop, validate_probe
+from simseg_jax.data.labelled import labelled_source, loader
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.embedding import ImageEmbedder
 from simseg_jax.metrics import top_accuracy
@@ -40,7 +40,7 @@ Features are computed once and kept in --output (train.npz, val.npz): the same c
 learning rate starts from them. result.json has the accuracies and settings. Keys and defaults:
 """
 # Keys that the features depend on.
-OF_FEATURES = ("data", "root", "size", "val_size", "feature", "resize", "crop", "m_image")
+OF_FEATURES = ("data", "root", "feature", "resize", "crop", "m_image")
 
 
 @report_user_errors
@@ -91,7 +91,8 @@ def features_of(
     split: "train" or "val".
     """
     path = folder / f"{split}.npz"
-    chosen = {key: settings[key] for key in (*OF_FEATURES, split)}
+    size = "size" if split == "train" else "val_size"
+    chosen = {key: settings[key] for key in (*OF_FEATURES, size, split)}
     identity = json.dumps({"checkpoint": model.identity, **chosen}, sort_keys=True)
     if path.is_file():
         try:
@@ -100,9 +101,8 @@ def features_of(
                     return {name: kept[name] for name in ("features", "labels")}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it.") from error
-    size = settings.size if split == "train" else settings.val_size
     where = {"data": settings.data, "root": settings.root, "split": settings[split]}
-    source = labelled_source(SimpleNamespace(**where, size=size))
+    source = labelled_source(SimpleNamespace(**where, size=settings[size]))
     images = SimpleNamespace(
         resize=settings.resize,
         crop=settings.crop,
@@ -110,39 +110,17 @@ def features_of(
         batch_size=settings.images,
         threads=settings.threads,
     )
-    if settings.crop % model.config.model.image.patch_size or settings.crop > settings.resize:
-        raise UserError(
-            f"crop={settings.crop} must be a multiple of the patch size, which is "
-            f"{model.config.model.image.patch_size}, and at most resize={settings.resize}."
-        )
+    validate_crop(settings, model.config.model.image.patch_size)
     embed = ImageEmbedder(model.graphdef, model.mesh, images, settings.feature)
-    labels: dict[int, int] = {}
-
-    def load(index: int):
-        example = source[index]
-        labels[index] = example["label"]
-        return decode_image(example["image"], example["name"])
-
-    main_process = jax.process_index() == 0
-
-    def bar(indices):
-        return tqdm(indices, desc=split, unit="image", disable=not main_process)
-
-    features = embed(model.params, range(len(source)), load, bar)
-    # Other processes saw the other images.
-    truth = [labels[i] if i in labels else source[i]["label"] for i in range(len(source))]
-    result = {"features": features, "labels": np.array(truth)}
-    if main_process:
+    indices = range(len(source))
+    features, found = embed(model.params, indices, loader(source), image_bar(split))
+    labels = np.array(found)
+    if jax.process_index() == 0:
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(
-                file,
-                features=features,
-                labels=result["labels"],
-                identity=np.array(identity),
-            )
+            np.savez(file, features=features, labels=labels, identity=np.array(identity))
         partial.replace(path)
-    return result
+    return {"features": features, "labels": labels}
 
 
 def probe(

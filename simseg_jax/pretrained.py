@@ -36,7 +36,7 @@ def adopt(config: Config, tokenizer) -> Pretrained:
     """
     params, notes = {}, []
     if config.init.model:
-        architecture, loaded, vocabulary = _read_model(config.init.model)
+        architecture, loaded, vocabulary = _read_model(fetch(config.init.model))
         _check_vocabulary(config.init.model, vocabulary, tokenizer)
         for side in SIDES:
             _set(config, side, dataclasses.asdict(getattr(architecture, side)))
@@ -78,11 +78,10 @@ def _set(config: Config, side: str, settings: dict[str, Any]) -> None:
     config.model[side].update({k: v for k, v in settings.items() if k not in KEPT[side]})
 
 
-def _read_model(source: str):
+def _read_model(path: Path):
     """(architecture, parameters, tokenizer or None) of a whole model."""
-    path = fetch(source)
     if is_trained(path):
-        model = load_model(source)
+        model = load_model(path)
         return model.architecture, jax.tree.map(np.asarray, model.params), model.tokenizer
     architecture, params = authors.read_model(read_weights(path))
     return architecture, params, None
@@ -92,7 +91,7 @@ def _read_encoder(source: str, side: str):
     """(format, settings, parameters, tokenizer or None) of one encoder."""
     path = fetch(source)
     if is_trained(path):
-        architecture, params, vocabulary = _read_model(source)
+        architecture, params, vocabulary = _read_model(path)
         settings = dataclasses.asdict(getattr(architecture, side))
         return "simseg_jax", settings, params[f"{side}_encoder"], vocabulary
     tower = read_tower(read_weights(path), side)

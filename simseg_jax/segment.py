@@ -17,7 +17,7 @@ from simseg_jax.command_line import (
     make_parser,
     protocol_settings,
 )
-from simseg_jax.config import segmentation_eval
+from simseg_jax.config import Config, first_segmentation, segmentation_eval
 from simseg_jax.config_checks import validate_segmentation
 from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
@@ -71,14 +71,12 @@ class Segmenter:
         **settings,
     ):
         self.model = model
-        benchmarks = list(model.config.evals.seg.values())
-        base = benchmarks[0].to_dict() if benchmarks else {}
+        base = first_segmentation(model.config).to_dict()
         self.settings = segmentation_eval(**{**base, **settings})
         validate_segmentation(self.settings, model.config.model.image.patch_size)
         self.words = check_words(words)
-        classes = prompt_names(self.settings.data, self.settings.names)
         if contrast is None:
-            contrast = [name for name, *_ in classes if name != "background"]
+            contrast = words_of(self.settings)
         self.contrast = tuple(w for w in dict.fromkeys(contrast) if w not in self.words)
         names = [(name,) for name in ("background", *self.words, *self.contrast)]
         self.engine = Engine(*model.parts, [self.settings], names)
@@ -108,6 +106,12 @@ class Segmenter:
             threshold=threshold,
             drawn=tuple(w for i, w in enumerate(self.words, 1) if i in drawn),
         )
+
+
+def words_of(settings: Config) -> list[str]:
+    """The classes of a benchmark, an entry of evals.seg, without the background."""
+    classes = prompt_names(settings.data, settings.names)
+    return [name for name, *_ in classes if name != "background"]
 
 
 def check_words(words: Sequence[str]) -> tuple[str, ...]:

@@ -18,7 +18,16 @@ from simseg_jax.dotted import assign
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.tables import Table, format_rows, paper_rows, parse_values, write_table
+from simseg_jax.tables import (
+    Table,
+    add_table_options,
+    check_table_options,
+    format_rows,
+    paper_columns,
+    paper_rows,
+    parse_values,
+    write_table,
+)
 from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.zeroshot.engine import before_encoder
 
@@ -77,15 +86,11 @@ def main() -> None:
     )
     add_checkpoint_options(parser)
     add_evals_options(parser)
-    parser.add_argument("--table", choices=TABLES, help="a table of the paper")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=A,B,...", help="values of a key"
-    )
+    add_table_options(parser, TABLES)
     parser.add_argument("--output", help="folder; default: CHECKPOINT/sweep-STEP/TABLE")
     args, overrides = parser.parse_known_args()
     cache_programs()
-    if bool(args.table) == bool(args.set):
-        raise UserError(f"Give either --table ({', '.join(TABLES)}) or --set=KEY=A,B,...")
+    check_table_options(args, TABLES)
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
     # One benchmark: the first of those chosen.
@@ -140,7 +145,7 @@ def sweep(model: TrainedModel, settings, table: Table, folder: Path) -> list[dic
             scores = dict(evaluator.scores(evaluator.confusion(records, variant)))
             row = dict(zip(table.values, combination, strict=True))
             row["miou"] = scores["miou"]
-            row |= {f"paper {d}": p[combination] / 100 for d, p in table.paper.items()}
+            row |= paper_columns(table, combination)
             rows.append(row)
     return rows
 

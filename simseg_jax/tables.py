@@ -1,8 +1,9 @@
 """Tables over combinations of settings, beside the paper's numbers: text, CSV and a plot."""
 
+import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,25 @@ class Table(NamedTuple):
 def paper_rows(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict[tuple, float]]:
     """By benchmark: the paper's numbers in percent by the values they belong to."""
     return {data: dict(zip(keys, row, strict=True)) for data, row in rows.items()}
+
+
+def paper_columns(table: Table, values: tuple) -> dict[str, float]:
+    """The paper's fractions for these values, NaN where it has none."""
+    return {f"paper {d}": row.get(values, math.nan) / 100 for d, row in table.paper.items()}
+
+
+def add_table_options(parser: argparse.ArgumentParser, tables: Iterable[str]) -> None:
+    """Which settings a table combines: one of the paper's, or values of any keys."""
+    parser.add_argument("--table", choices=tables, help="a table of the paper")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=A,B,...", help="values of a key"
+    )
+
+
+def check_table_options(args: argparse.Namespace, tables: Iterable[str]) -> None:
+    """A `UserError` unless either was given."""
+    if bool(args.table) == bool(args.set):
+        raise UserError(f"Give either --table ({', '.join(tables)}) or --set=KEY=A,B,...")
 
 
 def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:

@@ -1,6 +1,7 @@
 """A trained model for inference, out of a training run or a folder that `convert` wrote."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from simseg_jax import config as config_lib
 from simseg_jax.checkpoint import (
+    CONFIG,
     TOKENIZER,
     checkpoints_folder,
     completed_steps,
@@ -65,24 +67,20 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
     default what `compute_dtype` chooses for the configuration.
     """
     folder = fetch(source)
-    exported = is_model_folder(folder)
-    if exported:
+    if is_model_folder(folder):
         manifest = read_manifest(folder)
-        config, origin = config_lib.from_file(folder / "config.json"), manifest["origin"]
+        config, origin = config_lib.from_file(folder / CONFIG), manifest["origin"]
         if step is not None:
             raise UserError(f"{source} was exported: it has one state only, leave --step out.")
         at_step = int(origin.get("step", 0))
         identity = {"manifest": sha256(folder / MANIFEST)}
+        read = functools.partial(read_params, folder, manifest)
     else:
         path, at_step = _checkpoint(folder, step)
         config = saved_config(path)
         identity = {"step": at_step, "written": read_metadata(path).init_timestamp_nsecs}
         origin = {"source": str(folder), "format": "training run", "step": at_step}
-
-    def read(architecture: SimSegConfig, shapes) -> dict:
-        if exported:
-            return read_params(folder, manifest, architecture, shapes)
-        return load_arrays(path, {"params": shapes})["params"]
+        read = functools.partial(_read_run, path)
 
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     return assemble_model(config, tokenizer, read, at_step, identity, origin, dtype)
@@ -115,6 +113,10 @@ def assemble_model(
         identity={**identity, "dtype": str(dtype)},
         origin=origin,
     )
+
+
+def _read_run(path, _architecture: SimSegConfig, shapes) -> dict:
+    return load_arrays(path, {"params": shapes})["params"]
 
 
 def _checkpoint(workdir: Path, step: int | None):

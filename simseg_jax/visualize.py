@@ -88,7 +88,7 @@ def write_contact_sheet(path: Path, evaluator, params, indices: Sequence[int]) -
     The caption or name stands above. With several processes all must call this.
     """
     rows, shown = [], set()
-    for example, labels, response in evaluator.predictions(params, indices):
+    for example, (labels, *_), response in evaluator.predictions(params, indices):
         rows.append(_row(example, labels, response, evaluator.class_names))
         shown |= set(np.unique(labels)) | set(np.unique(example["mask"])) - {0, 255}
     if jax.process_index() == 0:

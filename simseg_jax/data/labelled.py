@@ -5,15 +5,17 @@ bytes or uint8 array, "label": int, "name": str}.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from grain.sources import ArrayRecordDataSource
+from PIL import Image
 
 from simseg_jax.data import shapes
 from simseg_jax.data.classes import read_label_file
-from simseg_jax.data.images import IMAGE_SUFFIXES
+from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
 from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.pairs.example import IMAGE_KEYS, choose_key
 from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
@@ -30,6 +32,16 @@ def labelled_source(settings):
     if (root / INFO).is_file():
         return LabelledRecords(root, settings.split)
     return LabelledFolder(root / settings.split if settings.split else root)
+
+
+def loader(source) -> Callable[[int], tuple[Image.Image, int]]:
+    """load(index) -> (image, label) of a source."""
+
+    def load(index: int) -> tuple[Image.Image, int]:
+        example = source[index]
+        return decode_image(example["image"], example["name"]), example["label"]
+
+    return load
 
 
 def class_prompts(classes: tuple[str, ...], names: str) -> list[tuple[str, ...]]:

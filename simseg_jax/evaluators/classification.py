@@ -7,8 +7,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from simseg_jax.data.images import decode_image
-from simseg_jax.data.labelled import class_prompts, labelled_source
+from simseg_jax.data.labelled import class_prompts, labelled_source, loader
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.evaluators.embedding import ImageEmbedder
 from simseg_jax.metrics import top_accuracy
@@ -38,19 +37,11 @@ class ClassificationEvaluator:
         """Yields ("top1", fraction) and ("top5", fraction)."""
         # Spread over the set, whose images may come class by class.
         indices = np.linspace(0, len(self.source) - 1, self.count).round().astype(int)
-        labels = {}
-
-        def load(index: int):
-            example = self.source[index]
-            labels[index] = example["label"]
-            return decode_image(example["image"], example["name"])
-
-        images = self.embed_images(params, indices.tolist(), load, progress)
+        load = loader(self.source)
+        images, labels = self.embed_images(params, indices.tolist(), load, progress)
         local = local_params(params, self.mesh)
         with jax.set_mesh(self.mesh):
             classes = np.asarray(self.embed_classes(local, self.prompts, self.settings.m_text))
         scores = images @ classes.T
-        # Other processes saw the other images.
-        truth = [labels[i] if i in labels else self.source[i]["label"] for i in indices.tolist()]
         for k in (1, 5):
-            yield f"top{k}", top_accuracy(scores, np.array(truth), k)
+            yield f"top{k}", top_accuracy(scores, np.array(labels), k)

@@ -1,7 +1,9 @@
 """Images -> one vector each: the shared part of retrieval, classification and linear probing."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from PIL import Image
 
 from simseg_jax.masks.refine import threads_of
 from simseg_jax.models.simseg import bind
-from simseg_jax.sharding import local_mesh, local_params, to_global_batch
+from simseg_jax.sharding import gather_bytes, local_mesh, local_params, to_global_batch
 from simseg_jax.zeroshot.engine import ahead
 
 
@@ -56,15 +58,21 @@ class ImageEmbedder:
         self,
         params,
         indices: Sequence[int],
-        load: Callable[[int], Image.Image],
+        load: Callable[[int], tuple[Image.Image, Any]],
         progress: Callable[[Iterable], Iterable] = iter,
-    ) -> np.ndarray:
-        """Vectors float32 [len(indices), D], complete on every process; load(index) -> image."""
+    ) -> tuple[np.ndarray, list]:
+        """(vectors float32 [len(indices), D], what `load` keeps of each image), on every process.
+
+        load(index) -> (image, something to keep that JSON can hold).
+        """
         share = indices[jax.process_index() :: jax.process_count()]
         params = local_params(params, self.mesh)
 
+        kept: dict[int, Any] = {}
+
         def prepare(index: int) -> np.ndarray:
-            return resize_and_crop(load(index), self.settings.resize, self.settings.crop)
+            image, kept[index] = load(index)
+            return resize_and_crop(image, self.settings.resize, self.settings.crop)
 
         parts, running = [], None
         with ThreadPoolExecutor(self.threads) as pool, jax.set_mesh(self.mesh):
@@ -76,7 +84,13 @@ class ImageEmbedder:
                     parts.append(np.asarray(ahead_of_it))
             if running is not None:
                 parts.append(np.asarray(running))
-        return _gathered(np.concatenate(parts)[: len(share)] if parts else None, len(indices))
+        own = np.concatenate(parts)[: len(share)] if parts else None
+        everything = dict(
+            item
+            for part in gather_bytes(json.dumps(list(kept.items())).encode())
+            for item in json.loads(part)
+        )
+        return _gathered(own, len(indices)), [everything[index] for index in indices]
 
     def _start(self, params, batch: list[np.ndarray]) -> jax.Array:
         images = np.zeros((self.batch_size, *batch[0].shape), np.uint8)

@@ -34,10 +34,10 @@ def nearest(
         for start, home in zip(starts, homes, strict=True)
     ]
     best = [jax.device_put(_nothing(IMAGE_CHUNK, k), home) for home in homes]
+    used = list(dict.fromkeys(homes))
     of_texts = np.empty((len(texts), k), np.int32)
     for begin in progress(range(0, len(texts), TEXT_CHUNK)):
         block = _chunk(texts, begin, TEXT_CHUNK)
-        used = list(dict.fromkeys(homes))
         blocks = {device: jax.device_put(block, device) for device in used}
         found = {device: jax.device_put(_nothing(TEXT_CHUNK, k), device) for device in used}
         for i, (start, home) in enumerate(zip(starts, homes, strict=True)):

@@ -53,20 +53,13 @@ class RetrievalEvaluator:
 
     def rank(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Ranked:
         """What `run` counts, for pictures as well."""
-        captions: dict[int, tuple[str, ...]] = {}
 
         def load(index: int):
             example = self._example(index)
-            captions[index] = example["captions"]
-            return decode_image(example["image"], str(example["name"]))
+            image = decode_image(example["image"], str(example["name"]))
+            return image, example["captions"][: self.settings.captions or None]
 
-        images = self.embed_images(params, range(self.count), load, progress)
-        # Other processes saw the other images.
-        everything = [
-            captions[i] if i in captions else self._example(i)["captions"]
-            for i in range(self.count)
-        ]
-        used = [found[: self.settings.captions or None] for found in everything]
+        images, used = self.embed_images(params, range(self.count), load, progress)
         owners = np.repeat(np.arange(self.count), [len(several) for several in used])
         texts = [caption for several in used for caption in several]
         ids, mask = self.encoder.batch(texts)

@@ -99,10 +99,11 @@ class SegmentationEvaluator:
             yield from ahead(pool, self._record, finished(), 2 * self.settings.batch_size)
 
     def predictions(self, params, indices: Sequence[int]) -> Iterator[tuple]:
-        """Yields (example, labels [H, W], response) of the first variant, for pictures."""
+        """Yields (example, labels [H, W] of every variant, response of the first), for pictures."""
         for examples, masks, responses in self._run(params, indices, in_order=True):
             for i, example in enumerate(examples):
-                labels = self.engine.protocol.restore(masks[0, i], example["mask"].shape)
+                shape = example["mask"].shape
+                labels = [self.engine.protocol.restore(mask, shape) for mask in masks[:, i]]
                 yield example, labels, responses[0].rows(i)
 
     def _run(self, params, indices: Iterable[int], in_order: bool = False):

@@ -7,6 +7,7 @@ import re
 import shutil
 import uuid
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +34,17 @@ class Weights(NamedTuple):
     """The tensors of a file or folder and what is known about them.
 
     settings: the JSON files beside them, by name. meta: what a `.pth` holds beside its state dict.
-    origin: the files with their SHA-256.
     """
 
     tensors: dict[str, np.ndarray]
     settings: dict[str, dict]
     meta: dict[str, Any]
-    origin: dict[str, Any]
+    files: Sequence[Path]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The files with their SHA-256, for which they are read once more."""
+        return {"files": {str(file): sha256(file) for file in self.files}}
 
 
 def fetch(source: str | Path) -> Path:
@@ -70,8 +75,7 @@ def read_weights(path: Path) -> Weights:
         raise UserError(f"{path} holds no tensors.")
     folder = files[0].parent
     settings = {name: read_json(folder / name) for name in SETTINGS if (folder / name).is_file()}
-    origin = {"files": {str(file): sha256(file) for file in files}}
-    return Weights(tensors, settings, meta, origin)
+    return Weights(tensors, settings, meta, files)
 
 
 def sha256(path: Path) -> str:

@@ -74,7 +74,9 @@ def test_vectors_do_not_depend_on_batches_and_devices(model, feature):
         embedder = ImageEmbedder(
             graphdef, make_mesh(devices=jax.devices()[:devices]), settings, feature
         )
-        results.append(embedder(params, range(7), images.__getitem__))
+        vectors, kept = embedder(params, range(7), lambda index: (images[index], index))
+        assert kept == list(range(7))
+        results.append(vectors)
         assert_close(results[-1], results[0], 1e-6)
     network = bind(graphdef, params)
     image = network.normalize(resize_and_crop(images[3], 40, 32)[None])
