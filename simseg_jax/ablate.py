@@ -32,14 +32,16 @@ EPILOG = """examples:
   python -m simseg_jax.ablate --config=configs/vits16.py --workdir=runs/table12 \\
       --table=training --only=$SLURM_ARRAY_TASK_ID
 
-Tables of the paper: training (12: M^I x M^T in training), loda (LoDA, mean and CLS pooling),
-padding (text pooling with and without [PAD]). Every run has a folder of its own in --workdir; the
-same command skips those that are done and continues the one that was interrupted. When all are
-done, table.csv and table.png are written there.
+Tables of the paper: training (12: M^I x M^T in training), loda (LoDA, mean and CLS pooling:
+segmentation, retrieval as in tables 6 and 7, classification as in 8), padding (text pooling with
+and without [PAD]). Every run has a folder of its own in --workdir; the same command skips those
+that are done and continues the one that was interrupted. When all are done, table.csv and table.png
+are written there.
 """
 RESPONSES = (1, 3, 5)
-# VOC, Context and COCO-Object with ViT-S, in percent; the authors have no numbers for CLS pooling
-# and masked padding.
+# With ViT-S; the authors have no numbers for CLS pooling and masked padding. Recalls of retrieval
+# (tables 6 and 7) are summed up over 1, 5 and 10 and both directions, in percent.
+WITH_LODA, WITHOUT = ("loda",), ("mean",)
 TABLES = {
     "training": Table(
         "Responses per channel in training (paper, table 12)",
@@ -52,12 +54,17 @@ TABLES = {
     "loda": Table(
         "Pooling: locality-driven (LoDA), dense (mean), CLS tokens",
         {"model.pool": ("loda", "mean", "cls")},
-        paper_rows(
-            [("loda",), ("mean",)],
-            voc=(56.6, 19.1),
-            context=(25.8, 11.0),
-            coco_object=(27.2, 12.5),
-        ),
+        {
+            **paper_rows(
+                [WITH_LODA, WITHOUT],
+                voc=(56.6, 19.1),
+                context=(25.8, 11.0),
+                coco_object=(27.2, 12.5),
+            ),
+            "flickr30k/rsum": {WITH_LODA: 507.7, WITHOUT: 506.2},
+            "coco/rsum": {WITH_LODA: 384.6, WITHOUT: 376.3},
+            "imagenet/top1": {WITH_LODA: 0.471, WITHOUT: 0.466},
+        },
     ),
     "padding": Table(
         "Text pooling in training: [PAD] takes part or not",

@@ -21,13 +21,16 @@ class Table(NamedTuple):
 
 
 def paper_rows(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict[tuple, float]]:
-    """By benchmark: the paper's numbers in percent by the values they belong to."""
-    return {data: dict(zip(keys, row, strict=True)) for data, row in rows.items()}
+    """By benchmark: fractions by the values they belong to, from the paper's percentages."""
+    return {
+        data: {key: value / 100 for key, value in zip(keys, row, strict=True)}
+        for data, row in rows.items()
+    }
 
 
 def paper_columns(table: Table, values: tuple) -> dict[str, float]:
-    """The paper's fractions for these values, NaN where it has none."""
-    return {f"paper {d}": row.get(values, math.nan) / 100 for d, row in table.paper.items()}
+    """The paper's numbers for these values, NaN where it has none."""
+    return {f"paper {data}": row.get(values, math.nan) for data, row in table.paper.items()}
 
 
 def add_table_options(parser: argparse.ArgumentParser, tables: Iterable[str]) -> None:
