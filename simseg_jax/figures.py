@@ -208,8 +208,11 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
                 for side in axis.spines.values():
                     side.set(edgecolor="tab:green", linewidth=4)
         title = textwrap.shorten(ranked.texts[text], 90)
-        # It is as wide as the row: the first column must not make room for it.
-        axes[row, 0].set_title(title, fontsize=8, loc="left").set_in_layout(False)
+        # As wide as the row: a title would push the second column aside, but keeps its line free.
+        first = axes[row, 0]
+        first.set_title(" ", fontsize=8)
+        above = {"transform": first.transAxes, "in_layout": False}
+        first.text(0, 1.04, title, fontsize=8, **above)
     return figure
 
 
