@@ -31,8 +31,9 @@ from simseg_jax.visualize import overlay, palette
 
 EPILOG = """examples:
   figures 3 and 10, where an image answers to itself and to captions, the first one its own:
-    python -m simseg_jax.figures responses --checkpoint=runs/shapes --image=scene.png \\
-        --caption="a star on the grass" --caption="a heart on the grass" --output=figures/responses
+    python -m simseg_jax.figures responses --checkpoint=runs/shapes --output=figures/responses \\
+        --image=assets/scene.png --caption="a leaf and an apple on the water" \\
+        --caption="a leaf and a wheel on the water"
   figures 11 to 13, masks with and without dense CRF:
     python -m simseg_jax.figures gallery --checkpoint=runs/shapes --count=6 --output=figures/gallery
   the images nearest to captions of a retrieval benchmark, the right one framed:

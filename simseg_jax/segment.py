@@ -28,7 +28,8 @@ from simseg_jax.visualize import index_png, legend, overlay, stack
 from simseg_jax.zeroshot.engine import Engine
 
 EPILOG = """examples:
-  python -m simseg_jax.segment --checkpoint=runs/shapes --words="star, heart" --output=out scene.png
+  python -m simseg_jax.segment --checkpoint=runs/shapes --words="apple, leaf" --output=out \\
+      assets/scene.png
   python -m simseg_jax.segment --checkpoint=runs/f8k --words="dog, grass" --output=out photos/
 
 For every image: NAME_mask.png (palette image, pixel value = position of the word, 0 = none of
