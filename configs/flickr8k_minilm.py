@@ -11,10 +11,10 @@ python -m simseg_jax.main --config=configs/flickr8k_minilm.py --workdir=runs/fli
 Data as for configs/flickr8k.py, with dev.txt for retrieval. The embeddings and the first four
 layers of MiniLM stay as they are, the last two learn slowly.
 
-Hardware: 2 CPU cores, 49 minutes at 118 pairs/s with GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
-Expected: among 1,000 dev images R@10 23 % (captions of an image) and 15 % (images of a caption),
-1 % by chance; VOC sample 0.043 mIoU, where an empty prediction has 0.034: hardly any masks yet. The
-measured run also saw 90 images of COCO. REPRODUCTION.md has more, mean and CLS pooling included.
+Hardware: 2 CPU cores, 50 minutes with the evaluation, 117 pairs/s in the median (malloc tuned as in
+REPRODUCTION.md, which has the other runs, too). Expected: among 1,000 dev images R@10 23 %
+(captions of an image) and 15 % (images of a caption), 1 % by chance; VOC sample 0.043 mIoU, where
+an empty prediction has 0.034: no useful masks yet. The measured run also saw 90 images of COCO.
 """
 
 from simseg_jax.config import (
