@@ -1,12 +1,48 @@
-"""The exception for mistakes a user can mend, and how the command lines report it."""
+"""The exception for mistakes a user can mend, how it is worded, how the command lines report it."""
 
+import contextlib
 import functools
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+NAMED = 5  # So many things a message names; of more it gives the number.
 
 
 class UserError(Exception):
     """Bad input or configuration: the message is one clear sentence that says what to do."""
+
+
+def some(names: Iterable) -> str:
+    """The first few names with commas between, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """What an error says in one line of at most `limit` characters; without words, its type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextlib.contextmanager
+def reading(what: str, advice: str = "") -> Iterator[None]:
+    """Turns whatever a library raises while it reads a file of others into one `UserError`.
+
+    what: names the file, "the vocabulary vocab.txt". advice: what to do, a sentence. An error of
+    the file system that names the file passes, as a command reports it by itself.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    # Parsers meet damaged and hostile files with errors of any kind, RecursionError and
+    # MemoryError among them.
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise UserError(f"Cannot read {what}: {one_line(error)}. {advice}".rstrip()) from error
 
 
 def report_user_errors(main):

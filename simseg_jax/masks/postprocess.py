@@ -72,9 +72,13 @@ def compose(masks: jax.Array, scores: jax.Array, classes: jax.Array, drawn: jax.
 
 
 def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[h, w] -> [height, width] as OpenCV's INTER_NEAREST: source index floor(i * scale)."""
+    """[h, w] -> [height, width] as OpenCV's INTER_NEAREST, at every pixel.
+
+    OpenCV takes the source index floor(i * (1 / (new / old))). Rounded twice, that is not
+    floor(i * old / new): at 288 pixels they differ for 97 of the new sizes from 100 to 1024.
+    """
     rows, columns = (
-        np.minimum(np.floor(np.arange(new) * (old / new)).astype(np.intp), old - 1)
+        np.minimum(np.floor(np.arange(new) * (1 / (new / old))).astype(np.intp), old - 1)
         for old, new in zip(mask.shape, (height, width), strict=True)
     )
     return mask[rows[:, None], columns]

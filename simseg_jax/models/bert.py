@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from simseg_jax.models.layers import ACTIVATIONS, apply_blocks, attention, dropout, linear
+from simseg_jax.models.layers import (
+    ACTIVATIONS,
+    INIT,
+    apply_blocks,
+    attention,
+    dropout,
+    linear,
+)
 from simseg_jax.sharding import constrain_batch
 
 
@@ -33,7 +40,6 @@ class BertConfig:
         )
 
 
-INIT = nnx.initializers.normal(0.02)
 PAD = 0  # id of [PAD] in every BERT vocabulary
 
 

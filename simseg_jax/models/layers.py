@@ -9,6 +9,9 @@ from flax import nnx
 
 REMAT = ("none", "dots", "full")
 FLASH_WIDTHS = range(8, 129, 8)  # Channels per head that cuDNN's attention takes.
+# Of weights and embeddings, as Hugging Face's BERT and timm's ViT. timm truncates at -2 and 2, a
+# hundred deviations from the mean, which is to say never.
+INIT = nnx.initializers.normal(0.02)
 
 
 def dropout(
@@ -130,13 +133,30 @@ ACTIVATIONS = {
 }
 
 
-def linear(width_in: int, width_out: int, kernel_init, dtype, rngs, use_bias=True) -> nnx.Linear:
+def linear(
+    width_in: int,
+    width_out: int,
+    kernel_init,
+    dtype,
+    rngs: nnx.Rngs,
+    bias_init=nnx.initializers.zeros,
+) -> nnx.Linear:
     """A linear layer with float32 parameters that computes in `dtype`."""
     return nnx.Linear(
-        width_in, width_out, use_bias=use_bias, kernel_init=kernel_init, dtype=dtype, rngs=rngs
+        width_in, width_out, kernel_init=kernel_init, bias_init=bias_init, dtype=dtype, rngs=rngs
     )
 
 
 def torch_linear_init():
     """PyTorch's default for linear and convolution weights: uniform within 1/sqrt(fan in)."""
     return nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int) -> Callable:
+    """PyTorch's default for the biases of such a layer: uniform within 1/sqrt(fan in)."""
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

@@ -9,11 +9,13 @@ from flax import nnx
 from simseg_jax.models.layers import (
     ACTIVATIONS,
     FLASH_WIDTHS,
+    INIT,
     apply_blocks,
     attention,
     can_flash,
     flash_attention,
     linear,
+    torch_bias_init,
     torch_linear_init,
 )
 from simseg_jax.sharding import constrain_batch
@@ -62,9 +64,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
         self.heads = config.heads
-        init = nnx.initializers.truncated_normal(0.02)
-        self.qkv = linear(config.width, 3 * config.width, init, dtype, rngs)
-        self.proj = linear(config.width, config.width, init, dtype, rngs)
+        self.qkv = linear(config.width, 3 * config.width, INIT, dtype, rngs)
+        self.proj = linear(config.width, config.width, INIT, dtype, rngs)
         self.flash = config.width // config.heads in FLASH_WIDTHS and can_flash(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -79,9 +80,8 @@ class Mlp(nnx.Module):
     """Two linear layers around the activation."""
 
     def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.truncated_normal(0.02)
-        self.fc1 = linear(config.width, config.mlp_width, init, dtype, rngs)
-        self.fc2 = linear(config.mlp_width, config.width, init, dtype, rngs)
+        self.fc1 = linear(config.width, config.mlp_width, INIT, dtype, rngs)
+        self.fc2 = linear(config.mlp_width, config.width, INIT, dtype, rngs)
         self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,7 +109,9 @@ class PatchEmbed(nnx.Module):
     def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
         self.patch_size = config.patch_size
         inputs = 3 * config.patch_size**2
-        self.proj = linear(inputs, config.width, torch_linear_init(), dtype, rngs)
+        self.proj = linear(
+            inputs, config.width, torch_linear_init(), dtype, rngs, torch_bias_init(inputs)
+        )
 
     def __call__(self, images: jax.Array) -> jax.Array:
         batch, height, width, channels = images.shape
@@ -132,7 +134,7 @@ class ViT(nnx.Module):
         self.patch_embed = PatchEmbed(config, dtype, rngs)
         self.cls_token = nnx.Param(1e-6 * jax.random.normal(rngs.params(), (1, 1, config.width)))
         shape = (1, 1 + self.grid**2, config.width)
-        self.pos_embed = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, shape))
+        self.pos_embed = nnx.Param(INIT(rngs.params(), shape, jnp.float32))
         self.norm_pre = _layer_norm(config, dtype, rngs) if config.pre_norm else None
         self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.depth)])
         self.norm = _layer_norm(config, dtype, rngs)
