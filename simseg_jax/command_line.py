@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from simseg_jax.config_keys import SEGMENTATION_CHOICES, SEGMENTATION_KEYS
+from simseg_jax.config_keys import SEGMENTATION_KEYS
+from simseg_jax.ranges import Accepts, shown, whole
 
 
 def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -34,14 +36,37 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a run's --workdir or converted folder: path, URL or hub id",
     )
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument(
+        "--step", type=accepted(whole(0)), help="which checkpoint; default: the newest"
+    )
+
+
+def accepted(accepts: Accepts, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """A `type` of an option that takes these values of a kind; the parser reports all others."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts.allows(value):
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be {accepts.text}")
+        return value
+
+    return convert
+
+
+def add_key_option(parser, name: str, text: str) -> None:
+    """The option --NAME for a key of evals.seg, with the values that the key accepts."""
+    default, _, accepts = SEGMENTATION_KEYS[name]
+    parser.add_argument(f"--{name}", type=accepted(accepts, type(default)), help=text)
 
 
 def add_protocol_options(parser) -> None:
     """What to change of the protocol of the checkpoint's benchmark; parser: or a group of one."""
-    parser.add_argument("--refine", choices=SEGMENTATION_CHOICES["refine"], help="mask refinement")
-    parser.add_argument("--resolution", type=int, help="side in pixels the model sees")
-    parser.add_argument("--sigma_weight", type=float, help="higher: fewer words are drawn")
+    add_key_option(parser, "refine", "mask refinement")
+    add_key_option(parser, "resolution", "side in pixels the model sees")
+    add_key_option(parser, "sigma_weight", "higher: fewer words are drawn")
 
 
 def protocol_settings(args: argparse.Namespace) -> dict:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import runpy
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,22 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from simseg_jax.config_checks import validate
+from simseg_jax.config_checks import check_name, validate
 from simseg_jax.config_keys import (
     CLASSIFICATION_KEYS,
     DATA_SET_KEYS,
+    ENTRIES,
     KEYS,
     PROBE_KEYS,
     RETRIEVAL_KEYS,
     SEGMENTATION_KEYS,
 )
 from simseg_jax.dotted import assign, get, literal, unknown_key
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line, reading
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.models.vit import ViTConfig
+from simseg_jax.ranges import Key, shown
 
 # An `ml_collections.ConfigDict` whose keys are those of KEYS; its attributes have no static types.
 Config = Any
@@ -38,10 +41,8 @@ Config = Any
 def default_config() -> Config:
     """The paper's settings with no data set and no evaluation yet."""
     config = _from_table(KEYS).lock()
-    # The places where a configuration names keys of its own.
-    config.data.train.unlock()
-    for kind in EVALS:
-        config.evals[kind].unlock()
+    for group in ENTRIES:
+        get(config, group).unlock()
     return config
 
 
@@ -76,13 +77,6 @@ def _entry(table: dict, settings: dict) -> Config:
     return config
 
 
-EVALS = {
-    "seg": segmentation_eval,
-    "retrieval": retrieval_eval,
-    "classification": classification_eval,
-}
-
-
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), check: Callable[[Config], None] = validate
 ) -> Config:
@@ -93,18 +87,41 @@ def load_config(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No configuration file at {path}; see the ones in configs/.")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise UserError(f"{path} does not define get_config().")
+    config = _run(path)
     try:
+        return apply_overrides(config, overrides, check)
+    except UserError as error:
+        raise UserError(f"{path}{' and --config...' if overrides else ''}: {error}") from error
+
+
+def _run(path: Path) -> Config:
+    """What `get_config()` of a configuration file returns; a `UserError` says what fails where."""
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if not callable(get_config):
+            raise UserError("it does not define get_config()")
         config = get_config()
-    except (AttributeError, KeyError, TypeError) as error:
-        message = " ".join(str(error).split())
-        unknown = re.search(r'Key \\?"(\w+)\\?" does not exist', message)
-        if unknown:
-            message = unknown_key(unknown[1], [key.split(".")[-1] for key, *_ in _flatten(KEYS)])
-        raise UserError(f"{path}: {message}") from error
-    return apply_overrides(config, overrides, check)
+    # A configuration is a program: it can fail, or ask to exit, in any way.
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f"{path}, line {line}" if line else path
+        raise UserError(f"{where}: {_reason(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"{path}: get_config() returns {shown(config)}; it must return the default_config() "
+            "that it has changed."
+        )
+    return config
+
+
+def _reason(error: BaseException) -> str:
+    unknown = re.search(r'Key \\?"(\w+)\\?" does not exist', str(error))
+    if unknown:
+        return unknown_key(unknown[1], [key.split(".")[-1] for key, _ in flatten(KEYS)])
+    message = one_line(error)
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
 
 
 def apply_overrides(
@@ -114,7 +131,9 @@ def apply_overrides(
     for argument in overrides:
         name, equals, text = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
-            raise UserError(f"Cannot read {argument!r}: overrides look like --config.key=value.")
+            raise UserError(
+                f"Cannot read {shown(argument)}: overrides look like --config.key=value."
+            )
         assign(config, name, text if isinstance(get(config, name), str) else literal(name, text))
     check(config)
     return config
@@ -145,26 +164,26 @@ def to_json(config: Config) -> str:
 
 
 def from_dict(saved: dict) -> Config:
-    """A configuration stored as plain values (`to_dict`, JSON); keys added since take defaults."""
+    """A configuration stored as plain values (`to_dict`, JSON); keys added since take defaults.
+
+    Whatever is wrong with it is a `UserError`.
+    """
     config = default_config()
-    data = {key: value for key, value in saved["data"].items() if key != "train"}
-    rest = {key: value for key, value in saved.items() if key != "evals"}
-    _update(config, {**rest, "data": data})
-    for name, settings in saved["data"]["train"].items():
-        config.data.train[name] = data_set(**settings)
-    for kind, make in EVALS.items():
-        for name, settings in saved["evals"].get(kind, {}).items():
-            config.evals[kind][name] = make(**settings)
+    if not (isinstance(saved, dict) and {"model", "data", "evals"} <= saved.keys()):
+        raise UserError("model, data or evals is missing: this is no configuration of a run.")
+    _update(config, saved)
     validate(config)
     return config
 
 
 def from_file(path: Path) -> Config:
     """The configuration in a JSON file that `to_json` wrote."""
+    with reading(f"the configuration {path}", "Get it again."):
+        saved = json.loads(path.read_text(encoding="utf-8"))
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no configuration ({error!r}): get it again.") from error
+        return from_dict(saved)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def of_architecture(architecture: SimSegConfig) -> Config:
@@ -194,43 +213,52 @@ def compute_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-TRAINING = (
-    (KEYS, ""),
-    (DATA_SET_KEYS, "data.train.<name>."),
-    (SEGMENTATION_KEYS, "evals.seg.<name>."),
-    (RETRIEVAL_KEYS, "evals.retrieval.<name>."),
-    (CLASSIFICATION_KEYS, "evals.classification.<name>."),
-)
+TRAINING = ((KEYS, ""), *((table, f"{group}.<name>.") for group, table in ENTRIES.items()))
 PROBE = ((PROBE_KEYS, ""),)
 
 
 def describe(tables: Sequence[tuple[dict, str]] = TRAINING) -> str:
-    """All keys, one per line with default and meaning: the end of a command's help."""
+    """All keys with default, what they accept and mean: the end of a command's help."""
     return "\n".join(
-        f"  {key} = {default!r}\n      {text}"
+        f"  {name} = {key.default!r} ({key.accepts.text})\n      {key.meaning}"
         for table, prefix in tables
-        for key, default, text in _flatten(table, prefix)
+        for name, key in flatten(table, prefix)
     )
 
 
 def _from_table(table: dict) -> Config:
     config = ConfigDict()
     for key, value in table.items():
-        config[key] = _from_table(value) if isinstance(value, dict) else value[0]
+        config[key] = value.default if isinstance(value, Key) else _from_table(value)
     return config
 
 
-def _flatten(table: dict, prefix: str = "") -> Iterator[tuple[str, object, str]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+def flatten(table: dict, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """(dotted name, key) of all keys of a table."""
+    for name, value in table.items():
+        if isinstance(value, Key):
+            yield prefix + name, value
         else:
-            yield prefix + key, *value
+            yield from flatten(value, f"{prefix}{name}.")
 
 
-def _update(config: Config, settings: dict, prefix: str = "") -> None:
+def _update(config: Config, settings: Any, prefix: str = "") -> None:
+    if not isinstance(settings, dict):
+        raise UserError(f"{prefix.removesuffix('.')}={shown(settings)} must be a group of keys.")
     for key, value in settings.items():
-        if isinstance(value, dict):
-            _update(config, value, f"{prefix}{key}.")
+        name = prefix + key
+        if name in ENTRIES:
+            _add_entries(get(config, name), name, value)
+        elif isinstance(get(config, name), ConfigDict):
+            _update(config, value, f"{name}.")
         else:
-            assign(config, prefix + key, value)
+            assign(config, name, value)
+
+
+def _add_entries(group: Config, name: str, entries: Any) -> None:
+    if not isinstance(entries, dict):
+        raise UserError(f"{name}={shown(entries)} must be a group of entries.")
+    for entry, settings in entries.items():
+        check_name(name, entry)
+        group[entry] = _from_table(ENTRIES[name]).lock()
+        _update(group[entry], settings)

@@ -2,12 +2,14 @@
 
 import ast
 import difflib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, some
+from simseg_jax.ranges import shown
 
 
 def leaves(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -34,13 +36,13 @@ def assign(config: ConfigDict, name: str, value) -> None:
     current = get(config, name)
     expected = type(current)
     if isinstance(current, ConfigDict):
-        raise UserError(f"{name} is a group of keys; set one of them: {', '.join(current)}.")
+        raise UserError(f"{name} is a group of keys; set one of them: {some(current)}.")
     if expected is tuple and isinstance(value, list | tuple):
         value = _tuples(value)
-    elif expected is float and type(value) is int:
+    elif expected is float and type(value) is int and abs(value) < 2**64:
         value = float(value)
     elif type(value) is not expected:
-        raise UserError(f"{name}={value!r} must be of type {expected.__name__}.")
+        raise UserError(f"{name}={shown(value)} must be of type {expected.__name__}.")
     parent, _, key = name.rpartition(".")
     (get(config, parent) if parent else config)[key] = value
 
@@ -48,18 +50,24 @@ def assign(config: ConfigDict, name: str, value) -> None:
 def literal(name: str, text: str) -> Any:
     """The Python value that the command line gives for `name`."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
-        raise UserError(f"{name}={text!r} is not a Python value.") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of backslashes in strings.
+            return ast.literal_eval(text)
+    # Python's parser has limits of depth and size; {[]: 1} is a TypeError.
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise UserError(f"{name}={shown(text)} is not a Python value.") from error
 
 
 def unknown_key(name: str, known: list[str]) -> str:
     """The message about an unknown key, with the nearest of the known ones."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"Unknown configuration key {name!r}" + (
+    near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0)
+    return f"Unknown configuration key {shown(name)}" + (
         f"; the nearest is {near[0]!r}." if near else "."
     )
 
 
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+def _tuples(value, depth: int = 3):
+    # Deeper than any key: what is left there has the wrong type.
+    if depth and isinstance(value, list | tuple):
+        return tuple(_tuples(part, depth - 1) for part in value)
+    return value

@@ -1,20 +1,30 @@
+import json
+import re
 from pathlib import Path
 
 import pytest
 from support import tiny_config, tiny_eval
 
 from simseg_jax.config import (
+    PROBE,
+    TRAINING,
     apply_overrides,
+    classification_eval,
+    data_set,
     default_config,
     describe,
+    flatten,
     from_dict,
+    from_file,
     load_config,
     model_config,
+    retrieval_eval,
     segmentation_eval,
     to_json,
 )
 from simseg_jax.config_checks import validate_probe
-from simseg_jax.dotted import leaves
+from simseg_jax.config_keys import ENTRIES, KEYS, PROBE_KEYS
+from simseg_jax.dotted import get, leaves
 from simseg_jax.errors import UserError
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.vit import ViTConfig
@@ -86,9 +96,9 @@ def test_overrides_change_typed_keys():
         ("--config.model.pool=max", "must be one of: loda, mean, cls"),
         ("--config.model.image.patch_size=5", "multiple of model.image.patch_size=5"),
         ("--config.model.text.heads=3", "multiple of model.text.heads"),
-        ("--config.data.max_length=99", "must lie between"),
-        ("--config.batch_size=0", "at least 1"),
-        ("--config.checkpoint.keep=0", "checkpoint.keep must be at least 1"),
+        ("--config.data.max_length=99", "must not exceed"),
+        ("--config.batch_size=0", "from 2 to 1,048,576"),
+        ("--config.checkpoint.keep=0", "checkpoint.keep=0 must be a whole number from 1"),
         ("--config.steps=0", "steps or epochs"),
         ("--lr=3", "overrides look like"),
     ],
@@ -122,3 +132,169 @@ def test_help_lists_every_key():
     for name, _ in leaves(config):
         assert name.replace(".voc.", ".<name>.") in text
     assert '"seed": 0' in to_json(config)
+
+
+def test_every_default_is_accepted_and_every_key_shows_what_it_accepts():
+    text = describe((*TRAINING, *PROBE))
+    for table in (KEYS, *ENTRIES.values(), PROBE_KEYS):
+        for name, key in flatten(table):
+            key.check(name, key.default)
+            assert key.accepts.text in text
+
+
+MAKERS = {
+    "data.train": data_set,
+    "evals.seg": segmentation_eval,
+    "evals.retrieval": retrieval_eval,
+    "evals.classification": classification_eval,
+}
+NUMBERS = [
+    (group, name, key)
+    for group, table in (("", KEYS), *((f"{g}.one.", t) for g, t in ENTRIES.items()))
+    for name, key in flatten(table)
+    if isinstance(key.default, int | float) and not isinstance(key.default, bool)
+]
+
+
+@pytest.mark.parametrize("text", ["nan", "1e400", "-1e400", "None", "True", "''", "(1,)", "[" * 99])
+def test_no_number_takes_what_is_no_finite_number(text):
+    for group, name, _ in NUMBERS:
+        config = tiny_config()
+        for entries in ENTRIES:
+            get(config, entries)["one"] = MAKERS[entries]()
+        with pytest.raises(UserError, match=re.escape(f"{group}{name}=")):
+            apply_overrides(config, [f"--config.{group}{name}={text}"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"seed={value}" for value in (-1, 2**32, 2**64)),
+        *(f"steps={value}" for value in (-1, 2**31, 10**21, "-" * 3000 + "1", "1" * 5000)),
+        *("batch_size=1", "micro_batch=-1", "loss_chunk=-1", "eval_every=-1", "pictures=-1"),
+        *(f"model.image.heads={value}" for value in (0, -1, 2.0, 10**400)),
+        *("model.image.patch_size=0", "model.image.width=0", "model.image.mlp_width=-64"),
+        *("model.image.depth=0", "model.image.depth=1000000", "model.text.depth=-1"),
+        *("model.image.norm_eps=-1", "model.image.norm_eps=1e-300", "model.text.dropout=1"),
+        *(f"model.image.mean={value}" for value in ("('a','b','c')", "(0.5,)", "(0,0,nan)", "5")),
+        *(f"model.image.std={value}" for value in ("('a',)", "(1e-300,1,1)", "(1,1,0)", "()")),
+        *("model.temperature=0", "model.temperature=0.6", "model.m_image=1000", "model.m_text=99"),
+        *("optim.lr=-1", "optim.lr=0", "optim.b1=-1", "optim.b1=1", "optim.b2=1.0", "optim.eps=0"),
+        *("optim.final_lr=5", "optim.weight_decay=-1", "optim.warmup=1", "optim.clip_norm=-1"),
+        *(f"optim.lr_rules={value}" for value in ("()", "(1,)", "('.*',1)", "((1,'.*'),)")),
+        *(f"optim.decay_rules={value}" for value in ("(('[',1),)", "(('.*',-1),)", "(('.*',),)")),
+        *(
+            f"data.crop_area={value}"
+            for value in ("(1,)", "(0,1)", "(1,0.5)", "(0.5,2)", "('a',1)")
+        ),
+        *(f"data.crop_aspect={value}" for value in ("(0,0)", "(-1,1)", "(1,1e400)", "((1,),2)")),
+        *("data.edit_rate=2", "data.workers=-1", "data.workers=100000", "data.threads=100000"),
+        *("data.prefetch=1000000000", "data.max_bad=-0.1", "data.max_length=2", "mesh.fsdp=0"),
+        *("data.train.shapes.weight=1e400", "data.train.shapes.weight=0", "epochs=-1"),
+        *("data.train.shapes.size=1000000000000000000000", "data.train.shapes.weight=1e-12"),
+        *("evals.seg.shapes.top_k=1", "evals.seg.shapes.crf.gaussian_sxy=0"),
+        *("evals.seg.shapes.pamr.dilations=()", "evals.seg.shapes.pamr.dilations=(0,)"),
+        *("evals.seg.shapes.closing=100000", "evals.seg.shapes.limit=-1"),
+        *("evals.seg.shapes.threads=-1", "evals.seg.shapes.stride=-1", "checkpoint.directory=a\0b"),
+    ],
+    ids=lambda text: text[:40].replace("\0", "NUL"),
+)
+def test_what_cannot_work_is_refused_by_name(override):
+    config = tiny_config()
+    config.evals.seg.shapes = tiny_eval()
+    with pytest.raises(UserError) as refused:
+        apply_overrides(config, [f"--config.{override}"])
+    message = str(refused.value)
+    assert message.startswith(override.partition("=")[0] + "=")
+    assert len(message) < 300
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def get_config(): return", "returns None"),
+        ("def get_config(): return 5", "returns 5"),
+        ("def get_config(): return {}", "returns {}"),
+        ("get_config = 5", "does not define get_config()"),
+        ("", "does not define get_config()"),
+        ("def get_config(): return default_config().model", "seed is missing"),
+        ("def get_config():\n    1 / 0", "line 3: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    raise SystemExit(0)", "line 3: SystemExit: 0"),
+        ("import no_such_module", "line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_config(:", "line 2: SyntaxError: invalid syntax"),
+        ("data_set(size='many')", "line 2: size='many' must be of type int"),
+        ("def get_config():\n    return get_config()", "RecursionError"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, body, words):
+    path = tmp_path / "bad.py"
+    path.write_text(f"from simseg_jax.config import data_set, default_config\n{body}\n")
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert str(refused.value).startswith(str(path))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("config.evals = None", "evals must be a group of keys"),
+        ("config.evals.seg = None", "evals.seg must be a group of keys"),
+        ("config.model.image = None", "model.image must be a group of keys"),
+        ("config.steps = None", "steps=None must be of type int"),
+        ("config.steps = True", "steps=True must be of type int"),
+        ("config.evals.seg.voc = 5", "evals.seg.voc must be a group of keys"),
+        ("config.evals.seg['a/b'] = data_set()", "evals.seg: a name has"),
+        ("config.data.train.a = default_config()", "data.train.a.path is missing"),
+        ("config.unlock()\n    del config.optim", "optim is missing"),
+        ("config.unlock()\n    del config.optim.lr", "optim.lr is missing"),
+        ("config.unlock()\n    config.stepz = 5", "'stepz'; the nearest is 'steps'"),
+    ],
+)
+def test_a_file_that_takes_a_configuration_apart_is_named(tmp_path, change, words):
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "from simseg_jax.config import data_set, default_config\n"
+        f"def get_config():\n    config = default_config()\n    {change}\n    return config\n"
+    )
+    for overrides in ([], ["--config.seed=1"]):
+        with pytest.raises(UserError) as refused:
+            load_config(path, overrides)
+        assert str(refused.value).startswith(str(path))
+        assert words in str(refused.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "bad.py"
+    for data in (b"# \xff\xfe\n", b"\0\0", b"PK\3\4" + bytes(99)):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"bad\.py"):
+            load_config(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"seed": {}},
+        {"seed": "0"},
+        {"data": []},
+        {"evals": {"seg": 5}},
+        {"evals": {"seg": {"a.b": {}}}},
+        {"evals": {"seg": {"voc": {"resolution": [288]}}}},
+        {"model": {"imagf": {}}},
+        {"optim": {"lr_rules": [[[[[".*"]]]]]}},
+    ],
+)
+def test_a_damaged_saved_configuration_is_refused_with_its_name(tmp_path, damage):
+    saved = default_config().to_dict()
+    path = tmp_path / "config.json"
+    for wrong in ({**saved, **damage}, {}, [], None, {**saved, "seed": 2**70}):
+        with pytest.raises(UserError):
+            from_dict(wrong)
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"config\.json"):
+            from_file(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json"):
+        from_file(path)

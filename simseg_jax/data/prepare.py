@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", nargs="?", default="", help=DATA_SET_KEYS["path"][1])
     parser.add_argument("--output", required=True, help="folder to write, DIR in what follows")
     for key in _source_keys():
-        default, meaning = DATA_SET_KEYS[key]
+        default, meaning, _ = DATA_SET_KEYS[key]
         parser.add_argument(
             f"--{key}", type=type(default), default=default, help=meaning.replace("%", "%%")
         )
