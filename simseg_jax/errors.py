@@ -1,7 +1,11 @@
 """The exception for mistakes a user can mend, how it is worded, how the command lines report it."""
 
 import contextlib
+import errno
 import functools
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,26 +50,87 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
 
 
 def report_user_errors(main):
-    """Wraps a command's main function: a `UserError` ends it with its message, no traceback.
+    """Wraps a command's main function: what a user can mend ends it with one line, no traceback.
 
-    So does an error of the file system that names a file, such as a folder without permission. The
-    exit status is 2, as for a wrong option: starting again would not help, which launchers use.
+    That is a `UserError`, an error of the file system, too little memory, Ctrl-C (status 130) and
+    output that nobody reads any longer (141, silent, as of any program). The exit status of the
+    others is 2, as for a wrong option: starting again would not help, which launchers use.
+    Everything else is a mistake in this program and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            if error.filename is None:
+            with _interruptible():
+                result = main(*args, **kwargs)
+                sys.stdout.flush()  # While a closed pipe can still be told from a mistake.
+                return result
+        except KeyboardInterrupt:
+            print("Stopped by Ctrl-C.", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _unread_output():
+                sys.exit(141)
+            message = _mendable(error)
+            if message is None:
                 raise
-            message = f"{error.strerror}: {error.filename}"
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(2)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    # Ctrl-C just ends a process that loads its libraries or winds up, see simseg_jax/__init__.py.
+    bare = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if bare:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if bare:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _mendable(error: BaseException) -> str | None:
+    """What to tell the user about an error, None if it is a mistake in this program."""
+    if isinstance(error, UserError):
+        return str(error)
+    # Libraries wrap what the system said, and closing files after it may fail once more.
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason = os.strerror(number)
+        if any(getattr(e, "errno", None) == number or reason in str(e) for e in chain):
+            names = [name for e in chain if (name := getattr(e, "filename", None))]
+            name = f": {names[0]}" if names else ""
+            return (
+                f"{reason}{name}. What was finished before is kept: make room and run the same "
+                "command again."
+            )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO):
+        return f"{error.strerror}."
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"Out of memory ({one_line(error, 100)}). In training lower batch_size, set "
+            "micro_batch, or remat=full; elsewhere lower the batch size or the resolution."
+        )
+    return None
+
+
+def _unread_output() -> bool:
+    """Whether the reader of our output is gone, as after `| head`; then nothing more goes there."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    gone = [number for number, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for number in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(gone)
 
 
 def require_file(path: Path, what: str, advice: str = "") -> Path:
