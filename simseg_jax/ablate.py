@@ -5,13 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from simseg_jax.command_line import cache_programs, make_parser
+from simseg_jax.command_line import accepted, cache_programs, make_parser
 from simseg_jax.config import Config, load_config
 from simseg_jax.config_checks import validate
 from simseg_jax.dotted import assign
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import summary
 from simseg_jax.processes import STOPPED
+from simseg_jax.ranges import whole
 from simseg_jax.tables import (
     Table,
     add_table_options,
@@ -81,7 +82,9 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument("--workdir", required=True, help="folder for all runs and the table")
     add_table_options(parser, TABLES)
-    parser.add_argument("--only", type=int, help="train this run of the table only, from 0 on")
+    parser.add_argument(
+        "--only", type=accepted(whole(0)), help="train this run of the table only, from 0 on"
+    )
     args, overrides = parser.parse_known_args()
     cache_programs()
     check_table_options(args, TABLES)

@@ -13,16 +13,19 @@ from simseg_jax import config as config_lib
 from simseg_jax import model_folder as folder
 from simseg_jax import programs
 from simseg_jax.command_line import (
+    accepted,
     add_protocol_options,
     cache_programs,
     make_parser,
     protocol_settings,
 )
+from simseg_jax.config_keys import HEADS
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.models.simseg import SimSegConfig
+from simseg_jax.ranges import whole
 from simseg_jax.segment import Segmenter, words_of
 from simseg_jax.sharding import place
 from simseg_jax.trained import TrainedModel, assemble_model, is_trained, load_model
@@ -61,11 +64,13 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters"
     )
-    parser.add_argument("--step", type=int, help="of a run: which checkpoint; default: the newest")
+    parser.add_argument(
+        "--step", type=accepted(whole(0)), help="of a run: which checkpoint; default: the newest"
+    )
     group = parser.add_argument_group("what a .pth of the authors does not say")
     group.add_argument("--vocab", default="bert-base-uncased", help="as data.vocab of a run")
-    group.add_argument("--image_heads", type=int, help="default: one per 64 channels")
-    group.add_argument("--text_heads", type=int, help="default: one per 64 channels")
+    group.add_argument("--image_heads", type=accepted(HEADS), help="default: one per 64 channels")
+    group.add_argument("--text_heads", type=accepted(HEADS), help="default: one per 64 channels")
     group = parser.add_argument_group("--to=stablehlo")
     group.add_argument("--words", help="classes.npz holds these; default: the benchmark's classes")
     group.add_argument("--platforms", default=",".join(programs.PLATFORMS), help="with commas")

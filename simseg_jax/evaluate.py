@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from simseg_jax.command_line import (
+    accepted,
     add_checkpoint_options,
     add_evals_options,
     cache_programs,
@@ -24,6 +25,7 @@ from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gathe
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.evaluators.statistics import class_table, format_table, image_ious, write_csv
 from simseg_jax.processes import add_distributed_option, join_processes
+from simseg_jax.ranges import whole
 from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.visualize import write_contact_sheet
 
@@ -51,7 +53,12 @@ def main() -> None:
     add_evals_options(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type")
     parser.add_argument("--output", help="folder; default: CHECKPOINT/evaluation-STEP")
-    parser.add_argument("--pictures", type=int, default=8, help="worst and best images; 0: none")
+    parser.add_argument(
+        "--pictures",
+        type=accepted(whole(0, 1000)),
+        default=8,
+        help="worst and best images; 0: none",
+    )
     add_distributed_option(parser)
     args, overrides = parser.parse_known_args()
     if args.distributed:

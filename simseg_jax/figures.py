@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from simseg_jax.class_figures import draw_classes, draw_scores, read_table
 from simseg_jax.command_line import (
+    accepted,
     add_checkpoint_options,
     add_evals_options,
+    add_key_option,
     cache_programs,
     make_parser,
 )
@@ -26,6 +28,7 @@ from simseg_jax.evaluate import choose, evaluation_config
 from simseg_jax.evaluators.retrieval import RetrievalEvaluator
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.simseg import bind, l2_normalize
+from simseg_jax.ranges import whole
 from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.visualize import overlay, palette
 
@@ -59,15 +62,22 @@ def main() -> None:
     add_checkpoint_options(responses)
     responses.add_argument("--image", required=True, help="image file")
     responses.add_argument("--caption", action="append", required=True, help="may be repeated")
-    responses.add_argument("--resolution", type=int, help="side in pixels the model sees")
+    add_key_option(responses, "resolution", "side in pixels the model sees")
     gallery = kinds.add_parser("gallery", help="images, truth, masks without and with dense CRF")
     add_checkpoint_options(gallery)
     add_evals_options(gallery)
-    gallery.add_argument("--count", type=int, default=6, help="images, spread over the benchmark")
+    gallery.add_argument(
+        "--count",
+        type=accepted(whole(1, 1000)),
+        default=6,
+        help="images, spread over the benchmark",
+    )
     retrieved = kinds.add_parser("retrieved", help="captions and the images nearest to them")
     add_checkpoint_options(retrieved)
     add_evals_options(retrieved)
-    retrieved.add_argument("--count", type=int, default=6, help="captions, spread over all")
+    retrieved.add_argument(
+        "--count", type=accepted(whole(1, 1000)), default=6, help="captions, spread over all"
+    )
     classes = kinds.add_parser("classes", help="sorted IoU per class")
     scores = kinds.add_parser("scores", help="scores where a class shows and where not")
     for kind in (classes, scores):

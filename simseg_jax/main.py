@@ -5,11 +5,12 @@ import time
 
 import jax
 
-from simseg_jax.command_line import cache_programs, make_parser
+from simseg_jax.command_line import accepted, cache_programs, make_parser
 from simseg_jax.config import describe, load_config
 from simseg_jax.errors import report_user_errors
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.processes import STOPPED, add_distributed_option, join_processes
+from simseg_jax.ranges import whole
 from simseg_jax.train import train
 
 EPILOG = """examples:
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--profile",
         metavar="STEPS",
-        type=int,
+        type=accepted(whole(0)),
         nargs="?",
         const=3,
         default=0,
@@ -43,8 +44,6 @@ def main() -> None:
     )
     add_distributed_option(parser)
     args, overrides = parser.parse_known_args()
-    if args.profile < 0:
-        parser.error(f"--profile={args.profile} must be a number of steps")
     if args.distributed:
         join_processes()
     cache_programs()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from simseg_jax.command_line import (
     add_checkpoint_options,
+    add_key_option,
     add_protocol_options,
     cache_programs,
     make_parser,
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for masks, overlays, scores.json")
     parser.add_argument("--contrast", help="comma-separated words scored but not drawn")
     add_protocol_options(parser)
-    parser.add_argument("--batch_size", type=int, help="images per batch")
+    add_key_option(parser, "batch_size", "images per batch")
     args = parser.parse_args()
     cache_programs()
     words = check_words(args.words.split(","))

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from simseg_jax.command_line import make_parser
+from simseg_jax.command_line import accepted, make_parser
 from simseg_jax.config import load_config
 from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
 from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.errors import report_user_errors
+from simseg_jax.ranges import number, whole
 from simseg_jax.visualize import CELL, TEXT_HEIGHT, font
 
 EPILOG = """examples:
@@ -37,16 +38,21 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument("--output", default="batch.png", help="picture to write (%(default)s)")
-    parser.add_argument("--batch", type=int, default=0, help="number of the batch, as in training")
-    parser.add_argument("--count", type=int, default=16, help="examples to draw (%(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=5, help="how long to measure; 0: not (%(default)s)"
+        "--batch", type=accepted(whole(0)), default=0, help="number of the batch, as in training"
+    )
+    parser.add_argument(
+        "--count", type=accepted(whole(1, 1000)), default=16, help="examples to draw (%(default)s)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=accepted(number(0, 1e6), float),
+        default=5,
+        help="how long to measure; 0: not (%(default)s)",
     )
     args, overrides = parser.parse_known_args()
     config = load_config(args.config, overrides)
     count = min(args.count, config.batch_size)
-    if count < 1 or args.batch < 0:
-        raise UserError("--count must be at least 1 and --batch at least 0.")
     tokenizer = load_tokenizer(config.data.vocab)
     examples = Examples(
         config.data,

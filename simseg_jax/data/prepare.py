@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simseg_jax.command_line import make_parser
+from simseg_jax.command_line import accepted, make_parser
 from simseg_jax.config import data_set
 from simseg_jax.config_checks import validate_data_set
-from simseg_jax.config_keys import DATA_SET_KEYS, KEYS
+from simseg_jax.config_keys import DATA_SET_KEYS, KEYS, SEED
 from simseg_jax.data.assemble import VERSION, check_same, make_data_set, read_back
 from simseg_jax.data.shards import Job, open_once
 from simseg_jax.data.vocabulary import train_vocabulary
 from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.ranges import SHARE, whole
 
 SHARD_LENGTH = 10_000
 EPILOG = """examples:
@@ -79,28 +80,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", nargs="?", default="", help=DATA_SET_KEYS["path"][1])
     parser.add_argument("--output", required=True, help="folder to write, DIR in what follows")
     for key in _source_keys():
-        default, meaning, _ = DATA_SET_KEYS[key]
+        default, meaning, accepts = DATA_SET_KEYS[key]
         parser.add_argument(
-            f"--{key}", type=type(default), default=default, help=meaning.replace("%", "%%")
+            f"--{key}",
+            type=accepted(accepts, type(default)),
+            default=default,
+            help=meaning.replace("%", "%%"),
         )
     add = parser.add_argument
     add(
         "--short_side",
-        type=int,
+        type=accepted(whole(0)),
         default=288,
         help="larger images are re-encoded as JPEG with this "
         "short side in pixels, smaller ones kept; 0: all keep their bytes (%(default)s)",
     )
-    add("--quality", type=int, default=90, help="of these JPEGs, 1 to 100 (%(default)s)")
+    add(
+        "--quality",
+        type=accepted(whole(1, 100)),
+        default=90,
+        help="of these JPEGs, 1 to 100 (%(default)s)",
+    )
     add(
         "--max_pixels",
-        type=int,
+        type=accepted(KEYS["data"]["max_pixels"].accepts),
         default=KEYS["data"]["max_pixels"][0],
         help="larger images count as damaged (%(default)s)",
     )
     add(
         "--max_bad",
-        type=float,
+        type=accepted(SHARE, float),
         default=0.1,
         help="stop when more than this share of the pairs cannot be used (%(default)s)",
     )
@@ -117,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="random order over all shards, or that of the source",
     )
-    add("--seed", type=int, default=0, help="of that order (%(default)s)")
+    add("--seed", type=accepted(SEED), default=0, help="of that order (%(default)s)")
     add(
         "--shards",
-        type=int,
+        type=accepted(whole(0, 100_000)),
         default=0,
         help="files to write; 0: about 10,000 images each, fewer in small data sets",
     )
@@ -128,13 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--split_name", default="train", help="name of its split (%(default)s)")
     add(
         "--train_vocab",
-        type=int,
+        type=accepted(whole(0, 2**24)),
         default=0,
         metavar="SIZE",
         help="train DIR/vocab.txt, an "
         "uncased WordPiece vocabulary of at most so many tokens, from the captions; 0: no",
     )
-    add("--processes", type=int, default=0, help="0: one per core")
+    add("--processes", type=accepted(whole(0, 1024)), default=0, help="0: one per core")
     add(
         "--beam",
         default="",
@@ -145,14 +154,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args) -> None:
-    at_least = {"short_side": 0, "shards": 0, "processes": 0, "train_vocab": 0, "max_pixels": 1}
-    for key, least in at_least.items():
-        if getattr(args, key) < least:
-            raise UserError(f"--{key} must be at least {least}, not {getattr(args, key)}.")
-    if not 1 <= args.quality <= 100:
-        raise UserError(f"--quality={args.quality} must lie between 1 and 100.")
-    if not 0 <= args.max_bad <= 1:
-        raise UserError(f"--max_bad={args.max_bad} is a share of the pairs in [0, 1].")
     if "://" in args.output:
         raise UserError(f"--output={args.output} must be a folder here: copy it there afterwards.")
     extras = {"tensorflow_datasets": "prepare", "importlib_resources": "prepare"}

@@ -192,7 +192,9 @@ def test_a_vocabulary_of_the_captions(home):
 def test_mistakes_are_explained(home, capsys):
     out = f"--output={home / 'out'}"
     path = write_tar(make_pairs(5), home / "source")
-    assert "--quality=0 must lie between" in message(capsys, path, out, "--quality=0")
+    assert "--quality: '0' must be a whole number from 1" in message(
+        capsys, path, out, "--quality=0"
+    )
     assert "--shards=9 are more than the 5 images" in message(capsys, path, out, "--shards=9")
     assert "--name='1 2' must be letters" in message(capsys, path, out, "--name=1 2")
     assert "No file matches" in message(capsys, home / "nowhere.tar", out)
