@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 PATCH, HEADS, DEPTH = 16, 3, 3
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-# 640 x 427 (NASA, public domain) and 600 x 400 (Rachel Michetti, CC0), width x height.
+# 640 x 427 (SpaceX, public domain) and 600 x 400 (Rachel Michetti, CC0), width x height.
 PHOTOS = ("rocket", "coffee")
 
 state = torch.load(FOLDER / "model.pth", weights_only=True)["state_dict"]
