@@ -72,6 +72,13 @@ def test_scores_thresholds_candidates_and_maps(golden_model, golden, class_embed
         assert_close(response.similarity[i], golden[f"seg/{photo}/similarity_18x18"])
 
 
+def test_the_threshold_of_context_takes_more_scores(golden_model, golden, class_embeddings):
+    """30 of them by default, which are all of these 21 classes, where VOC takes 10."""
+    _, response = predict(golden_model, golden, class_embeddings, PHOTOS[:1], data="context")
+    scores = golden["seg/astronaut/scores"]
+    assert_close(response.threshold[0], scores.mean() + scores.std(ddof=1))
+
+
 def test_masks_without_crf(golden_model, golden, class_embeddings):
     """Independent NumPy/SciPy-free reading of the protocol from the reference similarity maps."""
     masks, _ = predict(golden_model, golden, class_embeddings, PHOTOS)
