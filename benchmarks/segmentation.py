@@ -29,6 +29,7 @@ from PIL import Image
 
 from simseg_jax.config import default_config, model_config, segmentation_eval
 from simseg_jax.data import shapes
+from simseg_jax.data.classes import top_k
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou
@@ -112,7 +113,7 @@ class Peer:
         self.lap("forward")
         embedding = F.normalize(patches.topk(settings.m_image, dim=1).values.mean(dim=1))
         scores = (embedding @ self.class_embeddings)[0].cpu()
-        top = scores.topk(min(settings.top_k, len(scores))).values
+        top = scores.topk(min(top_k(settings), len(scores))).values
         threshold = top.mean() + settings.sigma_weight * top.std()
         best = scores.topk(min(settings.candidates, len(scores))).indices.tolist()
         drawn = [label for label in best if label != 0 and scores[label] >= threshold]

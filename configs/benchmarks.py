@@ -35,7 +35,7 @@ def get_config() -> Config:
     config = default_config()
     seg = config.evals.seg
     seg.voc = segmentation_eval(data="voc", root=VOC2012)
-    seg.context = segmentation_eval(data="context", root=VOC2010, top_k=30)
+    seg.context = segmentation_eval(data="context", root=VOC2010)
     seg.coco_object = segmentation_eval(data="coco_object", root=COCO)
     for data, root in (
         ("voc", VOC2012),

@@ -27,6 +27,7 @@ from simseg_jax.config_keys import (
     RETRIEVAL_KEYS,
     SEGMENTATION_KEYS,
 )
+from simseg_jax.data.classes import top_k
 from simseg_jax.dotted import assign, get, literal, unknown_key
 from simseg_jax.errors import UserError, one_line, reading
 from simseg_jax.models.bert import BertConfig
@@ -136,6 +137,17 @@ def apply_overrides(
             )
         assign(config, name, text if isinstance(get(config, name), str) else literal(name, text))
     check(config)
+    return config
+
+
+def resolved(config: Config) -> Config:
+    """A copy in which every segmentation benchmark names the `top_k` that it takes from its data.
+
+    A configuration keeps 0, so that another data set brings its own; results show the number.
+    """
+    config = config.copy_and_resolve_references()
+    for settings in config.evals.seg.values():
+        settings.top_k = top_k(settings)
     return config
 
 

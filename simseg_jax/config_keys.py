@@ -15,6 +15,7 @@ from simseg_jax.ranges import (
     RULES,
     SHARE,
     TEXT,
+    Accepts,
     Key,
     number,
     one_of,
@@ -25,6 +26,7 @@ from simseg_jax.ranges import (
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
 FEATURES = ("embedding", "cls", "mean")  # See `evaluators.embedding`.
+ASPECTS = ("squash", "keep")
 
 SEED = whole(0, 2**32 - 1)  # What both NumPy and JAX take.
 BATCH = whole(1, 2**20)
@@ -268,9 +270,13 @@ SEGMENTATION_KEYS = {
     "m_image": Key(5, "M^I: responses per channel over patches", RESPONSES),
     "m_text": Key(1, "M^T: responses per channel over words, padding masked", RESPONSES),
     "top_k": Key(
-        10,
-        "paper: class scores that set the threshold; 30 for many classes",
-        whole(2, 10**6),  # One has no deviation.
+        0,
+        "paper: class scores that set the threshold; 0: as data has it, 10 for voc, 30 for context",
+        # One has no deviation.
+        Accepts(
+            "0, for what the data set has, or a whole number from 2 to 1,000,000",
+            lambda value: value != 1 and whole(0, 10**6).allows(value),
+        ),
     ),
     "sigma_weight": Key(
         1.0,
@@ -337,8 +343,13 @@ SEGMENTATION_KEYS = {
 }
 
 EMBEDDING_KEYS = {
-    "resize": Key(324, "shorter side in pixels to which images are resized", SIDE),
+    "resize": Key(324, "side in pixels to which images are resized", SIDE),
     "crop": Key(288, "side of the central square that the model sees", SIDE),
+    "aspect": Key(
+        "squash",
+        "squash: to a square of resize pixels, as the authors; keep: the shorter side to resize",
+        one_of(*ASPECTS),
+    ),
     "m_image": Key(5, "M^I: responses per channel over patches", RESPONSES),
     "m_text": Key(1, "M^T: responses per channel over words, padding masked", RESPONSES),
     "limit": Key(0, "use so many images; 0: all", whole(0)),
@@ -380,12 +391,13 @@ PROBE_KEYS = {
     "size": Key(2000, "shapes: number of training scenes", SCENES),
     "val_size": Key(500, "shapes: number of validation scenes", SCENES),
     "feature": Key(
-        "mean",
-        "embedding: top-M, projected, unit length; cls: CLS; mean: of the patches",
+        "cls",
+        "cls: CLS, as the authors; mean: of the patches; embedding: top-M, projected, unit length",
         one_of(*FEATURES),
     ),
     "resize": EMBEDDING_KEYS["resize"]._replace(default=256),
     "crop": EMBEDDING_KEYS["crop"]._replace(default=224),
+    "aspect": EMBEDDING_KEYS["aspect"],
     "m_image": EMBEDDING_KEYS["m_image"],
     "images": Key(32, "images per batch of the encoder over all devices of a process", BATCH),
     "threads": EMBEDDING_KEYS["threads"],

@@ -20,6 +20,7 @@ from simseg_jax.command_line import (
     protocol_settings,
 )
 from simseg_jax.config_keys import HEADS
+from simseg_jax.data.classes import top_k
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import headlines
@@ -144,7 +145,7 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
         use = PROGRAMS_USE.format(
             platforms=", ".join(platforms),
             size=settings.resolution,
-            least=max(settings.top_k, settings.candidates),
+            least=max(top_k(settings), settings.candidates),
             refine=settings.refine,
             sigma=settings.sigma_weight,
             m_image=settings.m_image,

@@ -18,7 +18,7 @@ from simseg_jax.command_line import (
     make_parser,
     results_folder,
 )
-from simseg_jax.config import Config, apply_overrides, load_config
+from simseg_jax.config import Config, apply_overrides, load_config, resolved
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
 from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
@@ -65,11 +65,11 @@ def main() -> None:
         join_processes()
     cache_programs()
     model = load_model(args.checkpoint, args.step, args.dtype and jnp.dtype(args.dtype))
-    config = evaluation_config(model.config, args.config, overrides)
+    config = resolved(evaluation_config(model.config, args.config, overrides))
     benchmarks = choose(config, args.benchmark)
     folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
     # All of them first, so that a missing file is found now.
-    evaluators = make_evaluators(benchmarks, *model.parts)
+    evaluators = make_evaluators(benchmarks, *model.parts, config.data.cache)
     results = {}
     for prefix, evaluator in evaluators.items():
         kind, name = prefix.split("/")

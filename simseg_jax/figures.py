@@ -204,7 +204,7 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
     settings = _first(config, args.benchmark, "retrieval")
-    evaluator = RetrievalEvaluator(*model.parts, settings)
+    evaluator = RetrievalEvaluator(*model.parts, settings, config.data.cache)
     ranked = evaluator.rank(model.params, tqdm)
     count = min(args.count, len(ranked.texts))
     figure, axes = _panels(count, 5, extra=0.3 * count)

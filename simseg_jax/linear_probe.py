@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from simseg_jax.data.labelled import labelled_source, loader
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.embedding import ImageEmbedder
 from simseg_jax.metrics import top_accuracy
+from simseg_jax.models.layers import torch_bias_init, torch_linear_init
 from simseg_jax.optim import cosine_schedule, lars
 from simseg_jax.processes import add_distributed_option, join_processes
 from simseg_jax.sharding import batch_sharding, make_mesh, replicated, to_global_batch
@@ -40,7 +40,7 @@ Features are computed once and kept in --output (train.npz, val.npz): the same c
 learning rate starts from them. result.json has the accuracies and settings. Keys and defaults:
 """
 # Keys that the features depend on.
-OF_FEATURES = ("data", "root", "feature", "resize", "crop", "m_image")
+OF_FEATURES = ("data", "root", "feature", "resize", "crop", "aspect", "m_image")
 
 
 @report_user_errors
@@ -106,6 +106,7 @@ def features_of(
     images = SimpleNamespace(
         resize=settings.resize,
         crop=settings.crop,
+        aspect=settings.aspect,
         m_image=settings.m_image,
         batch_size=settings.images,
         threads=settings.threads,
@@ -144,10 +145,11 @@ def probe(
     steps, warmup = settings.epochs * per_epoch, settings.warmup_epochs * per_epoch
     schedule = cosine_schedule(settings.base_lr * batch / 256, steps, warmup, 0.0)
     optimizer = lars(schedule, momentum=settings.momentum, weight_decay=settings.weight_decay)
-    key = jax.random.key(settings.seed)
+    width, keys = known.shape[1], jax.random.split(jax.random.key(settings.seed))
+    # As PyTorch's Linear: LARS moves weights in proportion to their length.
     params = {
-        "kernel": 0.01 * jax.random.normal(key, (known.shape[1], classes)),
-        "bias": jnp.zeros(classes),
+        "kernel": torch_linear_init()(keys[0], (width, classes)),
+        "bias": torch_bias_init(width)(keys[1], (classes,)),
     }
     params = jax.device_put(params, replicated(mesh))
     state = jax.device_put(optimizer.init(params), replicated(mesh))

@@ -94,20 +94,11 @@ def adamw(
 
 
 def lars(
-    schedule: optax.Schedule,
-    *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    trust_coefficient: float = 1e-3,
+    schedule: optax.Schedule, *, momentum: float = 0.9, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """LARS (You et al., 2017) as in linear probing: every parameter, biases too, is adapted.
+    """LARS (You et al., 2017) as the authors probe: every parameter, biases too, is adapted.
 
-    The gradient is scaled by trust_coefficient * |parameter| / |gradient| (by 1 where one of them
-    is zero), summed with momentum and then multiplied by the learning rate.
+    The gradient is scaled by 0.001 * |parameter| / (|gradient| + 1e-8), or by 1 where one of them
+    is zero, and by the learning rate; then it is summed with momentum.
     """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient),
-        optax.trace(momentum),
-        optax.scale_by_learning_rate(schedule),
-    )
+    return optax.lars(schedule, weight_decay, eps=1e-8, momentum=momentum)

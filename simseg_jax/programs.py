@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from simseg_jax.data.classes import top_k
 from simseg_jax.errors import UserError
 from simseg_jax.masks.postprocess import closing, compose, min_max
 from simseg_jax.masks.protocols import respond
@@ -44,7 +45,7 @@ def write_programs(
             "or pamr and a benchmark with protocol=paper."
         )
     names = ["background", *segmenter.words, *segmenter.contrast]
-    least = max(settings.top_k, settings.candidates)
+    least = max(top_k(settings), settings.candidates)
     if len(names) < least:
         raise UserError(f"The threshold needs {least} classes, the background included: add words.")
     unknown = set(platforms) - set(PLATFORMS)

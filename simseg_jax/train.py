@@ -132,7 +132,12 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
 
     # ---- evaluators: built before training, so that a missing file is found now
     evaluators = make_evaluators(
-        benchmarks_of(config), graphdef, config.model.image.patch_size, mesh, encoder
+        benchmarks_of(config),
+        graphdef,
+        config.model.image.patch_size,
+        mesh,
+        encoder,
+        config.data.cache,
     )
 
     # ---- restore

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import zlib
 
 # Compiling takes longer than running here: without optimisation a third of the time is saved.
 os.environ["XLA_FLAGS"] = (
@@ -23,6 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from support import tiny_config, tiny_eval
 
 from simseg_jax.models.simseg import make_model
@@ -61,6 +63,22 @@ def workdir(trained, tmp_path_factory):
 def golden():
     """Reference outputs of the authors' code (see tests/goldens/README.md)."""
     return dict(np.load(GOLDENS / "reference.npz"))
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    """Two photographs through a second implementation, made by tests/goldens/make_photographs.py.
+
+    With the pixels of each as "PHOTO/image", uint8 [H, W, 3].
+    """
+    stored = dict(np.load(GOLDENS / "photographs.npz"))
+    for photo in ("rocket", "coffee"):
+        with Image.open(GOLDENS / f"{photo}.jpg") as file:
+            image = np.asarray(file)
+        message = f"{photo}.jpg is decoded to other pixels than when the goldens were written"
+        assert zlib.crc32(image.tobytes()) == stored[f"{photo}/pixels/checksum"], message
+        stored[f"{photo}/image"] = image
+    return stored
 
 
 @pytest.fixture(scope="session")

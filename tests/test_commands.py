@@ -66,6 +66,8 @@ def test_evaluate_command(monkeypatch, capsys, workdir):
     last = out.splitlines()[-1]
     assert f"{record['results']['seg/shapes/miou']:.4f}" in last
     assert str(folder) in last
+    # What the data set decides is shown as decided.
+    assert record["config"]["evals"]["seg"]["shapes"]["top_k"] == 10
     with (folder / "shapes" / "classes.csv").open() as file:
         rows = {row["class"]: row for row in csv.DictReader(file)}
     assert float(rows["background"]["iou"]) == record["results"]["seg/shapes/iou/background"]

@@ -18,12 +18,14 @@ from simseg_jax.config import (
     from_file,
     load_config,
     model_config,
+    resolved,
     retrieval_eval,
     segmentation_eval,
     to_json,
 )
 from simseg_jax.config_checks import validate_probe
 from simseg_jax.config_keys import ENTRIES, KEYS, PROBE_KEYS
+from simseg_jax.data.classes import top_k
 from simseg_jax.dotted import get, leaves
 from simseg_jax.errors import UserError
 from simseg_jax.models.bert import BertConfig
@@ -58,7 +60,30 @@ def test_defaults_are_the_papers_recipe():
     assert (architecture.image, architecture.text) == (ViTConfig.s16(), BertConfig.base())
     protocol = segmentation_eval()
     assert (protocol.resolution, protocol.m_image, protocol.m_text) == (288, 5, 1)
-    assert (protocol.top_k, protocol.sigma_weight, protocol.candidates) == (10, 1.0, 5)
+    assert (protocol.sigma_weight, protocol.candidates) == (1.0, 5)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"), [("voc", 10), ("context", 30), ("coco_object", 10), ("shapes", 10)]
+)
+def test_the_number_of_scores_for_the_threshold_belongs_to_the_data(data, expected):
+    config = default_config()
+    config.evals.seg.own = segmentation_eval(data=data)
+    config.evals.seg.given = segmentation_eval(data=data, top_k=7)
+    # Chosen after the entry was made, as by an override of a checkpoint's benchmark.
+    config.evals.seg.later = segmentation_eval()
+    apply_overrides(config, [f"--config.evals.seg.later.data={data}"])
+    assert [top_k(config.evals.seg[name]) for name in ("own", "given", "later")] == [
+        expected,
+        7,
+        expected,
+    ]
+    shown = {name: entry.top_k for name, entry in resolved(config).evals.seg.items()}
+    assert shown == {"own": expected, "given": 7, "later": expected}
+    # The configuration itself keeps the choice open.
+    assert config.evals.seg.own.top_k == 0
+    with pytest.raises(UserError, match="top_k=1 must be 0, for what the data set has, or"):
+        apply_overrides(config, ["--config.evals.seg.own.top_k=1"])
 
 
 def test_overrides_change_typed_keys():

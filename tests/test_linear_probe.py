@@ -12,7 +12,7 @@ from simseg_jax.config import probe_config
 from simseg_jax.config_checks import validate_probe
 from simseg_jax.errors import UserError
 from simseg_jax.linear_probe import probe, probe_step
-from simseg_jax.optim import lars
+from simseg_jax.optim import cosine_schedule, lars
 
 CONFIG = """
 from simseg_jax.config import probe_config
@@ -23,17 +23,44 @@ def get_config():
 """
 
 
-def test_lars_follows_the_references_trajectory(golden):
-    optimizer = lars(optax.constant_schedule(0.1))
+def trajectory(golden, schedule, steps):
+    """(losses, kernel [C, D], bias [C]) of `steps` steps on the problem of the reference."""
+    optimizer = lars(schedule)
     params = {"kernel": jnp.asarray(golden["lars/w0"].T), "bias": jnp.zeros(5)}
     batch = {"x": golden["lars/x"], "y": golden["lars/y"]}
+    step = jax.jit(lambda *arguments: probe_step(optimizer, *arguments))
     state, losses = optimizer.init(params), []
-    for _ in range(6):
-        params, state, loss = jax.jit(lambda *a: probe_step(optimizer, *a))(params, state, batch)
+    for _ in range(steps):
+        params, state, loss = step(params, state, batch)
         losses.append(loss)
+    return losses, params["kernel"].T, params["bias"]
+
+
+def test_lars_follows_the_references_trajectory(golden):
+    losses, kernel, bias = trajectory(golden, optax.constant_schedule(0.1), 6)
     np.testing.assert_allclose(losses, golden["lars/losses"], rtol=1e-6)
-    np.testing.assert_allclose(params["kernel"].T, golden["lars/w6"], rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(params["bias"], golden["lars/b6"], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(kernel, golden["lars/w6"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(bias, golden["lars/b6"], rtol=1e-6, atol=1e-7)
+
+
+def test_lars_under_warm_up_and_cosine(golden, photographs):
+    """The momentum holds steps of the rates at which they were made."""
+    schedule = cosine_schedule(20.0, steps=40, warmup_steps=8, final_fraction=0.0)
+    losses, kernel, bias = trajectory(golden, schedule, 40)
+    np.testing.assert_allclose(losses, photographs["lars/losses"], rtol=1e-4)
+    np.testing.assert_allclose(kernel, photographs["lars/kernel"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(bias, photographs["lars/bias"], rtol=1e-4)
+
+
+def test_the_classifier_starts_as_pytorchs():
+    """Uniform within 1 / sqrt(width), the bias too; a learning rate of 0 keeps it so."""
+    width, classes = 64, 200
+    settings = probe_config(base_lr=0.0, epochs=1, warmup_epochs=0)
+    train = {"features": np.eye(width, dtype=np.float32), "labels": np.arange(width)}
+    bias, *rows = probe(settings, train, np.eye(width + 1, width, -1, np.float32), classes)
+    for weights in (bias, np.stack(rows) - bias):
+        np.testing.assert_allclose(np.abs(weights).max(), width**-0.5, rtol=0.05)
+        np.testing.assert_allclose(weights.std(), (3 * width) ** -0.5, rtol=0.1)
 
 
 def clusters(count, seed):
@@ -65,7 +92,7 @@ def config(tmp_path):
 def test_command_keeps_its_features(monkeypatch, capsys, workdir, config):
     arguments = (f"--checkpoint={workdir}", f"--config={config}")
     out = run(monkeypatch, capsys, linear_probe, *arguments)
-    folder = workdir / "linear_probe-4" / "mean"
+    folder = workdir / "linear_probe-4" / "cls"
     assert str(folder) in out.splitlines()[-1]
     first = json.loads((folder / "result.json").read_text())
     assert first["results"]["top1"] <= first["results"]["top5"]

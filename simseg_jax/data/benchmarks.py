@@ -66,7 +66,7 @@ class SegmentationFolder:
 
     def __init__(self, data: str, root: str, split: str):
         self.class_names = class_names(data)
-        self.background = BENCHMARKS[data][1]
+        self.background = BENCHMARKS[data].background
         self.layout = LAYOUTS[data](Path(root).expanduser(), split)
 
     def __len__(self) -> int:

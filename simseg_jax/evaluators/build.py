@@ -1,5 +1,6 @@
 """All evaluators of a configuration, by the prefix of their numbers, such as "seg/voc"."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,9 +47,14 @@ def make_evaluators(
     patch_size: int,
     mesh: Mesh,
     encoder: TextEncoder,
+    cache: str = "",
 ) -> dict[str, Any]:
-    """benchmarks: settings by prefix, as of `benchmarks_of`. Missing data are found now."""
+    """benchmarks: settings by prefix, as of `benchmarks_of`. Missing data are found now.
+
+    cache: folder for indexes and copies of image-caption pairs, as `config.data.cache`.
+    """
+    kinds = {**KINDS, "retrieval": functools.partial(RetrievalEvaluator, cache=cache)}
     return {
-        prefix: KINDS[prefix.partition("/")[0]](graphdef, patch_size, mesh, encoder, settings)
+        prefix: kinds[prefix.partition("/")[0]](graphdef, patch_size, mesh, encoder, settings)
         for prefix, settings in benchmarks.items()
     }

@@ -19,23 +19,31 @@ from simseg_jax.sharding import gather_bytes, local_mesh, local_params, to_globa
 from simseg_jax.zeroshot.engine import ahead
 
 
-def resize_and_crop(image: Image.Image, short: int, side: int) -> np.ndarray:
-    """uint8 [side, side, 3]: shorter side to `short` pixels, bilinear, then the central square."""
+def resize_and_crop(image: Image.Image, size: int, side: int, aspect: str = "squash") -> np.ndarray:
+    """The central square of a resized image: uint8 [side, side, 3].
+
+    aspect: "squash" resizes to size x size pixels, as the authors do; "keep" resizes the shorter
+    side to `size`. Bilinear, antialiased, and rounded as torchvision's Resize and CenterCrop.
+    """
     width, height = image.size
-    scale = short / min(width, height)
-    # As torchvision rounds: the longer side down.
-    size = (max(short, int(width * scale)), max(short, int(height * scale)))
-    image = image.resize(size, Image.Resampling.BILINEAR) if size != image.size else image
-    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    if aspect == "squash":
+        width, height = size, size
+    else:
+        short = min(width, height)
+        width, height = (int(size * pixels / short) for pixels in (width, height))
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - side) / 2), round((height - side) / 2)
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
 class ImageEmbedder:
     """Runs many images through the image encoder.
 
-    settings: with the attributes resize, crop, m_image, batch_size and threads. feature: what
-    stands for an image: "embedding", of unit length, or of the encoder's tokens after the final
-    norm "cls" or "mean", of the patches. Results do not depend on batch size, devices or processes.
+    settings: with the attributes resize, crop, aspect, m_image, batch_size and threads. feature:
+    what stands for an image: "embedding", of unit length, or of the encoder's tokens after the
+    final norm "cls" or "mean", of the patches. Results do not depend on batch size, devices or
+    processes.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, settings, feature: str = "embedding"):
@@ -72,7 +80,8 @@ class ImageEmbedder:
 
         def prepare(index: int) -> np.ndarray:
             image, kept[index] = load(index)
-            return resize_and_crop(image, self.settings.resize, self.settings.crop)
+            seen = self.settings
+            return resize_and_crop(image, seen.resize, seen.crop, seen.aspect)
 
         parts, running = [], None
         with ThreadPoolExecutor(self.threads) as pool, jax.set_mesh(self.mesh):

@@ -32,16 +32,23 @@ class Ranked(NamedTuple):
 class RetrievalEvaluator:
     """A set of images with several captions each; settings: an entry of `config.evals.retrieval`.
 
-    Every caption searches all images, every image all captions; exact, ties by position.
+    Every caption searches all images, every image all captions; exact, ties by position. cache:
+    folder for indexes and copies of the data, as `config.data.cache`.
     """
 
     headline = "rsum"
 
     def __init__(
-        self, graphdef: nnx.GraphDef, _patch: int, mesh: Mesh, encoder: TextEncoder, settings
+        self,
+        graphdef: nnx.GraphDef,
+        _patch: int,
+        mesh: Mesh,
+        encoder: TextEncoder,
+        settings,
+        cache: str = "",
     ):
         self.settings, self.encoder = settings, encoder
-        self.source = open_source(settings)
+        self.source = open_source(settings, cache)
         self.count = min(len(self.source), settings.limit or len(self.source))
         self.mesh = local_mesh(mesh)
         self.embed_images = ImageEmbedder(graphdef, mesh, settings)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
+from simseg_jax.data.classes import top_k
 from simseg_jax.data.images import resize
 from simseg_jax.masks.densecrf_jax import lattice_size
 from simseg_jax.masks.postprocess import (
@@ -87,8 +88,8 @@ def respond(
     scores = jnp.matmul(embedding, class_embeddings.T, precision=highest)
     if not background:
         scores = scores.at[:, 0].set(-jnp.inf)
-    top_k = min(settings.top_k, scores.shape[1] - (not background))
-    threshold = adaptive_threshold(scores, top_k, settings.sigma_weight)
+    count = min(top_k(settings), scores.shape[1] - (not background))
+    threshold = adaptive_threshold(scores, count, settings.sigma_weight)
     classes, drawn = candidate_classes(scores, threshold, settings.candidates)
     patches = l2_normalize(tokens[:, 1:])
     maps = jnp.einsum("bnd,bkd->bkn", patches, class_embeddings[classes], precision=highest)

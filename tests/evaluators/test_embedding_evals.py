@@ -1,12 +1,14 @@
 """Retrieval and zero-shot classification on generated scenes and small files."""
 
 import json
+import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from pairs_support import make_pairs
+from pairs_support import make_pairs, write_tar
 from PIL import Image
 from support import assert_close, tiny_config
 
@@ -14,10 +16,11 @@ from simseg_jax.config import (
     classification_eval,
     default_config,
     model_config,
+    probe_config,
     retrieval_eval,
 )
 from simseg_jax.config_checks import validate
-from simseg_jax.config_keys import FEATURES
+from simseg_jax.config_keys import ASPECTS, FEATURES
 from simseg_jax.data.labelled import class_prompts, labelled_source
 from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.text import TextEncoder, load_tokenizer
@@ -50,17 +53,65 @@ def evaluators(model, devices=1, **entries):
     return make_evaluators(benchmarks_of(config), graphdef, 8, mesh, encoder), params
 
 
-def test_resize_keeps_the_aspect_and_crop_is_central():
+@pytest.mark.parametrize("turned", [False, True])
+def test_crops_are_central_in_both_aspects(turned):
     picture = np.zeros((30, 61, 3), np.uint8)
-    picture[:, 25:36] = 255
-    result = resize_and_crop(Image.fromarray(picture), 20, 16)
-    assert result.shape == (16, 16, 3)
-    # 61 x 30 -> 40 x 20 (torchvision rounds down) -> columns 12..28: the stripe is in the middle.
-    bright = np.flatnonzero(result[8, :, 0] > 127)
-    assert abs((bright[0] + bright[-1]) / 2 - 7.5) <= 0.5
-    np.testing.assert_array_equal(
-        resize_and_crop(Image.fromarray(picture[:, :30]), 30, 30), picture[:, :30]
-    )
+    picture[:, 20:41] = 255
+    picture = picture.swapaxes(0, 1) if turned else picture
+    # 61 x 30 -> 20 x 20, or 40 x 20 (torchvision rounds down); the stripe stays in the middle.
+    for aspect, wide in (("squash", 20 / 61 * 21), ("keep", 40 / 61 * 21)):
+        result = resize_and_crop(Image.fromarray(picture), 20, 16, aspect)
+        assert result.shape == (16, 16, 3)
+        line = result[:, 8, 0] if turned else result[8, :, 0]
+        bright = np.flatnonzero(line > 127)
+        assert abs((bright[0] + bright[-1]) / 2 - 7.5) <= 0.5
+        assert abs(len(bright) - wide) <= 1
+    square = picture[:30, :30]
+    for aspect in ASPECTS:
+        np.testing.assert_array_equal(
+            resize_and_crop(Image.fromarray(square), 30, 30, aspect), square
+        )
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_photographs_through_retrieval_equal_a_second_implementation(
+    golden_model, photographs, aspect
+):
+    """640 x 427 and 600 x 400, the paper's sizes; squashed unless told otherwise."""
+    _, graphdef, params = golden_model
+    changed = {} if aspect == "squash" else {"aspect": aspect}
+    settings = retrieval_eval(batch_size=2, threads=1, **changed)
+    photos = ("rocket", "coffee")
+    images = [Image.fromarray(photographs[f"{photo}/image"]) for photo in photos]
+    for photo, image in zip(photos, images, strict=True):
+        key = f"{photo}/retrieval/{aspect}/crop"
+        crop = resize_and_crop(image, 324, 288, aspect)
+        np.testing.assert_array_equal(crop[::16, ::16], photographs[key])
+        assert zlib.crc32(crop.tobytes()) == photographs[f"{key}/checksum"]
+    embedder = ImageEmbedder(graphdef, make_mesh(devices=jax.devices()[:1]), settings)
+    params = jax.tree.map(jnp.asarray, params)
+    vectors, _ = embedder(params, range(2), lambda index: (images[index], index))
+    expected = [photographs[f"{photo}/retrieval/{aspect}/embedding"] for photo in photos]
+    assert_close(vectors, np.stack(expected))
+
+
+def test_paper_sizes_and_aspects():
+    for settings in (retrieval_eval(), classification_eval()):
+        assert (settings.resize, settings.crop, settings.aspect) == (324, 288, "squash")
+    probe = probe_config()
+    assert (probe.resize, probe.crop, probe.aspect, probe.feature) == (256, 224, "squash", "cls")
+
+
+def test_retrieval_keeps_its_indexes_where_the_configuration_says(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = write_tar(make_pairs(4), tmp_path)
+    graphdef, _, encoder = model
+    entries = {"retrieval/x": retrieval_eval(path=str(path), **SMALL)}
+    cache = tmp_path / "cache"
+    built = make_evaluators(entries, graphdef, 8, make_mesh(), encoder, str(cache))
+    assert built["retrieval/x"].count == 4
+    assert any(cache.rglob("*"))
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -250,3 +301,10 @@ def test_settings_are_checked():
     config.evals.retrieval.x = retrieval_eval(crop=100)
     with pytest.raises(UserError, match=r"evals\.retrieval\.x\.crop=100 must be a multiple"):
         validate(config)
+    for kind, entry in (("retrieval", retrieval_eval), ("classification", classification_eval)):
+        config = default_config()
+        config.evals[kind].x = entry(aspect="crop")
+        with pytest.raises(
+            UserError, match=rf"{kind}\.x\.aspect='crop' must be one of: squash, keep"
+        ):
+            validate(config)

@@ -1,6 +1,9 @@
+import zlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import GOLDENS
 
 from simseg_jax.masks.postprocess import (
     adaptive_threshold,
@@ -66,9 +69,43 @@ def test_composition_is_the_argmax_of_score_times_mask():
     np.testing.assert_array_equal(composed, expected)
 
 
-def test_nearest_resize_floors_the_source_index():
-    mask = np.arange(6).reshape(2, 3)
-    np.testing.assert_array_equal(
-        resize_nearest(mask, 3, 5), [[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]
-    )
-    np.testing.assert_array_equal(resize_nearest(mask, 1, 2), [[0, 1]])
+@pytest.fixture(scope="module")
+def nearest():
+    """Source indices of OpenCV, made by tests/goldens/make_nearest.py."""
+    return dict(np.load(GOLDENS / "nearest.npz"))
+
+
+def sources(old: int, new: int) -> np.ndarray:
+    """int16 [new]: where `resize_nearest` takes every pixel from."""
+    return resize_nearest(np.arange(old, dtype=np.int16)[None], 1, new)[0]
+
+
+def assert_as_opencv(nearest, sizes):
+    for old in sizes:
+        checksum = 0
+        for new in range(1, len(nearest["checksums"])):
+            checksum = zlib.crc32(sources(old, new), checksum)
+        assert checksum == nearest["checksums"][old], f"from {old} pixels"
+
+
+@pytest.mark.parametrize(("old", "new"), [(288, 640), (288, 427), (128, 428), (448, 214)])
+def test_nearest_resize_takes_the_pixels_that_opencv_takes(nearest, old, new):
+    np.testing.assert_array_equal(sources(old, new), nearest[f"{old}/{new}"])
+    np.testing.assert_array_equal(sources(new, new), np.arange(new))
+
+
+def test_nearest_resize_equals_opencv_from_usual_sizes_to_all(nearest):
+    """To 1..1100 pixels, from the resolutions in use and some others."""
+    assert_as_opencv(nearest, (1, 2, 3, 64, 128, 160, 224, 288, 336, 384, 448, 997, 1100))
+
+
+@pytest.mark.slow
+def test_nearest_resize_equals_opencv_from_all_sizes_to_all(nearest):
+    assert_as_opencv(nearest, range(1, len(nearest["checksums"])))
+
+
+def test_nearest_resize_treats_rows_and_columns_alike():
+    mask = np.random.default_rng(0).integers(0, 200, (288, 128), np.uint8)
+    resized = resize_nearest(mask, 640, 428)
+    assert resized.dtype == np.uint8
+    np.testing.assert_array_equal(resized, mask[sources(288, 640)[:, None], sources(128, 428)])

@@ -1,11 +1,13 @@
 """The whole paper protocol against the authors' code."""
 
 import importlib.util
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from support import assert_close
 
 from simseg_jax.config import segmentation_eval
@@ -70,6 +72,13 @@ def test_scores_thresholds_candidates_and_maps(golden_model, golden, class_embed
         assert_close(response.similarity[i], golden[f"seg/{photo}/similarity_18x18"])
 
 
+def test_the_threshold_of_context_takes_more_scores(golden_model, golden, class_embeddings):
+    """30 of them by default, which are all of these 21 classes, where VOC takes 10."""
+    _, response = predict(golden_model, golden, class_embeddings, PHOTOS[:1], data="context")
+    scores = golden["seg/astronaut/scores"]
+    assert_close(response.threshold[0], scores.mean() + scores.std(ddof=1))
+
+
 def test_masks_without_crf(golden_model, golden, class_embeddings):
     """Independent NumPy/SciPy-free reading of the protocol from the reference similarity maps."""
     masks, _ = predict(golden_model, golden, class_embeddings, PHOTOS)
@@ -122,6 +131,42 @@ def test_predictions_with_crf_equal_the_reference_at_every_pixel(
     for mask, photo in zip(masks, PHOTOS, strict=True):
         expected = golden[f"seg/{photo}/prediction"]
         np.testing.assert_array_equal(resize_nearest(mask, *expected.shape), expected)
+
+
+@pytest.mark.parametrize("photo", ["rocket", "coffee"])
+def test_photographs_of_other_sizes_equal_a_second_implementation(
+    golden_model, class_embeddings, photographs, photo
+):
+    """640 x 427 and 600 x 400, from the whole image to the label of every pixel."""
+    stored = {
+        key.removeprefix(f"{photo}/"): value
+        for key, value in photographs.items()
+        if key.startswith(photo)
+    }
+    _, graphdef, params = golden_model
+    image = stored["image"]
+    protocol = PaperProtocol(
+        graphdef, 16, make_mesh(devices=jax.devices()[:1]), [segmentation_eval()]
+    )
+    batch = {"image": protocol.load(Image.fromarray(image), image.shape[:2])["image"][None]}
+    for key, pixels in (
+        ("input", batch["image"][0]),
+        ("levels", denormalized_uint8(batch["image"])[0]),
+    ):
+        np.testing.assert_array_equal(pixels[::16, ::16], stored[key])
+        assert zlib.crc32(pixels.tobytes()) == stored[f"{key}/checksum"]
+    with jax.set_mesh(protocol.mesh):
+        started = protocol.start(params, {1: class_embeddings}, batch)
+        masks, (response,) = protocol.finish(started)
+    assert_close(response.scores[0], stored["scores"])
+    assert_close(response.threshold[0], stored["threshold"])
+    np.testing.assert_array_equal(response.classes[0], stored["candidates"])
+    drawn = np.unpackbits(stored["masks"]).reshape(5, 288, 288)
+    labels = stored["candidates"][drawn.argmax(axis=0)] * drawn.any(axis=0)
+    np.testing.assert_array_equal(masks[0, 0], labels)
+    np.testing.assert_array_equal(
+        protocol.restore(masks[0, 0], image.shape[:2]), stored["prediction"]
+    )
 
 
 @pytest.mark.parametrize("backend", ["numpy", "jax"])
