@@ -132,7 +132,7 @@ def check_pixels(image: Image.Image, max_pixels: int | None) -> None:
     if not width * height:
         raise ValueError(f"{width}x{height} are no pixels")
     if max_pixels is not None and width * height > max_pixels:
-        raise ValueError(f"{width}x{height} are more than data.max_pixels={max_pixels}")
+        raise ValueError(f"{width}x{height} are more than max_pixels={max_pixels}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -279,7 +279,7 @@ def test_damaged_images_give_a_reason(format, keep):
 def test_bombs_are_refused_before_they_are_decoded():
     for format in ("JPEG", "PNG"):
         data = encoded(Image.new("RGB", (300, 200)), format)
-        with pytest.raises(ValueError, match=r"300x200 are more than data.max_pixels=59999"):
+        with pytest.raises(ValueError, match=r"300x200 are more than max_pixels=59999"):
             images.read_crop(data, 32, fixed((0, 0, 300, 200)), 59_999)
     # A header that promises a gigapixel, as an attacker writes it.
     data = bytearray(encoded(Image.new("RGB", (300, 200))))
