@@ -66,25 +66,50 @@ def decode_image(
 ) -> Image.Image:
     """An upright RGB image; a `UserError` names one that cannot be decoded.
 
-    image: encoded, opened by Pillow, or a uint8 [H, W, 3] array. max_pixels: larger images are
-    refused before they take memory; by default those that Pillow takes for decompression bombs.
+    image: encoded, opened by Pillow, or an array as `from_array` takes it. max_pixels: larger
+    images are refused before they take memory; by default those that Pillow takes for bombs.
     """
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
     try:
         return _decoded(image, max_pixels)
     except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to.
-        reason = one_line(error)
-        raise UserError(f"Cannot decode {name}: {reason}. Remove or replace this file.") from error
+        advice = " Remove or replace this file." if isinstance(image, bytes | Path) else ""
+        raise UserError(f"Cannot decode {name}: {one_line(error)}.{advice}") from error
 
 
-def _decoded(image: Encoded | Image.Image, max_pixels: int | None) -> Image.Image:
-    if isinstance(image, Image.Image):
-        check_pixels(image, max_pixels)
-        rgb = to_rgb(image)
-        return turned(rgb, orientation(image))
-    with open_image(image, max_pixels) as opened:
-        return _decoded(opened, None)
+def _decoded(image: Encoded | Image.Image | np.ndarray, max_pixels: int | None) -> Image.Image:
+    if isinstance(image, bytes | Path):
+        with open_image(image, max_pixels) as opened:
+            return _decoded(opened, None)
+    if not isinstance(image, Image.Image):
+        image = from_array(image)
+    check_pixels(image, max_pixels)
+    rgb = to_rgb(image)
+    return turned(rgb, orientation(image))
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """An array [H, W] or [H, W, C] of grey (C = 1), RGB or RGBA values as an image of Pillow.
+
+    uint8; uint16, which lose their low byte; bool; floats in [0, 1]. A ValueError refuses others.
+    """
+    array = np.asarray(array)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ValueError(f"the shape {array.shape} is not [H, W], [H, W, 1], [H, W, 3], [H, W, 4]")
+    if array.dtype.kind == "f":
+        if not ((array >= 0) & (array <= 1)).all():
+            raise ValueError("an array of floats must have values from 0 to 1")
+        array = array * 255 + 0.5
+    elif array.dtype == np.uint16:
+        array = array >> 8
+    elif array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype != np.uint8:
+        raise ValueError(
+            f"an array of {array.dtype} is not uint8, uint16, bool or floats in [0, 1]"
+        )
+    return Image.fromarray(array.astype(np.uint8))
 
 
 def open_image(image: Encoded, max_pixels: int | None = None) -> Image.Image:
