@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,7 +103,8 @@ def test_words_are_checked():
     assert check_words([], "contrast") == ()
     with pytest.raises(UserError, match=r"give a list, either \['dog', 'cat'\] or, for one phrase"):
         check_words("dog, cat")
-    for words in (["dog", " "], ["dog", ""], ["dog", None], [7]):
+    no_words: list[Any] = [["dog", " "], ["dog", ""], ["dog", None], [7]]
+    for words in no_words:
         with pytest.raises(UserError, match="words are texts that are not empty, not "):
             check_words(words)
     with pytest.raises(UserError, match="given twice: dog"):
