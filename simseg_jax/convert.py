@@ -27,7 +27,7 @@ from simseg_jax.evaluators.build import headlines
 from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.ranges import whole
-from simseg_jax.segment import Segmenter, words_of
+from simseg_jax.segment import Segmenter, split_words, words_of
 from simseg_jax.sharding import place
 from simseg_jax.trained import TrainedModel, assemble_model, is_trained, load_model
 from simseg_jax.weights import authors
@@ -215,8 +215,8 @@ def _print_fields(title: str, fields: dict[str, Any]) -> None:
 
 def _segmenter(model: TrainedModel, args: argparse.Namespace) -> Segmenter:
     classes = words_of(config_lib.first_segmentation(model.config))
-    words = args.words.split(",") if args.words else classes
-    return Segmenter(model, [word.strip() for word in words], **protocol_settings(args))
+    words = split_words(args.words) if args.words else classes
+    return Segmenter(model, words, **protocol_settings(args))
 
 
 def _results(path: Path) -> dict[str, Any]:

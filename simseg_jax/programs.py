@@ -36,7 +36,8 @@ def write_programs(
     text_encoder: ids int32 [B, T], mask bool [B, T] -> unit-length embeddings [B, D].
     segmenter: uint8 [B, S, S, 3], class embeddings float32 [C, D], the first that of the
     background -> masks uint8 [B, S, S] of class numbers, scores [B, C], thresholds [B].
-    B and C are free, C at least `top_k`. dtype: of the parameters inside; products are float32.
+    B and C are free, C at least `top_k` and at most 256. dtype: of the parameters inside; products
+    are float32.
     """
     model, settings = segmenter.model, segmenter.settings
     if settings.protocol != "paper" or settings.refine == "pydensecrf":
@@ -48,6 +49,10 @@ def write_programs(
     least = max(top_k(settings), settings.candidates)
     if len(names) < least:
         raise UserError(f"The threshold needs {least} classes, the background included: add words.")
+    if len(names) > 256:
+        raise UserError(
+            f"The program's masks hold 256 classes, not {len(names):,}: name fewer words."
+        )
     unknown = set(platforms) - set(PLATFORMS)
     if unknown or not platforms:
         raise UserError(f"Platforms are {', '.join(PLATFORMS)}, not {', '.join(unknown)}.")
@@ -82,7 +87,7 @@ def write_programs(
 
     length, width = model.config.data.max_length, model.architecture.embed_dim
     (b,) = export.symbolic_shape("b", constraints=["b >= 1"])
-    batch, c = export.symbolic_shape("b, c", constraints=["b >= 1", f"c >= {least}"])
+    batch, c = export.symbolic_shape("b, c", constraints=["b >= 1", f"c >= {least}", "c <= 256"])
     image = (size, size, 3)
     programs = {
         IMAGE: (encode_image, [((b, *image), jnp.uint8)]),

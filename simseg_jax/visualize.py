@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from simseg_jax.data.images import decode_image
+from simseg_jax.data.images import decode_image, strips
 from simseg_jax.masks.protocols import Response
 
 CELL = 128  # side of a picture on a contact sheet
@@ -28,16 +28,41 @@ def palette(count: int = 256) -> np.ndarray:
 
 
 def index_png(mask: np.ndarray) -> Image.Image:
-    """Index mask [H, W] with labels below 256 -> a palette image whose pixel values are labels."""
-    image = Image.fromarray(mask.astype(np.uint8), mode=None)
+    """Index mask [H, W] -> an image whose pixel values are labels: a palette one, or for uint16
+    labels a grey one of 16 bits.
+    """
+    if mask.dtype == np.uint16:
+        return Image.fromarray(mask)
+    image = Image.fromarray(mask.astype(np.uint8))
     image.putpalette(palette().tobytes())
     return image
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, strength: float = 0.6) -> np.ndarray:
     """uint8 [H, W, 3] with the colour of every label over it; label 0 is left as it is."""
-    blended = (1 - strength) * image + strength * palette()[mask.astype(np.uint8)]
+    colours = palette(int(mask.max()) + 1)
+    blended = (1 - strength) * image + strength * colours[mask]
     return np.where(mask[:, :, None] > 0, blended, image).astype(np.uint8)
+
+
+def overlaid(image: Image.Image, mask: np.ndarray, below: Image.Image) -> Image.Image:
+    """An RGB image with the colours of its mask, and another image below it, flush left on white.
+
+    Strip by strip, so that large images take little more memory than image and result.
+    """
+    sheet = Image.new("RGB", (max(image.width, below.width), image.height + below.height), "white")
+    for rows in strips(*mask.shape):
+        part = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
+        sheet.paste(Image.fromarray(overlay(part, mask[rows])), (0, rows.start))
+    sheet.paste(below, (0, image.height))
+    return sheet
+
+
+def labels_in(mask: np.ndarray) -> list[int]:
+    """The labels that occur in an index mask, sorted."""
+    return sorted(
+        {label for rows in strips(*mask.shape) for label in np.unique(mask[rows]).tolist()}
+    )
 
 
 def heat_map(values: np.ndarray) -> np.ndarray:
@@ -63,7 +88,7 @@ def legend(labels: Sequence[tuple[int, str]], width: int) -> Image.Image:
     strip = Image.new("RGB", (width, y + size + 2), "white")
     draw = ImageDraw.Draw(strip)
     for x, y, label, name in places:
-        colour = tuple(int(c) for c in palette()[label])
+        colour = tuple(int(c) for c in palette(label + 1)[label])
         draw.rectangle((x, y + 1, x + 11, y + 12), fill=colour, outline="black")
         draw.text((x + size - 2, y), name, fill="black", font=font())
     return strip

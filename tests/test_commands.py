@@ -175,7 +175,9 @@ def test_segment_command_errors(monkeypatch, capsys, workdir, photos, tmp_path):
     assert "multiple of the patch size" in error("--words=dog", "--resolution=33", photos)
     (tmp_path / "empty").mkdir()
     assert "holds no images" in error("--words=dog", tmp_path / "empty")
-    assert "would both be written" in error("--words=dog", photos, photos / "one.png")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "one.png").write_bytes((photos / "one.png").read_bytes())
+    assert "would both be written" in error("--words=dog", photos, tmp_path / "others")
 
 
 def test_a_corrupt_image_is_skipped_and_reported(monkeypatch, capsys, workdir, photos, tmp_path):

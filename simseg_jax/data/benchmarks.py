@@ -1,12 +1,11 @@
 """Segmentation benchmarks: images with a label per pixel.
 
 A source has `__len__`, `class_names`, `background` and, per index, {"name": str, "image": encoded
-bytes or uint8 array, "mask": uint8 [H, W]}. Labels are 0..C-1, and 255 is "ignore". If `background`
-is true, label 0 is the class "background"; if not, every label is a real class and pixels without
-one are 255.
+bytes or uint8 array, "mask": uint8 [H, W] of the upright image}. Labels are 0..C-1, and 255 is
+"ignore". If `background` is true, label 0 is the class "background"; if not, every label is a real
+class and pixels without one are 255.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 
 from simseg_jax.data import layouts, shapes
 from simseg_jax.data.classes import BENCHMARKS, class_names
+from simseg_jax.data.images import read_header, turned
 from simseg_jax.data.pascal_context import context
 from simseg_jax.errors import UserError, require_file
 
@@ -76,22 +76,28 @@ class SegmentationFolder:
         name = self.layout.names[index]
         path = self.layout.images / f"{name}{self.layout.suffix}"
         image = require_file(path, "the image", self.layout.origin).read_bytes()
-        mask = self.layout.labels(name)
-        check_size(mask, image, path)
+        mask = upright_mask(self.layout.labels(name), image, path)
         if not self.background:
             mask = WITHOUT_BACKGROUND[mask]
         return {"name": Path(name).name, "image": image, "mask": mask}
 
 
-def check_size(mask: np.ndarray, image: bytes, path: Path) -> None:
-    """Raises a `UserError` unless the encoded `image` of file `path` is as large as its mask."""
+def upright_mask(mask: np.ndarray, image: bytes, path: Path) -> np.ndarray:
+    """The mask uint8 [H, W] of the encoded `image` of file `path`, upright as `decode_image`'s.
+
+    A mask of the size in which the image is stored is turned with it; one of the upright size is
+    upright already. A `UserError` refuses any other.
+    """
     try:
-        with Image.open(io.BytesIO(image)) as header:  # The pixels are not decoded here.
-            width, height = header.size
-    except (OSError, Image.DecompressionBombError) as error:
+        width, height, stored = read_header(image)
+    except Exception as error:  # PIL raises whatever a damaged file leads it to.
         raise UserError(f"{path} is damaged or not an image: unpack it again.") from error
-    if mask.shape != (height, width):
-        raise UserError(
-            f"The mask of {path} has {mask.shape[1]} x {mask.shape[0]} pixels, but the image has "
-            f"{width} x {height}: one of them was resized, or they do not belong together."
-        )
+    if mask.shape == (height, width):
+        return np.asarray(turned(Image.fromarray(mask), stored))
+    if stored >= 5 and mask.shape == (width, height):
+        return mask
+    raise UserError(
+        f"The mask of {path} has {mask.shape[1]} x {mask.shape[0]} pixels, but the image has "
+        f"{width} x {height}{' before it is turned upright' if stored >= 5 else ''}: one of them "
+        "was resized, or they do not belong together."
+    )

@@ -4,18 +4,25 @@ Two paths with the same draws: PIL, as the original (`decode_image`, `crop_and_r
 one for training (`read_crop`: libjpeg-turbo and a SIMD version of PIL's filter, several times as
 fast). They agree to two grey levels, unless a crop of at least twice the size asked for lets the
 JPEG decoder work at half the resolution or less.
+
+Both see an image as a viewer shows it: turned as its EXIF or XMP orientation says, the first frame
+of an animation, transparency on white. Grey of more than 8 bits is scaled, see `eight_bits`.
 """
 
 import contextlib
+import functools
 import io
 import math
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line
 
 try:
     import cykooz_resizer as simd
@@ -25,33 +32,211 @@ except (
     simd = None
 
 JPEG = b"\xff\xd8"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# The formats of Pillow that are tried, with their suffixes. A file is read as what it is, not as
+# what it is called, so without this list an EPS named .png would start Ghostscript.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+}
+IMAGE_SUFFIXES = {suffix for suffixes in FORMATS.values() for suffix in suffixes}
+# What makes an image upright, by its orientation in EXIF; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+STRIP = 1 << 20  # Pixels treated at a time where whole images would take much memory.
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
+Encoded = bytes | Path  # the content of an image file, or where it is
 
 
-def decode_image(image: bytes | np.ndarray, name: str = "an image") -> Image.Image:
-    """Encoded bytes or a uint8 [H, W, 3] array -> an RGB image; a `UserError` names a bad one."""
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
+def decode_image(
+    image: Encoded | Image.Image | np.ndarray, name: str = "an image", max_pixels: int | None = None
+) -> Image.Image:
+    """An upright RGB image; a `UserError` names one that cannot be decoded.
+
+    image: encoded, opened by Pillow, or an array as `from_array` takes it. max_pixels: larger
+    images are refused before they take memory; by default those that Pillow takes for bombs.
+    """
     try:
-        return _to_rgb(_open(image))
+        return _decoded(image, max_pixels)
     except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to.
-        raise UserError(f"Cannot decode {name}: {error}. Remove or replace this file.") from error
+        advice = " Remove or replace this file." if isinstance(image, bytes | Path) else ""
+        raise UserError(f"Cannot decode {name}: {one_line(error)}.{advice}") from error
 
 
-def _open(image: bytes) -> Image.Image:
-    """Reads the header only."""
+def _decoded(image: Encoded | Image.Image | np.ndarray, max_pixels: int | None) -> Image.Image:
+    if isinstance(image, bytes | Path):
+        with open_image(image, max_pixels) as opened:
+            return _decoded(opened, None)
+    if not isinstance(image, Image.Image):
+        image = from_array(image)
+    check_pixels(image, max_pixels)
+    rgb = to_rgb(image)
+    return turned(rgb, orientation(image))
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """An array [H, W] or [H, W, C] of grey (C = 1), RGB or RGBA values as an image of Pillow.
+
+    uint8; uint16, which lose their low byte; bool; floats in [0, 1]. A ValueError refuses others.
+    """
+    array = np.asarray(array)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ValueError(f"the shape {array.shape} is not [H, W], [H, W, 1], [H, W, 3], [H, W, 4]")
+    if array.dtype.kind == "f":
+        if not ((array >= 0) & (array <= 1)).all():
+            raise ValueError("an array of floats must have values from 0 to 1")
+        array = array * 255 + 0.5
+    elif array.dtype == np.uint16:
+        array = array >> 8
+    elif array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype != np.uint8:
+        raise ValueError(
+            f"an array of {array.dtype} is not uint8, uint16, bool or floats in [0, 1]"
+        )
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def open_image(image: Encoded, max_pixels: int | None = None) -> Image.Image:
+    """An image of one of FORMATS of which only the header is read; close it, or use `with`.
+
+    Raises a ValueError with the reason, or whatever Pillow raises for damaged files.
+    """
+    if isinstance(image, Path) and not image.is_file():  # Opening a pipe would wait for ever.
+        raise ValueError("no file is there")
+    file = io.BytesIO(image) if isinstance(image, bytes) else image
     try:
-        return Image.open(io.BytesIO(image))
+        with _quiet():
+            opened = Image.open(file, formats=_formats())
     except UnidentifiedImageError as error:
         raise ValueError("no image in a known format") from error
+    try:
+        check_pixels(opened, max_pixels)
+    except ValueError:
+        opened.close()
+        raise
+    return opened
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # PIL's conversion would clip 16-bit grey to white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(form for form in FORMATS if form in Image.OPEN)  # Not every Pillow has AVIF.
+
+
+_quiet_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of Pillow: damaged EXIF says nothing about the pixels, large images are ours."""
+    # Filters belong to the process: two threads that come and go would leave them changed.
+    with _quiet_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_pixels(image: Image.Image, max_pixels: int | None) -> None:
+    """Raises a ValueError for an image without pixels or with more than `max_pixels`."""
+    width, height = image.size
+    if not width * height:
+        raise ValueError(f"{width}x{height} are no pixels")
+    if max_pixels is not None and width * height > max_pixels:
+        raise ValueError(f"{width}x{height} are more than max_pixels={max_pixels}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, not turned; transparent parts show white."""
+    if image.mode[0] in "IF":
+        image = Image.fromarray(eight_bits(image))
+    elif image.has_transparency_data:
+        # From premultiplied grey Pillow converts to plain alpha only.
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> np.ndarray:
+    """Grey of 16 bits, 32 bits or floats (modes I;16, I, F) -> uint8 [H, W].
+
+    White is the first of 1 (floats only), 255 and 65,535 that no value exceeds, else the largest
+    value. 16-bit values lose their low byte, as in 16-bit colour. A ValueError refuses negative
+    values and what is no number: what they stand for is not known.
+    """
+    sixteen = image.mode.startswith("I;16")
+    low, high = map(float, (0, 65535) if sixteen else image.getextrema())  # pyright: ignore
+    if image.mode == "F" and high <= 1:
+        scale, offset = 255, 0.5
+    elif high <= 255:
+        scale, offset = 1, 0.5
+    elif high <= 65535:
+        scale, offset = 1 / 256, 0
+    else:
+        scale, offset = 255 / high, 0.5
+    grey = np.empty((image.height, image.width), np.uint8)
+    for rows in strips(*grey.shape):
+        strip = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
+        if not (low >= 0 and np.isfinite(strip).all()):
+            raise ValueError("grey values below 0 or that are no numbers stand for no brightness")
+        grey[rows] = strip * scale + offset
+        if "transparency" in image.info:  # The value that a PNG declares transparent.
+            grey[rows][strip == image.info["transparency"]] = 255
+    return grey
+
+
+def strips(height: int, width: int) -> list[slice]:
+    """Slices of rows, each of about STRIP pixels, that make up an image."""
+    rows = max(1, STRIP // width)
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+
+def orientation(image: Image.Image) -> int:
+    """How the pixels of an opened image are stored, 1 to 8 as in EXIF; 1 is upright.
+
+    Ask after the pixels are loaded: a PNG may say it behind them.
+    """
+    with contextlib.suppress(Exception), _quiet():
+        # Pillow turns TIFF images by itself.
+        value = image.getexif().get(ExifTags.Base.Orientation) if image.format != "TIFF" else 1
+        return value if value in TURNS else 1
+    return 1
+
+
+def turned(image: Image.Image, stored: int) -> Image.Image:
+    """The upright image of one whose `orientation` was `stored`."""
+    if stored not in TURNS:
+        return image
+    image = image.transpose(TURNS[stored])
+    image.info.clear()  # Nobody shall turn it again.
+    return image
+
+
+def read_header(image: bytes) -> tuple[int, int, int]:
+    """(width, height, orientation) as stored, of the header alone wherever it has them."""
+    with open_image(image) as opened:
+        # Only a PNG that names one of these has an orientation, perhaps behind its pixels.
+        marks = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+        plain = opened.format == "PNG" and not any(mark in image for mark in marks)
+        return *opened.size, 1 if plain else orientation(opened)
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
@@ -100,8 +285,8 @@ def read_crop(
 ) -> np.ndarray:
     """Decodes only what a crop needs: uint8 [size, size, 3].
 
-    image: encoded bytes in any format PIL reads, or a uint8 [H, W, 3] array. draw: (width, height)
-    of the whole image -> the crop. Raises a `ValueError` with the reason for images that cannot be
+    image: the content of an image file, or a uint8 [H, W, 3] array. draw: (width, height) of the
+    whole upright image -> the crop. Raises a `ValueError` with the reason for images that cannot be
     decoded or have more than `max_pixels`.
     """
     if isinstance(image, np.ndarray):
@@ -112,23 +297,49 @@ def read_crop(
             with contextlib.suppress(ValueError):
                 height, width = map(int, simplejpeg.decode_jpeg_header(image)[:2])
                 if width * height <= max_pixels:
-                    return _read_jpeg(image, (width, height), draw(width, height), size)
-        opened = _open(image)
-        width, height = opened.size
-        if width * height > max_pixels:
-            raise ValueError(f"{width}x{height} are more than data.max_pixels={max_pixels}")
-        return crop_and_resize(_to_rgb(opened), draw(width, height), size)
+                    return _read_jpeg(image, (width, height), draw, size)
+        whole = _decoded(image, max_pixels)
+        return crop_and_resize(whole, draw(*whole.size), size)
     except Exception as error:  # Damaged files lead PIL's decoders into errors of many kinds.
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(one_line(error)) from error
 
 
-def _read_jpeg(data: bytes, whole: tuple[int, int], box: Box, size: int) -> np.ndarray:
-    """The crop of a JPEG whose whole size (width, height) is known."""
+def _read_jpeg(
+    data: bytes, whole: tuple[int, int], draw: Callable[[int, int], Box], size: int
+) -> np.ndarray:
+    """The crop of a JPEG whose stored size (width, height) is known."""
+    stored = _jpeg_orientation(data)
+    box = stored_box(draw(*whole[:: -1 if stored >= 5 else 1]), whole, stored)
     # Half the resolution or less saves time; reductions between would cost more than they save.
     factor = next((f for f in (8, 4, 2) if min(box[2:]) >= f * size), 1)
     width, height = (-(-side // factor) for side in whole)
     image = simplejpeg.decode_jpeg(data, min_width=width, min_height=height, min_factor=factor)
-    return _resize_array(image, tuple(x / factor for x in box), size)
+    square = _resize_array(image, tuple(x / factor for x in box), size)
+    return np.asarray(turned(Image.fromarray(square), stored)) if stored > 1 else square
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """`orientation` of a JPEG; few of them have the segment it would be in."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
+        if data[at + 1] in (0xE1, 0xFF):  # APP1, of EXIF and XMP, or filling before a segment.
+            with contextlib.suppress(Exception), open_image(data) as opened:
+                return orientation(opened)
+            return 1
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return 1
+
+
+def stored_box(box: Box, whole: tuple[int, int], stored: int) -> Box:
+    """Where a crop of the upright image lies in the stored one, whose size is `whole`."""
+    left, top, width, height = box
+    if stored >= 5:
+        left, top, width, height = top, left, height, width
+    if stored in (2, 3, 7, 8):
+        left = whole[0] - left - width
+    if stored in (3, 4, 6, 7):
+        top = whole[1] - top - height
+    return left, top, width, height
 
 
 def _resize_array(image: np.ndarray, box: tuple[float, ...], size: int) -> np.ndarray:

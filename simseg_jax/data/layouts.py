@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from simseg_jax.errors import UserError, require_file
+from simseg_jax.data.images import open_image
+from simseg_jax.errors import UserError, reading, require_file, some
 
 IGNORE = 255
 
@@ -152,28 +152,37 @@ def png_masks(
 
     def labels(name: str) -> np.ndarray:
         path = require_file(folder / f"{name}{suffix}", "the mask", origin)
-        found = read_png(path)
-        small = found.astype(np.uint8)
-        label = table[small]
-        wrong = (label < 0) | (found != small)
-        if wrong.any():
-            raise UserError(
-                f"The mask {path} has the value {found[wrong][0]}, which does not belong to this "
-                "benchmark: it is a mask of something else or was converted in another way."
-            )
-        return label.astype(np.uint8)
+        return labels_of(read_png(path), table, path)
 
     return labels
 
 
+def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+    """table[values] as uint8 [H, W]; a `UserError` counts and names values without a label.
+
+    values: integers [H, W] of the mask `path`. table: labels; a negative one is none.
+    """
+    inside = (values >= 0) & (values < len(table))
+    labels = table[np.where(inside, values, 0)]
+    wrong = ~inside | (labels < 0)
+    if wrong.any():
+        found = np.unique(values[wrong])
+        which = "value {}, which does" if len(found) == 1 else "values {}, which do"
+        raise UserError(
+            f"The mask {path} has the {which.format(some(found))} not belong to this benchmark, at "
+            f"{wrong.sum():,} pixels: it is a mask of something else or was converted in another "
+            "way."
+        )
+    return labels.astype(np.uint8)
+
+
 def read_png(path: Path) -> np.ndarray:
     """The values of a grey or palette image, [H, W]: palette indices, not colours."""
-    try:
-        with Image.open(path) as png:
-            values = np.asarray(png)
-    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises for damaged files.
-        raise UserError(f"Cannot read the mask {path}: {error}; unpack it again.") from error
-    if values.ndim != 2:
+    with reading(f"the mask {path}", "Unpack it again."), open_image(path) as opened:
+        form, values = opened.format, np.asarray(opened)
+    if form in ("JPEG", "MPO"):
+        raise UserError(f"The mask {path} is a JPEG file, which does not keep labels exactly.")
+    if values.ndim != 2 or values.dtype.kind == "f":
         raise UserError(f"{path} is not a palette or grey mask with one label per pixel.")
     return values
 

@@ -8,14 +8,23 @@ import numpy as np
 import scipy.io
 
 from simseg_jax.data.classes import label_set
-from simseg_jax.data.layouts import Layout, find_folder, numbered, png_masks, read_list
-from simseg_jax.errors import UserError, require_file
+from simseg_jax.data.layouts import (
+    Layout,
+    find_folder,
+    labels_of,
+    numbered,
+    png_masks,
+    read_list,
+)
+from simseg_jax.errors import UserError, reading, require_file
 
 ORIGIN = (
     "unpack VOCtrainval_03-May-2010.tar from host.robots.ox.ac.uk/pascal/VOC/voc2010, in its "
     "folder VOC2010 unpack trainval.tar.gz from cs.stanford.edu/~roozbeh/pascal-context, and set "
     "root to VOC2010"
 )
+
+MAX_PIXELS = 1 << 26  # So large a mask is a mistake in the annotations.
 
 # Category ids of the 59 classes among the 459 annotated ones, in label order (alphabetical).
 # fmt: off
@@ -110,10 +119,13 @@ def _read_json(path: Path) -> dict[str, dict]:
         content = json.loads(path.read_bytes())
         masks = {}
         for image in content["images"]:
+            size = int(image["height"]), int(image["width"])
+            if not 0 < size[0] * size[1] <= MAX_PIXELS:
+                raise ValueError(f"an image of {size[1]} x {size[0]} pixels")
             masks[image["image_id"]] = {
                 "name": Path(image["file_name"]).stem,
                 "phase": image["phase"],
-                "size": (image["height"], image["width"]),
+                "size": size,
                 "segments": [],
             }
         for segment in content["annos_segmentation"]:
@@ -150,24 +162,24 @@ def _mat_masks(root: Path) -> Callable[[str], np.ndarray]:
     """Reads trainval/NAME.mat, whose LabelMap holds the ids that labels.txt names."""
     listing = root / "labels.txt"
     listing = listing if listing.is_file() else root / "trainval" / "labels.txt"
-    lines = require_file(listing, "the list of classes", ORIGIN).read_text(encoding="utf-8")
-    pairs = [line.split(":") for line in lines.splitlines() if ":" in line]
-    # The names of the evaluation are written without the spaces of this list.
-    ids = {name.replace(" ", ""): int(number) for number, name in pairs}
+    with reading(f"the list of classes {listing}", "It must be the list of 459."):
+        lines = require_file(listing, "the list of classes", ORIGIN).read_text(encoding="utf-8")
+        pairs = [line.split(":") for line in lines.splitlines() if ":" in line]
+        # The names of the evaluation are written without the spaces of this list.
+        ids = {name.replace(" ", ""): int(number) for number, name in pairs}
+        table = np.zeros(np.uint16(max(ids.values(), default=0)) + 1, np.int16)
     lost = [name for name in label_set("context") if name not in ids]
     if lost:
         raise UserError(
             f"{listing} does not name the class {lost[0]!r}: it must be the list of 459."
         )
-    table = np.zeros(1 << 16, np.uint8)
     for label, name in enumerate(label_set("context"), start=1):
         table[ids[name]] = label
 
     def labels(name: str) -> np.ndarray:
         path = require_file(root / "trainval" / f"{name}.mat", "the mask", ORIGIN)
-        try:
-            return table[scipy.io.loadmat(path)["LabelMap"].astype(np.uint16)]
-        except Exception as error:  # SciPy raises many kinds for a damaged file.
-            raise UserError(f"Cannot read the mask {path}: {error}; unpack it again.") from error
+        with reading(f"the mask {path}", "Unpack it again."):
+            found = scipy.io.loadmat(path, variable_names=["LabelMap"])["LabelMap"]
+            return labels_of(found.astype(np.int32), table, path)
 
     return labels

@@ -100,7 +100,7 @@ class Examples:
 
         try:
             if data.transform == "pil":
-                whole = decode_image(pair["image"], name)
+                whole = decode_image(pair["image"], name, data.max_pixels)
                 image = crop_and_resize(whole, draw(*whole.size), self.image_size)
                 if data.autoaugment:
                     image = np.asarray(autoaugment(decode_image(image), rng))

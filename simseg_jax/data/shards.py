@@ -22,7 +22,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from simseg_jax.config import data_set
-from simseg_jax.data.images import decode_image
+from simseg_jax.data.images import decode_image, open_image
 from simseg_jax.data.pairs import BadExample, open_source, tf_example
 from simseg_jax.errors import UserError
 
@@ -65,7 +65,7 @@ class Rejected(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """A record and what the statistics need of it; size (width, height) is that of the source."""
+    """A record and what the statistics need of it; size: upright (width, height) before."""
 
     record: bytes
     hash: int
@@ -203,23 +203,18 @@ def _read(job: Job, source, position: int) -> Accepted | Rejected:
 
 
 def _checked(image: bytes, name: str, job: Job) -> tuple[bytes, tuple[int, int]]:
-    """(bytes to write, size before) of an image that decodes to its end."""
-    try:
-        header = Image.open(io.BytesIO(image))  # Reads no pixels.
-    except Exception as error:  # PIL raises whatever a damaged file leads it to.
-        raise UserError(f"Cannot decode {name}: {error}.") from error
-    width, height = header.size
-    if width * height > job.max_pixels:
-        raise UserError(f"{name}: {width}x{height} are more than --max_pixels={job.max_pixels}.")
-    decoded = decode_image(image, name)
-    if job.short_side and min(width, height) > job.short_side:
-        scale = job.short_side / min(width, height)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        smaller = decoded.resize(size, Image.Resampling.BICUBIC)
-        return _encode(smaller, "JPEG", quality=job.quality), header.size
-    if job.short_side and not (header.format in KEPT_FORMATS and header.mode in KEPT_MODES):
-        return _encode(decoded, "JPEG", quality=job.quality), header.size
-    return image, header.size
+    """(bytes to write, upright size before) of an image that decodes to its end."""
+    decoded = decode_image(image, name, job.max_pixels)
+    if not job.short_side:
+        return image, decoded.size
+    with open_image(image) as header:
+        kept = header.format in KEPT_FORMATS and header.mode in KEPT_MODES
+    written, scale = decoded, job.short_side / min(decoded.size)
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in decoded.size]
+        written, kept = decoded.resize(size, Image.Resampling.BICUBIC), False
+    # A file that is kept byte for byte keeps its EXIF, by which it is read upright.
+    return image if kept else _encode(written, "JPEG", quality=job.quality), decoded.size
 
 
 def _encode(image: Image.Image, form: str, **options) -> bytes:

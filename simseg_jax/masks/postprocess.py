@@ -4,6 +4,7 @@ The jax functions are batched and traceable; they run inside one jitted program 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def closing(masks: jax.Array, side: int = 7) -> jax.Array:
 
 
 def compose(masks: jax.Array, scores: jax.Array, classes: jax.Array, drawn: jax.Array) -> jax.Array:
-    """Index masks uint8 [B, H, W] from per-candidate masks [B, K, H, W]; at most 255 classes.
+    """Index masks [B, H, W] of `label_type` from per-candidate masks [B, K, H, W].
 
     The original multiplies every mask with its class score and takes the argmax over classes with
     0 for the background. Candidates come in descending order of score, so that is the first
@@ -68,7 +69,12 @@ def compose(masks: jax.Array, scores: jax.Array, classes: jax.Array, drawn: jax.
     masks = masks & drawn[:, :, None, None]
     first = jnp.argmax(masks, axis=1)
     label = jnp.take_along_axis(classes[:, :, None, None], first[:, None], axis=1)[:, 0]
-    return jnp.where(masks.any(axis=1), label, 0).astype(jnp.uint8)
+    return jnp.where(masks.any(axis=1), label, 0).astype(label_type(scores.shape[1]))
+
+
+def label_type(classes: int) -> Any:
+    """The unsigned integer type that holds labels of so many classes, at most 65,536."""
+    return np.uint8 if classes <= 256 else np.uint16
 
 
 def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -81,4 +87,4 @@ def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
         np.minimum(np.floor(np.arange(new) * (1 / (new / old))).astype(np.intp), old - 1)
         for old, new in zip(mask.shape, (height, width), strict=True)
     )
-    return mask[rows[:, None], columns]
+    return mask[:, columns][rows]

@@ -162,7 +162,7 @@ class PaperProtocol:
         return arguments, self.predict_jit(*arguments, vertices=self.vertices)
 
     def finish(self, started) -> tuple[np.ndarray, list[Response]]:
-        """Masks uint8 [V, B, S, S] and one response per variant, in NumPy."""
+        """Masks [V, B, S, S] and one response per variant, in NumPy."""
         arguments, (result, responses, used) = started
         while int(used) > self.vertices:
             # Rare images have more colours than there is room for. A full hash table only says
@@ -211,7 +211,7 @@ class PaperProtocol:
         return result, responses, jnp.stack(used).max()
 
     def _finish(self, refined: list[jax.Array], responses: list[Response]) -> jax.Array:
-        """Masks uint8 [V, B, S, S] from those of every stage, bool [B, K, S, S]."""
+        """Masks [V, B, S, S] from those of every stage, bool [B, K, S, S]."""
         composed = {}
         for masks, blocks in zip(refined, self.stages, strict=True):
             begin = 0

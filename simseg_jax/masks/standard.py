@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from simseg_jax.masks.pamr import pamr
+from simseg_jax.masks.postprocess import label_type
 from simseg_jax.masks.protocols import project
 from simseg_jax.models.simseg import bind, l2_normalize
 from simseg_jax.sharding import BATCH, to_global_batch
@@ -86,7 +87,7 @@ class StandardProtocol:
         return self.predict_jit(params, class_embeddings, to_global_batch(batch, self.mesh))
 
     def finish(self, started) -> tuple[np.ndarray, list[Scores]]:
-        """Masks uint8 [V, B, H, W] and scores per variant, in NumPy."""
+        """Masks [V, B, H, W] and scores per variant, in NumPy."""
         return jax.tree.map(np.asarray, started)
 
     def _along(self, size: int, target: int, cell: int) -> tuple[list[int], np.ndarray]:
@@ -131,7 +132,7 @@ class StandardProtocol:
         return masks.swapaxes(0, 1), responses
 
     def _labels(self, class_embeddings, patches, windows, rows, columns) -> jax.Array:
-        """uint8 [V, H, W] of one image; patches: [n, m, g, g, D]."""
+        """[V, H, W] of one image; patches: [n, m, g, g, D]."""
         values = {}
         for m_text in {settings.m_text for settings in self.variants}:
             cosines = jnp.einsum(
@@ -142,7 +143,7 @@ class StandardProtocol:
             tall = jnp.einsum("iyg,ijcgh->jcyh", rows, cosines, precision=HIGHEST)
             values[m_text] = jnp.einsum("jcyh,jxh->cyx", tall, columns, precision=HIGHEST)
         masks = [self._argmax(values[settings.m_text], settings) for settings in self.variants]
-        return jnp.stack(masks).astype(jnp.uint8)
+        return jnp.stack(masks).astype(label_type(len(class_embeddings)))
 
     def _refined(self, cosines: jax.Array, windows: jax.Array) -> jax.Array:
         n, m, classes, *grid = cosines.shape

@@ -4,7 +4,6 @@ Used by the evaluators and by `segment`. Every process works on its own images w
 so that processes need not agree on anything before the end.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -34,8 +33,11 @@ def before_encoder(settings) -> tuple:
     return tuple(item for item in leaves(settings) if item[0].split(".")[0] not in variable)
 
 
-# What a stream holds: something to keep, its image, and (height, width) of the mask wanted.
-Job = Callable[[], tuple[Any, Image.Image, tuple[int, int]]]
+# What a stream holds: something to keep, its image, and (height, width) of the mask wanted; or
+# nothing, if there is no image to be had.
+Job = Callable[[], tuple[Any, Image.Image, tuple[int, int]] | None]
+# So many pixels of images are decoded at a time, unless a single one has more.
+PIXELS_AHEAD = 1 << 26
 
 
 class Engine:
@@ -81,27 +83,35 @@ class Engine:
         jobs: Iterable[Job],
         class_embeddings: dict[int, jax.Array],
         in_order: bool = False,
+        pixels: Callable[[Job], int] = lambda _job: 0,
     ) -> Iterator[tuple[list, np.ndarray, list]]:
-        """Yields (n things kept, masks uint8 [V, n, ...], V responses) until all jobs are done.
+        """Yields (n things kept, masks [V, n, ...], V responses) until all jobs are done.
 
         Masks become labels of the image's pixels by `protocol.restore`. Images that need the same
         program meet in a batch, which changes their order unless it must be kept. params and
-        class_embeddings: on `self.mesh`.
+        class_embeddings: on `self.mesh`. pixels: those of a job's image; the jobs that run at a
+        time have PIXELS_AHEAD together at most, or are one.
         """
         running: deque[tuple[list, Any]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
-            loaded = ahead(pool, self._load, jobs, 2 * self.batch_size)
-            for kept, batch in self._batches(loaded, in_order):
-                with jax.set_mesh(self.mesh):
-                    running.append((kept, self.protocol.start(params, class_embeddings, batch)))
-                if len(running) > 1:
-                    # While the device is busy with the next batch.
+            loaded = ahead(pool, self._load, jobs, 2 * self.batch_size, pixels)
+            try:
+                for kept, batch in self._batches(filter(None, loaded), in_order):
+                    with jax.set_mesh(self.mesh):
+                        running.append((kept, self.protocol.start(params, class_embeddings, batch)))
+                    if len(running) > 1:
+                        # While the device is busy with the next batch.
+                        yield self._finish(*running.popleft())
+                while running:
                     yield self._finish(*running.popleft())
-            while running:
-                yield self._finish(*running.popleft())
+            finally:  # Whoever stops early does not wait for images that nobody wants.
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, job: Job) -> tuple[Any, dict[str, np.ndarray]]:
-        kept, image, shape = job()
+    def _load(self, job: Job) -> tuple[Any, dict[str, np.ndarray]] | None:
+        loaded = job()
+        if loaded is None:
+            return None
+        kept, image, shape = loaded
         return kept, self.protocol.load(image, shape)
 
     def _finish(self, kept: list, started) -> tuple[list, np.ndarray, list]:
@@ -137,13 +147,26 @@ class Engine:
         return [kept for kept, _ in group], batch
 
 
-def ahead(pool: Executor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """Results of `function` in order, computed by the pool up to `depth` items in advance."""
-    items = iter(items)
-    futures: deque[Future] = deque()
-    while True:
-        for item in itertools.islice(items, depth - len(futures)):
-            futures.append(pool.submit(function, item))
-        if not futures:
-            return
-        yield futures.popleft().result()
+def ahead(
+    pool: Executor,
+    function: Callable,
+    items: Iterable,
+    depth: int,
+    pixels: Callable[[Any], int] = lambda _item: 0,
+) -> Iterator:
+    """Results of `function` in order, computed by the pool up to `depth` items in advance.
+
+    pixels: those of an item; items in advance have PIXELS_AHEAD together at most, or are one.
+    """
+    futures: deque[tuple[Future, int]] = deque()
+    total = 0
+    for item in items:
+        size = pixels(item)
+        while futures and (len(futures) == depth or total + size > PIXELS_AHEAD):
+            future, done = futures.popleft()
+            yield future.result()
+            total -= done
+        futures.append((pool.submit(function, item), size))
+        total += size
+    while futures:
+        yield futures.popleft()[0].result()

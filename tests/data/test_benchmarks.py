@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.io
 from conftest import SHARED
-from PIL import Image
+from PIL import ExifTags, Image
 from support import tiny_eval
 
 from simseg_jax.data.benchmarks import LAYOUTS, segmentation_source
@@ -172,9 +172,37 @@ def test_masks_that_do_not_fit_are_named(voc):
     write_mask(path, [[0, 1], [2, 3], [4, 5]])
     with pytest.raises(UserError, match=r"mask of .*one\.jpg has 2 x 3 pixels.*has 3 x 2"):
         source[0]
+    write_mask(path, [[0, 21, 34], [0, 21, 0]])
+    with pytest.raises(UserError, match=r"values 21, 34, which do not belong .* at 3 pixels"):
+        source[0]
+    Image.fromarray(np.array([[0, 1, 2], [0, 0, 0]], np.uint8)).save(path, "JPEG")
+    with pytest.raises(UserError, match=r"one\.png is a JPEG file, which does not keep labels"):
+        source[0]
     # One bit per pixel is enough for the labels 0 and 1.
     Image.fromarray(np.array([[True, False, True], [False] * 3])).save(path)
     assert_mask(source, 0, [[1, 0, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("stored", range(1, 9))
+def test_a_mask_follows_its_image(voc, stored):
+    photo, path = voc / "JPEGImages" / "one.jpg", voc / "SegmentationClass" / "one.png"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = stored
+    grey = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    Image.fromarray(grey * 10).save(photo, exif=exif, quality=100)
+    # As the pixels of the file are stored: turned along.
+    mask = np.where(grey > 20, 255, grey)
+    write_mask(path, mask)
+    example = open_source(voc, "voc")[0]
+    image = np.asarray(decode_image(example["image"]).convert("L"))
+    assert example["mask"].shape == image.shape
+    assert np.abs(image - np.minimum(example["mask"], 21) * 10.0)[example["mask"] < 255].max() <= 6
+    if stored >= 5:  # As viewers show it: upright already.
+        write_mask(path, example["mask"])
+        np.testing.assert_array_equal(open_source(voc, "voc")[0]["mask"], example["mask"])
+    write_mask(path, mask[:3])
+    with pytest.raises(UserError, match=r"has 6 x 3 pixels, but the image has 6 x 4"):
+        open_source(voc, "voc")[0]
 
 
 @pytest.mark.parametrize("keep", [20, 60])
@@ -297,7 +325,10 @@ def test_problems_of_the_json_are_named(voc2010):
         write_detail(voc2010, [(2, segmentation)])
         with pytest.raises(UserError, match="segment of 2008_000002 is not a run-length encoded"):
             open_source(voc2010, "context")[0]
-    for content in ("{}", '{"images": ['):
+    huge = (
+        '{"images": [{"image_id": 1, "file_name": "a.jpg", "height": 1000000, "width": 1000000}]}'
+    )
+    for content in ("{}", '{"images": [', huge):
         (voc2010 / "trainval_merged.json").write_text(content)
         with pytest.raises(UserError, match=r"Cannot read .*trainval_merged\.json"):
             open_source(voc2010, "context")

@@ -1,8 +1,9 @@
+import contextlib
 import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, ExifTags, Image, features
 from scipy import stats
 
 from simseg_jax.data import images
@@ -74,17 +75,187 @@ def test_reduced_decoding_happens_only_when_the_crop_keeps_enough_pixels(monkeyp
     assert shapes == [(120, 160, 3), (240, 320, 3), (480, 640, 3)]
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+GREY = np.asarray(photo(48, 36).convert("L"))
+
+
+def levels(image):
+    return np.asarray(images.to_rgb(image)).astype(int)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F"])
 def test_every_mode_becomes_rgb(mode):
-    flat = Image.new("RGB", (6, 6), (255, 255, 255))
-    if mode == "I;16":
-        image = Image.fromarray(np.full((6, 6), 255 << 8, np.uint16))
-    else:
-        image = flat.convert(mode)
-    data = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
-    assert images.decode_image(data).mode == "RGB"
-    assert images.decode_image(data).getpixel((0, 0)) == (255, 255, 255)
-    np.testing.assert_array_equal(images.read_crop(data, 6, fixed((0, 0, 6, 6)), LARGEST), 255)
+    image = photo(48, 36) if mode not in "IF" else Image.fromarray(GREY)
+    expected = image if mode not in ("1", "L", "P") else image.convert(mode)
+    difference = levels(image.convert(mode)) - np.asarray(expected.convert("RGB"))
+    assert np.abs(difference).max() <= (6 if mode in ("YCbCr", "HSV") else 0)
+
+
+DEEP = {
+    "16 bits": GREY.astype(np.uint16) * 257,
+    "8 bits in the high byte": GREY.astype(np.uint16) * 256,
+    "16 bits in 32": GREY.astype(np.int32) * 257,
+    "8 bits in 32": GREY.astype(np.int32),
+    "31 bits": (GREY.astype(np.int32) << 23) // GREY.max() * 255,
+    "floats to 1": GREY / np.float32(255),
+    "floats to 255": GREY.astype(np.float32),
+    "floats to 65535": GREY.astype(np.float32) * 257,
+    "larger floats": GREY.astype(np.float32) * 1e6 / GREY.max() * 255,
+}
+
+
+# Modes that Pillow writes in each container; None: not encoded.
+WRITTEN = {"PNG": ("I;16",), "JPEG2000": ("I;16",), "PPM": ("I;16", "F")}
+WRITTEN |= dict.fromkeys((None, "TIFF"), ("I;16", "I", "F"))
+
+
+@pytest.mark.parametrize(
+    ("container", "depth"),
+    [
+        (c, d)
+        for c, modes in WRITTEN.items()
+        for d in DEEP
+        if Image.fromarray(DEEP[d]).mode in modes
+    ],
+)
+def test_deep_grey_is_scaled_and_not_clipped(container, depth, monkeypatch):
+    monkeypatch.setattr(images, "STRIP", 48 * 5)  # Several strips, the last one smaller.
+    image = Image.fromarray(DEEP[depth])
+    if container:
+        options = {"irreversible": False} if container == "JPEG2000" else {}
+        image = images.open_image(encoded(image, container, **options))
+    stretched = depth in ("31 bits", "larger floats")
+    expected = np.round(GREY * (255 / GREY.max())) if stretched else GREY
+    assert np.abs(levels(image)[:, :, 1] - expected).max() <= (1 if stretched else 0)
+
+
+@pytest.mark.parametrize("value", [-1, np.nan, np.inf])
+def test_grey_without_a_meaning_is_refused(value):
+    data = encoded(Image.fromarray(np.where(GREY > 99, np.float32(value), GREY)), "TIFF")
+    with pytest.raises(UserError, match=r"x\.tif: grey values below 0 or that are no numbers"):
+        images.decode_image(data, "x.tif")
+    with pytest.raises(ValueError, match="no brightness"):
+        images.read_crop(data, 6, fixed((0, 0, 6, 6)), LARGEST)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
+def test_alpha_is_laid_on_white(mode):
+    image = photo(48, 36).convert("L" if mode in ("LA", "La") else "RGB")
+    expected = np.array(image.convert("RGB")).astype(int)
+    if mode == "PA":
+        image = image.convert("P")
+        expected = np.array(image.convert("RGB")).astype(int)
+        image = image.convert("PA")
+    alpha = np.full((36, 48), 255, np.uint8)
+    alpha[10:20], alpha[20:] = 128, 0
+    image.putalpha(Image.fromarray(alpha))
+    image = image.convert(mode)
+    expected[10:20] = (expected[10:20] * 128 + 255 * 127) / 255
+    expected[20:] = 255
+    assert np.abs(levels(image) - expected).max() <= 2  # Premultiplying rounds.
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"), [*((mode, "PNG") for mode in ("1", "L", "RGB", "P", "I;16")), ("P", "GIF")]
+)
+def test_a_transparent_value_is_laid_on_white(mode, format):
+    grey = np.array([[0, 255], [0, 255]], np.uint8)
+    image = Image.fromarray(grey * np.uint16(257) if mode == "I;16" else grey).convert(mode)
+    key = (0, 0, 0) if mode == "RGB" else image.getpixel((0, 0))
+    data = encoded(image, format, transparency=key)
+    np.testing.assert_array_equal(np.asarray(images.decode_image(data)), 255)
+
+
+@pytest.mark.parametrize("stored", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_images_are_turned_upright_once(format, stored):
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("This Pillow has no AVIF.")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = stored
+    lossless = {"lossless": True} if format == "WEBP" else {"quality": 95}
+    data = encoded(photo(161, 121), format, exif=exif, **lossless)
+    upright = images.decode_image(data)
+    expected = photo(161, 121)
+    expected = expected.transpose(images.TURNS[stored]) if stored > 1 else expected
+    assert upright.size == expected.size
+    tolerance = 0 if format in ("PNG", "TIFF", "WEBP") else 20
+    assert np.abs(np.asarray(upright).astype(int) - expected).max() <= tolerance
+    assert images.decode_image(upright) is upright
+    for box, size, mean in (((11, 7, 100, 90), 50, 1), ((3, 5, 110, 112), 25, 2.5)):
+        fast = images.read_crop(data, size, fixed(box), LARGEST)
+        difference = np.abs(fast.astype(int) - pil_crop(data, box, size))
+        assert difference.mean() <= mean
+        assert mean > 1 or difference.max() <= 1
+    shapes = []
+    images.read_crop(data, 8, lambda *shape: shapes.append(shape) or (0, 0, 8, 8), LARGEST)
+    assert shapes == [upright.size]
+    width, height, found = images.read_header(data)
+    if format != "TIFF":  # Pillow turns it by itself.
+        assert (width, height, found) == (161, 121, stored)
+
+
+def test_an_orientation_in_xmp_counts_too():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    for format in ("JPEG", "WEBP"):
+        data = encoded(photo(), format, xmp=xmp)
+        assert images.decode_image(data).size == (120, 160)
+        assert images.read_header(data) == (160, 120, 6)
+
+
+def test_damaged_exif_never_costs_an_image():
+    exif = Image.Exif()
+    exif.update({ExifTags.Base.Orientation: 6, ExifTags.Base.XResolution: 72.0, 306: "2020"})
+    whole = exif.tobytes()
+    rng = np.random.default_rng(0)
+    for format in ("JPEG", "PNG", "WEBP"):
+        for _ in range(40):
+            damaged = np.frombuffer(whole, np.uint8).copy()
+            damaged[rng.integers(6, len(whole), 3)] = rng.integers(0, 256, 3)
+            data = encoded(photo(40, 30), format, exif=damaged.tobytes())
+            upright = images.decode_image(data)
+            assert upright.size in ((40, 30), (30, 40))
+            box = (0, 0, *upright.size)
+            fast = images.read_crop(data, 20, fixed(box), LARGEST)
+            assert np.abs(fast.astype(int) - pil_crop(data, box, 20)).max() <= 1
+
+
+def test_no_file_starts_a_program(monkeypatch, tmp_path):
+    trace = tmp_path / "trace"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho started >> {trace}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "x.png").write_bytes(eps)
+    for image in (eps, tmp_path / "x.png"):
+        with pytest.raises(UserError, match="no image in a known format"):
+            images.decode_image(image)
+    with pytest.raises(ValueError, match="no image in a known format"):
+        images.read_crop(eps, 8, fixed((0, 0, 8, 8)), LARGEST)
+    with pytest.raises(ValueError, match="no image in a known format"):
+        images.read_header(eps)
+    assert not trace.exists()
+    with contextlib.suppress(OSError, ValueError), Image.open(io.BytesIO(eps)) as opened:
+        opened.load()
+    assert trace.exists()  # Pillow on its own would have.
+
+
+def test_animations_show_their_first_frame():
+    for format in ("GIF", "PNG", "WEBP"):
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+        assert levels(images.decode_image(data))[0, 0, 0] > 200
+
+
+def test_paths_are_read_as_their_content(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(encoded(photo(), "PNG"))
+    np.testing.assert_array_equal(images.decode_image(tmp_path / "x.jpg"), photo())
+    with pytest.raises(UserError, match=r"y\.jpg: no file is there"):
+        images.decode_image(tmp_path / "y.jpg", "y.jpg")
+    with pytest.raises(UserError, match="160x120 are more than"):
+        images.decode_image(tmp_path / "x.jpg", max_pixels=100)
+    with pytest.raises(UserError, match="0x5 are no pixels"):
+        images.decode_image(Image.new("RGB", (0, 5)))
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "BMP", "TIFF", "PNG"])
@@ -108,7 +279,7 @@ def test_damaged_images_give_a_reason(format, keep):
 def test_bombs_are_refused_before_they_are_decoded():
     for format in ("JPEG", "PNG"):
         data = encoded(Image.new("RGB", (300, 200)), format)
-        with pytest.raises(ValueError, match=r"300x200 are more than data.max_pixels=59999"):
+        with pytest.raises(ValueError, match=r"300x200 are more than max_pixels=59999"):
             images.read_crop(data, 32, fixed((0, 0, 300, 200)), 59_999)
     # A header that promises a gigapixel, as an attacker writes it.
     data = bytearray(encoded(Image.new("RGB", (300, 200))))

@@ -172,7 +172,7 @@ def test_bombs_count_as_damaged(examples):
         def __getitem__(self, index):
             return {**super().__getitem__(index), "image": file.getvalue()}
 
-    with pytest.raises(UserError, match=r"20x20 are more than data.max_pixels=100"):
+    with pytest.raises(UserError, match=r"20x20 are more than max_pixels=100"):
         batches(examples(Large(8), max_pixels=100), 1)
 
 

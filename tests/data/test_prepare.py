@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 from pairs_support import IMAGES, make_pairs, write_csv, write_tar
-from PIL import Image
+from PIL import ExifTags, Image
 
 from simseg_jax.config import data_set
 from simseg_jax.data import assemble, prepare, shards
+from simseg_jax.data.images import decode_image, read_header
 from simseg_jax.data.pairs import open_source
 from simseg_jax.data.text import load_tokenizer
 
@@ -109,6 +110,25 @@ def test_large_images_are_reencoded_and_others_kept(home):
     assert written[1] == images[1]
     assert Image.open(io.BytesIO(written[2])).format == "JPEG"
     assert card(home / "out")["reencoded_images"] == 2
+
+
+def test_images_are_written_upright(home):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    files = []
+    for size, form in (((60, 120), "JPEG"), ((30, 40), "JPEG"), ((30, 36), "WEBP")):
+        files.append(io.BytesIO())
+        Image.new("RGB", size, "red").save(files[-1], form, exif=exif)
+    images = [file.getvalue() for file in files]
+    pairs = [(f"{i}.jpg", image, ("words",)) for i, image in enumerate(images)]
+    table = write_csv(pairs, home / "source")
+    run(table, f"--output={home / 'out'}", "--short_side=40", "--no-shuffle", f"--images={IMAGES}")
+    written = [image for image, _ in examples(home / "out")]
+    assert [decode_image(image).size for image in written] == [(80, 40), (40, 30), (36, 30)]
+    assert written[1] == images[1]
+    assert [read_header(image)[2] for image in written] == [1, 6, 1]
+    facts = card(home / "out")
+    assert (facts["long_side_before"]["max"], facts["short_side_before"]["min"]) == (120, 30)
 
 
 def damaged_pairs():
