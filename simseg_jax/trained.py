@@ -14,11 +14,12 @@ from simseg_jax import config as config_lib
 from simseg_jax.checkpoint import (
     CONFIG,
     TOKENIZER,
+    Record,
     checkpoints_folder,
     completed_steps,
-    load_arrays,
+    load_run,
     read_metadata,
-    saved_config,
+    read_record,
     with_sharding,
 )
 from simseg_jax.config import Config
@@ -77,10 +78,11 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
         read = functools.partial(read_params, folder, manifest)
     else:
         path, at_step = _checkpoint(folder, step)
-        config = saved_config(path)
+        record = read_record(path)
+        config = record.config
         identity = {"step": at_step, "written": read_metadata(path).init_timestamp_nsecs}
         origin = {"source": str(folder), "format": "training run", "step": at_step}
-        read = functools.partial(_read_run, path)
+        read = functools.partial(_read_run, path, record)
 
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     return assemble_model(config, tokenizer, read, at_step, identity, origin, dtype)
@@ -115,8 +117,8 @@ def assemble_model(
     )
 
 
-def _read_run(path, _architecture: SimSegConfig, shapes) -> dict:
-    return load_arrays(path, {"params": shapes})["params"]
+def _read_run(path, record: Record, _architecture: SimSegConfig, shapes) -> dict:
+    return load_run(path, {"params": shapes}, record)["params"]
 
 
 def _checkpoint(workdir: Path, step: int | None):
