@@ -31,7 +31,7 @@ from simseg_jax.errors import UserError, one_line, reading, some
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer"
-WILDCARDS = set("[]*?\\")
+UNUSABLE = set("[]*?\\\0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def checkpoints_folder(workdir: Path, directory: str | None = None) -> epath.Pat
             directory = json.loads(file.read_text(encoding="utf-8"))["checkpoint"]["directory"]
     if not (directory and is_remote(directory)):
         directory = str(Path(directory or workdir / CHECKPOINTS).expanduser().absolute())
-    _refuse_wildcards(directory)
+    _refuse_unusable(directory)
     with reading(directory, "Addresses need the drivers of `pip install simseg-jax[cloud]`."):
         folder = epath.Path(directory)
         folder.is_dir()
@@ -226,7 +226,7 @@ def load_run(path: epath.Path, abstract: dict, record: Record) -> dict:
 
 def load_arrays(path: epath.Path, abstract: dict) -> dict:
     """The trees of arrays {"params": ...} in an Orbax folder, with the shardings of `abstract`."""
-    _refuse_wildcards(str(path))
+    _refuse_unusable(str(path))
     try:
         return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
@@ -293,11 +293,11 @@ def _by_path(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _refuse_wildcards(path: str) -> None:
-    if WILDCARDS & set(path):
+def _refuse_unusable(path: str) -> None:
+    if UNUSABLE & set(path):
         raise UserError(
-            f"Checkpoints cannot be kept under {path}: the library that reads them takes the "
-            "characters [ ] * ? and \\ for wildcards. Choose a path without them."
+            f"Checkpoints cannot be kept under {path!r}: the library that reads them takes [ ] * ? "
+            "and \\ for wildcards. Choose a path without these characters."
         )
 
 
