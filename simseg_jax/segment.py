@@ -21,10 +21,11 @@ from simseg_jax.config import Config, first_segmentation, segmentation_eval
 from simseg_jax.config_checks import validate_segmentation
 from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
-from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.errors import UserError, report_user_errors, some
 from simseg_jax.masks.protocols import Response
 from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.visualize import index_png, legend, overlay, stack
+from simseg_jax.zeroshot.classifier import unknown_words
 from simseg_jax.zeroshot.engine import Engine
 
 EPILOG = """examples:
@@ -76,6 +77,11 @@ class Segmenter:
         self.settings = segmentation_eval(**{**base, **settings})
         validate_segmentation(self.settings, model.config.model.image.patch_size)
         self.words = check_words(words)
+        unknown = unknown_words(model.encoder, self.words)
+        if unknown:
+            raise UserError(
+                f"The vocabulary of the model knows no word of: {some(unknown)}. Name others."
+            )
         if contrast is None:
             contrast = words_of(self.settings)
         self.contrast = tuple(w for w in dict.fromkeys(contrast) if w not in self.words)

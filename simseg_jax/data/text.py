@@ -59,7 +59,8 @@ def load_tokenizer(vocab: str):
 
 def vocabulary_identity(tokenizer) -> dict[str, Any]:
     """{"tokens": how many, "digest": hexadecimal}: equal if texts become the same ids."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]]
+    probe = tokenizer.backend_tokenizer.encode(PROBE, add_special_tokens=False).ids
+    content = [sorted(tokenizer.get_vocab().items()), probe]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return {"tokens": len(tokenizer), "digest": digest[:16]}
 
