@@ -142,7 +142,7 @@ def checkpoints_folder(workdir: Path, directory: str | None = None) -> epath.Pat
             directory = json.loads(file.read_text(encoding="utf-8"))["checkpoint"]["directory"]
     if not (directory and is_remote(directory)):
         directory = str(Path(directory or workdir / CHECKPOINTS).expanduser().absolute())
-    _refuse_unusable(directory)
+    refuse_unusable(directory)
     with reading(directory, "Addresses need the drivers of `pip install simseg-jax[cloud]`."):
         folder = epath.Path(directory)
         folder.is_dir()
@@ -175,9 +175,11 @@ def read_record(path: epath.Path) -> Record:
     """The `Record` stored with a checkpoint; a damaged one is refused."""
     try:
         content = dict(read_metadata(path).custom_metadata)
-        if content.pop("digest", None) not in (None, _digest(content)):
+        digest = content.pop("digest", None)
+        if digest not in (None, _digest(content)):
             raise ValueError("its description differs from what was written")
-        record = Record(**{**content, "config": config_lib.from_dict(content["config"])})
+        known = content if digest else {"position": content["position"]}
+        record = Record(**{**known, "config": config_lib.from_dict(content["config"])})
         if type(record.position) is not int or not 0 <= record.position < 2**62:
             raise ValueError(f"position={record.position!r} is no number of examples")
     except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
@@ -226,13 +228,22 @@ def load_run(path: epath.Path, abstract: dict, record: Record) -> dict:
 
 def load_arrays(path: epath.Path, abstract: dict) -> dict:
     """The trees of arrays {"params": ...} in an Orbax folder, with the shardings of `abstract`."""
-    _refuse_unusable(str(path))
+    refuse_unusable(str(path))
     try:
         return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
         # Reads of the other arrays go on and would bury the message under theirs.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise UserError(_damaged(path, error)) from error
+
+
+def refuse_unusable(path: str) -> None:
+    """Raises a `UserError` if nothing that Orbax writes below this path could be read again."""
+    if UNUSABLE & set(path):
+        raise UserError(
+            f"Checkpoints cannot be kept under {path!r}: the library that reads them takes [ ] * ? "
+            "and \\ for wildcards. Choose a path without these characters."
+        )
 
 
 def checksums(trees) -> dict[str, str]:
@@ -291,14 +302,6 @@ def _by_path(tree) -> dict[str, Any]:
     """The leaves by names such as "params/image_encoder/pos_embed"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _refuse_unusable(path: str) -> None:
-    if UNUSABLE & set(path):
-        raise UserError(
-            f"Checkpoints cannot be kept under {path!r}: the library that reads them takes [ ] * ? "
-            "and \\ for wildcards. Choose a path without these characters."
-        )
 
 
 def _damaged(path: epath.Path, error: Exception) -> str:

@@ -48,6 +48,8 @@ def changes(saved: Record, config: Config, now: dict[str, Any], where: str, own:
     if refused:
         raise UserError(f"{where} has {some(refused)}. {advice}")
     found = [f"{key} {old} -> {new}" for key, (old, new) in differences.items()]
+    if differences.keys() & {"steps", "epochs"}:
+        found.append("the learning rate follows the new length")
     if saved.identity is not None:
         _compare_vocabularies(saved, config, now, where)
         other = _other_data(saved.identity["data"], now["data"])
@@ -102,7 +104,7 @@ def _other_data(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
                 f"data.train.{name} had {old['examples']:,} examples, now {new['examples']:,}"
             )
             continue
-        pairs = [(a, b) for a, b in zip(old["sample"], new["sample"], strict=True) if a and b]
+        pairs = [(a, b) for a, b in zip(old["sample"], new["sample"], strict=False) if a and b]
         other = sum(a != b for a, b in pairs)
         if other:
             found.append(f"{other} of {len(pairs)} compared examples of data.train.{name} differ")

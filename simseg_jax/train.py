@@ -67,17 +67,18 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
     """
     workdir = Path(workdir).expanduser().absolute()
     folder = checkpoints_folder(workdir, config.checkpoint.directory)
+    places = {workdir.resolve()}
+    if config.checkpoint.directory and not is_remote(config.checkpoint.directory):
+        places.add(Path(folder).resolve())
     with contextlib.ExitStack() as locks:
-        locks.enter_context(only_run(workdir))
-        if config.checkpoint.directory and not is_remote(config.checkpoint.directory):
-            locks.enter_context(only_run(Path(folder)))
+        for own_folder in sorted(places):
+            locks.enter_context(only_run(own_folder))
         return _train(config, workdir, folder, profile)
 
 
 def _train(
     config: Config, workdir: Path, folder: epath.Path, profile: int
 ) -> dict[str, float] | None:
-
     # ---- mesh
     mesh = make_mesh(config.mesh.fsdp)
     if config.batch_size % mesh.size:
@@ -297,6 +298,7 @@ def _report(
     """Reports the update that led to `step`; stops the run when that was not finite."""
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        checkpoints.wait()
         newest = checkpoints.latest
         raise UserError(
             f"At step {step} the loss is {loss} and the gradient norm {norm}. "
