@@ -1,68 +1,134 @@
 """Orbax checkpoints of a run: saving, restoring, what is there.
 
-WORKDIR/checkpoints/<step> holds `params` and `optimizer` (moments and step), with the resolved
-configuration and the position in the training stream as metadata; WORKDIR/tokenizer the vocabulary.
+WORKDIR/checkpoints/<step> holds `params` and `optimizer` (moments and step). Its metadata is a
+`Record`: the resolved configuration, the position in the training stream, what tells the vocabulary
+and the data from others, and a checksum per array. WORKDIR/tokenizer holds the vocabulary.
 `checkpoint.directory` takes the place of WORKDIR/checkpoints, on object storage for example.
 """
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import absl.logging
 import jax
+import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
 
 from simseg_jax import config as config_lib
 from simseg_jax.config import Config
 from simseg_jax.data.pairs.remote import is_remote
-from simseg_jax.dotted import leaves
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line, reading, some
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer"
+UNUSABLE = set("[]*?\\\0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself.
+
+    position: examples of the training stream that led to this state. identity: what tells the
+    vocabulary and the data sets from others, see `resume.identity`. checksums: one per array by its
+    path. Those that older versions wrote have no identity and no checksums: both None.
+    """
+
+    config: Config
+    position: int
+    identity: dict[str, Any] | None = None
+    checksums: dict[str, str] | None = None
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for pending writes on exit."""
 
     def __init__(self, folder: epath.Path, keep: int):
+        self.folder, self._pending = folder, None
         newest: Any = ocp.training.preservation_policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(folder),
-            preservation_policy=newest,
-            cleanup_tmp_directories=True,
-        )
+        with self._writing():
+            self._checkpointer = ocp.training.Checkpointer(
+                str(folder), preservation_policy=newest, cleanup_tmp_directories=True
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_exception) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind, *_exception) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:  # Otherwise what went wrong first is what counts.
+                raise
+        finally:
+            with contextlib.suppress(Exception):  # It raises again what `wait` has raised.
+                self._checkpointer.close()
 
     @property
     def latest(self) -> epath.Path | None:
         """Folder of the newest complete checkpoint."""
-        newest = self._checkpointer.latest
-        return epath.Path(newest.path) if newest else None
+        steps = completed_steps(self.folder)
+        return self.folder / str(steps[-1]) if steps else None
 
-    def save(self, step: int, state: dict, position: int, config: Config) -> None:
+    def save(self, step: int, state: dict, record: Record) -> None:
         """Writes in the background; the arrays are captured before it returns.
 
-        position: examples of the training stream that led to this state.
+        The checksums of `record` are those of `state`, computed here.
         """
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {
-                "params": state["params"],
-                "optimizer": {"opt": state["opt"], "step": state["step"]},
-            },
-            force=True,
-            custom_metadata={"config": config.to_dict(), "position": position},
-        )
+        self.wait()
+        trees = {
+            "params": state["params"],
+            "optimizer": {"opt": state["opt"], "step": state["step"]},
+        }
+        content = {
+            "config": record.config.to_dict(),
+            "position": record.position,
+            "identity": record.identity,
+            "checksums": checksums(trees),
+        }
+        with self._writing():
+            self._pending = self._checkpointer.save_checkpointables_async(
+                step, trees, force=True, custom_metadata={**content, "digest": _digest(content)}
+            )
+
+    def wait(self) -> None:
+        """Waits for the write in progress, whose failure is a `UserError`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            # Unless its result is taken, every response keeps a thread and three open files.
+            with self._writing():
+                pending.result()
+
+    def read_back(self, shapes: dict) -> None:
+        """Reads the newest parameters as every later user will: what cannot be read is said now.
+
+        shapes: of the parameters, with shardings. They are in memory twice for this moment.
+        """
+        self.wait()
+        newest = self.latest
+        if newest is not None:
+            load_run(newest, {"params": shapes}, read_record(newest))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax, TensorStore and the file systems raise many kinds.
+            newest = self.latest
+            raise UserError(
+                f"Cannot write a checkpoint to {self.folder} ({one_line(error)}). "
+                + (f"The newest complete one is {newest}" if newest else "None is complete yet")
+                + ": make room or mend the folder, then run again to continue."
+            ) from error
 
 
 def checkpoints_folder(workdir: Path, directory: str | None = None) -> epath.Path:
@@ -72,53 +138,53 @@ def checkpoints_folder(workdir: Path, directory: str | None = None) -> epath.Pat
     """
     file = workdir / CONFIG
     if directory is None and file.is_file():
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"{file} is no JSON ({error}): give the command of the run again, which writes it."
-            ) from error
-        directory = content.get("checkpoint", {}).get("directory")
-    if directory and is_remote(directory):
-        return epath.Path(directory)
-    return epath.Path(Path(directory or workdir / CHECKPOINTS).expanduser().absolute())
+        with reading(str(file), "Give the command of the run again, which writes it."):
+            directory = json.loads(file.read_text(encoding="utf-8"))["checkpoint"]["directory"]
+    if not (directory and is_remote(directory)):
+        directory = str(Path(directory or workdir / CHECKPOINTS).expanduser().absolute())
+    refuse_unusable(directory)
+    with reading(directory, "Addresses need the drivers of `pip install simseg-jax[cloud]`."):
+        folder = epath.Path(directory)
+        folder.is_dir()
+    return folder
 
 
-def restore_state(path: epath.Path, abstract_state: dict, config: Config) -> tuple[dict, int]:
+def restore_state(
+    path: epath.Path, abstract_state: dict, record: Record
+) -> tuple[dict[str, Any], int]:
     """(state with the shardings of `abstract_state`, position in the stream) of one checkpoint."""
-    saved = saved_config(path)
-    before = dict(leaves(saved.model))
-    for key, value in leaves(config.model):
-        old = before[key]
-        if old != value:
-            raise UserError(
-                f"The checkpoint {path} has model.{key}={old!r}, the configuration {value!r}: "
-                "set it back or choose another --workdir."
-            )
-    loaded = load_arrays(
+    loaded = load_run(
         path,
         {
             "params": abstract_state["params"],
             "optimizer": {"opt": abstract_state["opt"], "step": abstract_state["step"]},
         },
+        record,
     )
-    state = {"params": loaded["params"], **loaded["optimizer"]}
-    return state, read_metadata(path).custom_metadata["position"]
+    return {"params": loaded["params"], **loaded["optimizer"]}, record.position
 
 
 def completed_steps(folder: epath.Path) -> list[int]:
     """Steps with a complete checkpoint, ascending; folders of interrupted writes do not count."""
     found = folder.iterdir() if folder.is_dir() else ()
-    steps = [int(f.name) for f in found if f.name.isdigit() and ocp.is_orbax_checkpoint(str(f))]
-    return sorted(steps)
+    names = [f for f in found if f.name.isascii() and f.name.isdigit()]
+    return sorted(int(f.name) for f in names if ocp.is_orbax_checkpoint(str(f)))
 
 
-def saved_config(path: epath.Path) -> Config:
-    """The resolved configuration stored with a checkpoint."""
+def read_record(path: epath.Path) -> Record:
+    """The `Record` stored with a checkpoint; a damaged one is refused."""
     try:
-        return config_lib.from_dict(read_metadata(path).custom_metadata["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        content = dict(read_metadata(path).custom_metadata)
+        digest = content.pop("digest", None)
+        if digest not in (None, _digest(content)):
+            raise ValueError("its description differs from what was written")
+        known = content if digest else {"position": content["position"]}
+        record = Record(**{**known, "config": config_lib.from_dict(content["config"])})
+        if type(record.position) is not int or not 0 <= record.position < 2**62:
+            raise ValueError(f"position={record.position!r} is no number of examples")
+    except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(_damaged(path, error)) from error
+    return record
 
 
 def read_metadata(path: epath.Path) -> Any:
@@ -128,7 +194,7 @@ def read_metadata(path: epath.Path) -> Any:
         # Orbax warns that the iterator's state has no metadata, which nobody asked for.
         absl.logging.set_verbosity(absl.logging.ERROR)
         return ocp.checkpointables_metadata(str(path))
-    except (OSError, KeyError, TypeError, ValueError, ocp.errors.InvalidLayoutError) as error:
+    except Exception as error:
         raise UserError(_damaged(path, error)) from error
     finally:
         absl.logging.set_verbosity(verbosity)
@@ -141,8 +207,28 @@ def with_sharding(shapes, shardings):
     )
 
 
+def load_run(path: epath.Path, abstract: dict, record: Record) -> dict:
+    """`load_arrays` of a run's checkpoint, compared with the checksums of its record."""
+    _compare_shapes(path, abstract)
+    loaded = load_arrays(path, abstract)
+    expected = record.checksums
+    if expected is None:
+        if jax.process_index() == 0:
+            note = "has no checksums, as an older version wrote it: damage goes unnoticed."
+            tqdm.write(f"The checkpoint {path} {note}", file=sys.stderr)
+        return loaded
+    wrong = [name for name, value in checksums(loaded).items() if expected.get(name) != value]
+    if wrong:
+        raise UserError(
+            f"The checkpoint {path} is damaged, not what was saved: {some(wrong)}. Move it away: "
+            "the next older one is used then."
+        )
+    return loaded
+
+
 def load_arrays(path: epath.Path, abstract: dict) -> dict:
     """The trees of arrays {"params": ...} in an Orbax folder, with the shardings of `abstract`."""
+    refuse_unusable(str(path))
     try:
         return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
@@ -151,9 +237,75 @@ def load_arrays(path: epath.Path, abstract: dict) -> dict:
         raise UserError(_damaged(path, error)) from error
 
 
+def refuse_unusable(path: str) -> None:
+    """Raises a `UserError` if nothing that Orbax writes below this path could be read again."""
+    if UNUSABLE & set(path):
+        raise UserError(
+            f"Checkpoints cannot be kept under {path!r}: the library that reads them takes [ ] * ? "
+            "and \\ for wildcards. Choose a path without these characters."
+        )
+
+
+def checksums(trees) -> dict[str, str]:
+    """A checksum of every array by its path, as hexadecimal digits.
+
+    It depends on the bits of an array alone, not on how the array is split over devices and
+    processes, all of which must call this together. Any single changed element is noticed, several
+    with a probability of 1 - 2^-32.
+    """
+    sums = jax.device_get({name: _checksum(leaf) for name, leaf in _by_path(trees).items()})
+    return {name: f"{int(value):08x}" for name, value in sums.items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """uint32 []: the sum of all words, each scrambled together with its place."""
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    words ^= place * jnp.uint32(0x9E3779B1)
+    # The finaliser of MurmurHash3: one to one, so that one changed word always changes the sum.
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(words ^ (words >> 16), dtype=jnp.uint32)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _compare_shapes(path: epath.Path, abstract: dict) -> None:
+    """Refuses a checkpoint whose arrays are not those of `abstract`, before any is read."""
+    try:
+        metadata = read_metadata(path).metadata
+        saved = {n: list(x.shape) for n, x in _by_path({k: metadata[k] for k in abstract}).items()}
+        if not saved:
+            raise ValueError("no index of its arrays")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_damaged(path, error)) from error
+    wanted = {name: list(x.shape) for name, x in _by_path(abstract).items()}
+    different = [
+        f"{name} is {saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+        for name in sorted({*saved, *wanted})
+        if saved.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"The checkpoint {path} does not fit: {different[0]}, {len(different)} such arrays in "
+            "all. The vocabulary, the model and the rules of optim must be those it was trained "
+            "with: set them back."
+        )
+
+
+def _by_path(tree) -> dict[str, Any]:
+    """The leaves by names such as "params/image_encoder/pos_embed"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def _damaged(path: epath.Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
     return (
-        f"The checkpoint {path} cannot be read ({type(error).__name__}: {reason}). If it is "
-        "incomplete, move it away: the next older one is used then."
+        f"The checkpoint {path} cannot be read ({type(error).__name__}: {one_line(error, 100)}). "
+        "If it is damaged or incomplete, move it away: the next older one is used then."
     )

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
 from simseg_jax import config as config_lib
-from simseg_jax.checkpoint import CONFIG, TOKENIZER, load_arrays
+from simseg_jax.checkpoint import CONFIG, TOKENIZER, load_arrays, refuse_unusable
 from simseg_jax.config import Config
 from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import SimSegConfig
@@ -134,6 +134,7 @@ def refuse_existing(path: Path) -> None:
 
 def write_orbax(folder: Path, params: dict) -> None:
     """Parameters for `load_arrays`, in the type they have."""
+    refuse_unusable(str(folder.absolute()))
     ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
 
 

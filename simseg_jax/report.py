@@ -1,10 +1,11 @@
 """Metrics of a run: progress bar, metrics.jsonl and TensorBoard. Only process 0 writes."""
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import optax
 from tqdm import tqdm
 
 from simseg_jax.cost import peak_flops
+from simseg_jax.errors import UserError, one_line
 
 
 class Reporter:
@@ -52,13 +54,16 @@ class Reporter:
         if not self.enabled:
             return
         # Imported late: reading a configuration or segmenting images never needs it.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
         self.path = workdir / "metrics.jsonl"
-        lines = _lines_until(self.path, start)
-        self.path.write_text("".join(lines), encoding="utf-8")
-        self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        with self._writing():
+            _keep_until(self.path, start)
+            self.file = self.path.open("a", encoding="utf-8")
+            (workdir / "tensorboard").mkdir(exist_ok=True)
+            # Written at once: a thread of its own would die of a full disk unseen.
+            self.tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+            self._event(start, session_log={"status": "START"})
 
     def __enter__(self) -> "Reporter":
         return self
@@ -66,8 +71,9 @@ class Reporter:
     def __exit__(self, *_exception) -> None:
         self.bar.close()
         if self.enabled:
-            self.file.close()
-            self.tensorboard.close()
+            for file in (self.file, self.tensorboard):
+                with contextlib.suppress(OSError):  # `write` has raised it already.
+                    file.close()
 
     def train(
         self,
@@ -77,11 +83,13 @@ class Reporter:
         *,
         waited: float,
         replaced: int,
+        unknown: int,
     ) -> None:
         """Metrics of the update that led to `step`: moves the bar, logs every `log_every` steps.
 
-        waited, replaced: seconds that this process has waited for data, and damaged examples that
-        it has replaced, both since it started.
+        waited, replaced, unknown: seconds that this process has waited for data, damaged examples
+        that it has replaced and captions without a word that the vocabulary knows, all since it
+        started.
         """
         self.waited = waited
         self.bar.update(step - self.bar.n)
@@ -97,7 +105,7 @@ class Reporter:
         speed = steps * self.batch_size / seconds
         waited -= self.stretch_waited
         values |= {"pairs_per_second": speed, "data_wait_seconds": waited / steps}
-        values["data_replaced"] = replaced
+        values |= {"data_replaced": replaced, "data_unknown": unknown}
         flops = self.flops * steps / seconds
         values["tflops_per_device"] = flops / 1e12
         used = ""
@@ -116,10 +124,28 @@ class Reporter:
         """One line of metrics.jsonl and the same numbers to TensorBoard."""
         if not self.enabled:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
+        with self._writing():
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
+            self._event(step, summary={"value": values})
+
+    def _event(self, step: int, **content) -> None:
+        from tensorboardX.proto import event_pb2
+
+        event = event_pb2.Event(wall_time=time.time(), step=step, **content)  # type: ignore[reportAttributeAccessIssue]
+        self.tensorboard.write_event(event)
+        self.tensorboard.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"Cannot write the metrics in {self.path.parent} ({one_line(error)}). The newest "
+                "checkpoint stays: make room or mend the folder, then run again to continue."
+            ) from error
 
     def pause(self) -> None:
         """Starts a new stretch for the pairs per second: what came before does not count."""
@@ -177,14 +203,23 @@ class Profile:
             reporter.pause()
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines beyond `step`, those that are no metrics and those out of order.
+
+    The file is replaced as a whole: it is never half written.
+    """
     if not path.is_file():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        return
+    kept, newest = [], -1
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
+            at = json.loads(line)["step"]
+            if newest <= at <= step and line.endswith(b"\n"):
                 kept.append(line)
-        except (ValueError, KeyError):
-            continue  # A line that a killed process left half written.
-    return kept
+                newest = at
+        # What a killed process left half written, or what is no line of ours.
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)

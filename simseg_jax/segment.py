@@ -36,6 +36,7 @@ from simseg_jax.masks.protocols import Response
 from simseg_jax.ranges import Key
 from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.visualize import index_png, labels_in, legend, overlaid
+from simseg_jax.zeroshot.classifier import unknown_words
 from simseg_jax.zeroshot.engine import Engine
 
 EPILOG = """examples:
@@ -104,6 +105,11 @@ class Segmenter:
         self.settings = segmentation_eval(**{**base, **settings})
         validate_segmentation(self.settings, model.config.model.image.patch_size)
         self.words = check_words(words)
+        unknown = unknown_words(model.encoder, self.words)
+        if unknown:
+            raise UserError(
+                f"The vocabulary of the model knows no word of: {some(unknown)}. Name others."
+            )
         tokens = _distinct(model.encoder, ("background", *self.words))
         if contrast is None:
             others = words_of(self.settings)

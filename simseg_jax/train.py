@@ -1,5 +1,6 @@
 """The training run, top to bottom: mesh, data, model, state, restore, evaluators, loop."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -9,18 +10,21 @@ import jax.numpy as jnp
 from etils import epath
 
 from simseg_jax import config as config_lib
+from simseg_jax import resume
 from simseg_jax.checkpoint import (
     CONFIG,
     TOKENIZER,
     Checkpoints,
+    Record,
     checkpoints_folder,
     completed_steps,
+    read_record,
     restore_state,
-    saved_config,
     with_sharding,
 )
 from simseg_jax.config import Config
 from simseg_jax.cost import describe_step, step_flops
+from simseg_jax.data.pairs.remote import is_remote
 from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
@@ -28,7 +32,7 @@ from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluator
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.optim import adamw, cosine_schedule, frozen
 from simseg_jax.pretrained import Pretrained, adopt, keep_architecture
-from simseg_jax.processes import StopSignal
+from simseg_jax.processes import StopSignal, only_run
 from simseg_jax.report import Profile, Reporter
 from simseg_jax.sharding import make_mesh, place, state_sharding, to_global_batch
 from simseg_jax.step import initial_state, jit_update, make_update
@@ -57,12 +61,24 @@ def make_optimizer(config: Config, steps: int, params):
 def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, float] | None:
     """Trains, checkpoints and evaluates; returns the final numbers, None if a signal stopped it.
 
-    Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`.
-    profile: steps, after the first few, of which a trace is written to WORKDIR/profile.
+    Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`; what
+    may differ then says `resume`. A second run in the same workdir or `config.checkpoint.directory`
+    is refused. profile: steps, after the first few, of which WORKDIR/profile gets a trace.
     """
     workdir = Path(workdir).expanduser().absolute()
-    main_process = jax.process_index() == 0
+    folder = checkpoints_folder(workdir, config.checkpoint.directory)
+    places = {workdir.resolve()}
+    if config.checkpoint.directory and not is_remote(config.checkpoint.directory):
+        places.add(Path(folder).resolve())
+    with contextlib.ExitStack() as locks:
+        for own_folder in sorted(places):
+            locks.enter_context(only_run(own_folder))
+        return _train(config, workdir, folder, profile)
 
+
+def _train(
+    config: Config, workdir: Path, folder: epath.Path, profile: int
+) -> dict[str, float] | None:
     # ---- mesh
     mesh = make_mesh(config.mesh.fsdp)
     if config.batch_size % mesh.size:
@@ -79,12 +95,12 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
 
     # ---- what to go on from: own checkpoint, another run's, pretrained encoders, nothing
     tokenizer = load_tokenizer(config.data.vocab)
-    folder = checkpoints_folder(workdir, config.checkpoint.directory)
-    restorable = _newest_checkpoint(folder, config.checkpoint.resume)
+    restorable, own = _newest_checkpoint(folder, config.checkpoint.resume)
     config = config.copy_and_resolve_references()
     pretrained = Pretrained({}, [])
-    if restorable:
-        keep_architecture(config, saved_config(restorable))
+    saved = read_record(restorable) if restorable else None
+    if saved:
+        keep_architecture(config, saved.config)
     else:
         pretrained = adopt(config, tokenizer)
 
@@ -102,6 +118,12 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
         batch_size=config.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+    )
+    identity = resume.identity(tokenizer, examples)
+    changed = (
+        resume.changes(saved, config, identity, f"The checkpoint {restorable}", own)
+        if saved
+        else []
     )
     steps = config.steps
     if config.epochs > 0:
@@ -141,23 +163,21 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
     )
 
     # ---- restore
-    if restorable:
-        abstract = with_sharding(state_shapes, shardings)
-        state, data.position = restore_state(restorable, abstract, config)
+    abstract = with_sharding(state_shapes, shardings)
+    if restorable and saved:
+        state, data.position = restore_state(restorable, abstract, saved)
     else:
         state = jax.jit(init_state, out_shardings=shardings)()
-        abstract = with_sharding(state_shapes["params"], shardings["params"])
         for name, values in pretrained.params.items():
-            state["params"][name] = place(values, abstract[name])
+            state["params"][name] = place(values, abstract["params"][name])
     start = int(state["step"])
-    if restorable and start > steps:
+    if start > steps:
         raise UserError(
             f"The checkpoint {restorable} is at step {start}, beyond the {steps} configured: "
             "raise steps or epochs, or choose another --workdir."
         )
     # Only now: a run that cannot continue leaves the files of its workdir as they were.
-    if main_process:
-        workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
         (workdir / CONFIG).write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(workdir / TOKENIZER)
 
@@ -187,6 +207,8 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
         )
         for line in (*pretrained.notes, *examples.describe()):
             reporter.say(line)
+        if changed:
+            reporter.say(f"Changed since the checkpoint: {', '.join(changed)}")
         if start < steps:
             began = time.monotonic()
             update = update.lower(state, batch_shapes(config)).compile()
@@ -206,7 +228,7 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
             if save:
                 # Before the next batch is taken: the position in the data belongs to this step.
                 # And before the evaluation: should that fail, the training is not lost.
-                checkpoints.save(step, state, data.position, config)
+                checkpoints.save(step, state, Record(config, data.position, identity))
                 reporter.pause()
             if measure:
                 results = evaluate(evaluators, state["params"], reporter, step)
@@ -218,17 +240,19 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
             if pending:
                 _report(reporter, checkpoints, step, pending, schedule, data)
             pending = metrics
+        if last and fresh:
+            checkpoints.read_back(abstract["params"])
         if not last:
             reporter.say(f"Saved step {step}.")
             return None
         shown = {k: v for k, v in evaluators.items() if k.startswith("seg/")}
         if config.pictures and shown:
-            folder = workdir / "pictures"
+            pictures = workdir / "pictures"
             for prefix, evaluator in shown.items():
-                path = folder / f"{prefix.removeprefix('seg/')}.png"
+                path = pictures / f"{prefix.removeprefix('seg/')}.png"
                 images = range(min(config.pictures, evaluator.count))
                 write_contact_sheet(path, evaluator, state["params"], images)
-            reporter.say(f"Pictures: {folder}")
+            reporter.say(f"Pictures: {pictures}")
     return results
 
 
@@ -261,14 +285,16 @@ def _hits(step: int, every: int) -> bool:
     return step > 0 and every > 0 and step % every == 0
 
 
-def _newest_checkpoint(folder: epath.Path, resume: str) -> epath.Path | None:
+def _newest_checkpoint(folder: epath.Path, other: str) -> tuple[epath.Path | None, bool]:
+    """(checkpoint to go on from, whether it is the run's own); other: `checkpoint.resume`."""
     steps = completed_steps(folder)
-    if not steps and resume:
-        folder = checkpoints_folder(Path(resume).expanduser().absolute())
+    own = bool(steps) or not other
+    if not own:
+        folder = checkpoints_folder(Path(other).expanduser().absolute())
         steps = completed_steps(folder)
         if not steps:
-            raise UserError(f"checkpoint.resume={resume!r} holds no finished checkpoint.")
-    return folder / str(steps[-1]) if steps else None
+            raise UserError(f"checkpoint.resume={other!r} holds no finished checkpoint.")
+    return (folder / str(steps[-1]) if steps else None), own
 
 
 def _report(
@@ -277,6 +303,7 @@ def _report(
     """Reports the update that led to `step`; stops the run when that was not finite."""
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        checkpoints.wait()
         newest = checkpoints.latest
         raise UserError(
             f"At step {step} the loss is {loss} and the gradient norm {norm}. "
@@ -287,4 +314,5 @@ def _report(
             )
             + "from there, with a lower optim.lr or with optim.clip_norm=1.0."
         )
-    reporter.train(step, metrics, schedule, waited=data.waited, replaced=data.bad)
+    counts = {"waited": data.waited, "replaced": data.bad, "unknown": data.unknown}
+    reporter.train(step, metrics, schedule, **counts)

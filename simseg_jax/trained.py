@@ -14,15 +14,16 @@ from simseg_jax import config as config_lib
 from simseg_jax.checkpoint import (
     CONFIG,
     TOKENIZER,
+    Record,
     checkpoints_folder,
     completed_steps,
-    load_arrays,
+    load_run,
     read_metadata,
-    saved_config,
+    read_record,
     with_sharding,
 )
 from simseg_jax.config import Config
-from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.data.text import TextEncoder, load_tokenizer, vocabulary_identity
 from simseg_jax.errors import UserError
 from simseg_jax.model_folder import MANIFEST, is_model_folder, read_manifest, read_params
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
@@ -73,16 +74,24 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
         if step is not None:
             raise UserError(f"{source} was exported: it has one state only, leave --step out.")
         at_step = int(origin.get("step", 0))
+        trained_with = None  # The manifest covers the vocabulary.
         identity = {"manifest": sha256(folder / MANIFEST)}
         read = functools.partial(read_params, folder, manifest)
     else:
         path, at_step = _checkpoint(folder, step)
-        config = saved_config(path)
+        record = read_record(path)
+        config = record.config
         identity = {"step": at_step, "written": read_metadata(path).init_timestamp_nsecs}
         origin = {"source": str(folder), "format": "training run", "step": at_step}
-        read = functools.partial(_read_run, path)
+        trained_with = record.identity and record.identity["vocabulary"]
+        read = functools.partial(_read_run, path, record)
 
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    if trained_with not in (None, vocabulary_identity(tokenizer)):
+        raise UserError(
+            f"{folder / TOKENIZER} is not the vocabulary that the model was trained with: words "
+            "would get each other's embeddings. Put the right one there."
+        )
     return assemble_model(config, tokenizer, read, at_step, identity, origin, dtype)
 
 
@@ -115,8 +124,8 @@ def assemble_model(
     )
 
 
-def _read_run(path, _architecture: SimSegConfig, shapes) -> dict:
-    return load_arrays(path, {"params": shapes})["params"]
+def _read_run(path, record: Record, _architecture: SimSegConfig, shapes) -> dict:
+    return load_run(path, {"params": shapes}, record)["params"]
 
 
 def _checkpoint(workdir: Path, step: int | None):

@@ -1,10 +1,13 @@
 """Several real processes on this machine, started by launch/local.py as a user starts them."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -15,7 +18,7 @@ from support import tiny_config, tiny_eval
 from simseg_jax.checkpoint import checkpoints_folder, completed_steps
 from simseg_jax.config import classification_eval, retrieval_eval
 from simseg_jax.errors import UserError
-from simseg_jax.processes import STOPPED, join_processes
+from simseg_jax.processes import STOPPED, StopSignal, join_processes, only_run
 from simseg_jax.train import train
 from simseg_jax.trained import load_model
 
@@ -187,6 +190,83 @@ def test_processes_that_cannot_be_found(monkeypatch, settings, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         join_processes()
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("process 7 on elsewhere since noon", file=file, flush=True)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    folder = tmp_path / "run"
+    with only_run(folder):
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* since 2.*: wait for"):
+            train(tiny_config(), folder)
+        link = tmp_path / "link"
+        link.symlink_to(folder)
+        with pytest.raises(UserError, match="belongs to another run"), only_run(link):
+            pass
+        (folder / "result").touch()
+        assert (folder / ".lock").is_file()
+    with only_run(folder):
+        pass
+    assert [file.name for file in folder.iterdir()] == ["result"]
+
+
+def test_a_refused_run_leaves_nothing(tmp_path):
+    config = tiny_config()
+    config.batch_size = 12
+    for directory in ("", str(tmp_path / "bucket")):
+        config.checkpoint.directory = directory
+        with pytest.raises(UserError, match="multiple of the 8 devices"):
+            train(config, tmp_path / "run")
+        assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_checkpoints_are_locked_as_well(tmp_path):
+    config = tiny_config()
+    config.checkpoint.directory = str(tmp_path / "bucket")
+    with only_run(tmp_path / "bucket"), pytest.raises(UserError, match="bucket belongs to another"):
+        train(config, tmp_path / "run")
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        message = r"belongs to another run, process 7 on elsewhere since noon: wait"
+        with pytest.raises(UserError, match=message), only_run(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+    with only_run(tmp_path):
+        pass
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch, capsys):
+    def refuse(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_run(tmp_path):
+        assert f"{tmp_path} allows no locks: let only one run" in capsys.readouterr().err
+
+
+def test_signals_outside_of_the_main_thread_are_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def watch():
+        with StopSignal() as stop:
+            return stop.requested(1), signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(watch).result() == (False, before)
 
 
 @pytest.mark.slow

@@ -6,16 +6,21 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from support import assert_trees_equal, tiny_config, tiny_eval
+from tensorboardX.proto import event_pb2
 
 from simseg_jax import train as train_module
 from simseg_jax.checkpoint import checkpoints_folder, completed_steps
 from simseg_jax.config import from_dict
+from simseg_jax.data import shapes
 from simseg_jax.errors import UserError
+from simseg_jax.report import Reporter
 from simseg_jax.train import train
 from simseg_jax.trained import load_model
 
@@ -77,8 +82,10 @@ def test_outputs_of_a_run(finished):
 
 
 def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
+    """In a thread as well, where Python allows no handlers of signals."""
     workdir, config, results = finished
-    assert train(config, tmp_path) == results
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, config, tmp_path).result() == results
     assert without_speed(lines(tmp_path)) == without_speed(lines(workdir))
 
 
@@ -185,6 +192,106 @@ def test_a_changed_architecture_is_refused_before_anything_is_lost(finished, tmp
     assert (workdir / "config.json").read_text() == before
 
 
+def snapshot(folder):
+    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("change", ["order", "size", "data", "seed"])
+def test_other_inputs_are_refused_and_the_folder_stays(finished, tmp_path, change):
+    workdir, config, _ = finished
+    config = from_dict(config.to_dict())
+    config.steps = 5
+    tokens = list(shapes.vocabulary())
+    vocab = tmp_path / "vocab.txt"
+    if change in ("order", "size"):
+        words = tokens[5:][::-1] if change == "order" else tokens[5:-1]
+        vocab.write_text("\n".join([*tokens[:5], *words]))
+        config.data.vocab = str(vocab)
+        message = rf"vocabulary data.vocab='shapes' \({len(tokens)} tokens.*{vocab}"
+    elif change == "data":
+        config.data.train.shapes.split = "test"
+        message = "was trained on other data: 64 of 64 compared examples of data.train.shapes"
+    else:
+        config.seed = 1
+        message = "has seed=0, the configuration 1. Set it back, or start a new run"
+    before = snapshot(workdir)
+    with pytest.raises(UserError, match=message):
+        train(config, workdir)
+    assert snapshot(workdir) == before
+
+
+def test_the_vocabulary_may_move(finished, tmp_path):
+    """WORKDIR/tokenizer is the one that was named otherwise before."""
+    _, config, _ = finished
+    config = from_dict(config.to_dict())
+    shutil.copytree(finished[0], tmp_path / "run")
+    config.data.vocab = str(tmp_path / "run" / "tokenizer")
+    config.evals.seg = {}
+    config.pictures = 0
+    assert train(config, tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize("key", ["workdir", "directory", "resume"])
+def test_paths_that_cannot_be_read_back_are_refused_before_training(tmp_path, key):
+    config = tiny_config()
+    workdir = tmp_path / ("run[1]" if key == "workdir" else "run")
+    if key != "workdir":
+        config.checkpoint[key] = str(tmp_path / "run[1]")
+    with pytest.raises(UserError, match=r"run\[1\].*Choose a path without these characters"):
+        train(config, workdir)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def reporter(tmp_path):
+    def make(start=3):
+        settings = {"steps": 9, "batch_size": 8, "log_every": 1, "flops": 1}
+        return Reporter(tmp_path, start=start, **settings)
+
+    return make
+
+
+def test_metrics_of_odd_files_are_kept_in_order(tmp_path, reporter):
+    good = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 2, 3)]
+    odd = ["[1]", "7", "null", "{}", '{"step": "2"}', '{"step": null}', "[" * 100_000, "", "\x85"]
+    odd += [json.dumps({"step": 1}), json.dumps({"step": 4})]
+    lines_ = [line.encode() for line in (*good[:3], *odd, good[3])]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([*lines_[:1], b"\xff\xfe{", *lines_[1:]]) + b'\n{"step": 3')
+    with reporter() as reports:
+        reports.write(4, {"loss": 0.5})
+    expected = [*good, json.dumps({"step": 4, "loss": 0.5})]
+    assert path.read_text().splitlines() == expected
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full stands for a full disk")
+def test_metrics_on_a_full_disk_are_one_sentence(tmp_path, reporter):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=r"Cannot write the metrics in .*No space left.* make room"),
+        reporter() as reports,
+    ):
+        reports.write(4, {"loss": 0.5})
+
+
+def test_tensorboard_reads_what_was_written(tmp_path, reporter):
+    with reporter() as reports:
+        reports.write(4, {"loss": 0.5, "lr": 1.0})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []
+    while data:  # Records: length, its checksum, content, its checksum.
+        size = int.from_bytes(data[:8], "little")
+        events.append(
+            event_pb2.Event.FromString(  # type: ignore[reportAttributeAccessIssue]
+                data[12 : 12 + size]
+            )
+        )
+        data = data[size + 16 :]
+    assert events[1].HasField("session_log")
+    assert [event.step for event in events[1:]] == [3, 4]
+    assert {v.tag: v.simple_value for v in events[2].summary.value} == {"loss": 0.5, "lr": 1.0}
+
+
 # Orbax leaves the reads of the other arrays behind when one of them fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named(tmp_path, finished):
@@ -241,7 +348,7 @@ def test_a_trace_of_a_few_steps(tmp_path, capfd):
     assert any("jit_update" in str(name) or "Execute" in str(name) for name in names)
 
 
-def test_checkpoints_may_live_elsewhere(tmp_path):
+def test_checkpoints_may_live_elsewhere(tmp_path, capsys):
     """As on object storage: a new, empty WORKDIR continues from them."""
     config = tiny_config()
     config.checkpoint.directory = str(tmp_path / "bucket")
@@ -251,10 +358,13 @@ def test_checkpoints_may_live_elsewhere(tmp_path):
     assert load_model(tmp_path / "first").step == 2
     config.steps = 3
     train(config, tmp_path / "second")
+    assert (
+        "Changed since the checkpoint: steps 2 -> 3, the learning rate" in capsys.readouterr().out
+    )
     assert [r["step"] for r in lines(tmp_path / "second")] == [3]
     assert load_model(tmp_path / "second").step == 3
     (tmp_path / "second" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is no JSON .* command of the run again"):
+    with pytest.raises(UserError, match=r"Cannot read .*config.json: .* command of the run again"):
         load_model(tmp_path / "second")
     config.checkpoint.update({"directory": "", "resume": str(tmp_path / "first")})
     config.steps = 4

@@ -4,8 +4,11 @@ Every example is a pure function of (seed, position in the global stream): not o
 threads, workers or processes, nor of what was read before. The place to resume is one number.
 """
 
+import functools
+import hashlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -31,6 +34,7 @@ CHUNK = 32
 ATTEMPTS = 20
 NAMED = 5
 NAME_BYTES = 200
+SAMPLE = 64  # So many examples of a data set tell it from others.
 
 
 def on_device(data) -> bool:
@@ -70,11 +74,27 @@ class Examples:
             lines.append(line)
         return lines
 
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What tells every data set from others, wherever it lies.
+
+        {name: {"examples": int, "sample": digests of image and captions of `SAMPLE` examples}}; the
+        digest of an example that cannot be read is "".
+        """
+        with ThreadPoolExecutor(min(SAMPLE, self.data.threads)) as pool:
+            return {
+                name: {
+                    "examples": len(source),
+                    "sample": list(pool.map(functools.partial(_digest, source), _spread(source))),
+                }
+                for name, source in zip(self.data.train, self.sources, strict=True)
+            }
+
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Example at a position of the stream.
 
         {"image": uint8 [S, S, 3], "ids": int32 [T], "mask": bool [T], "caption": str, "name": str,
-        "bad": tuple of str}: what was wrong with the examples that had to be replaced before.
+        "unknown": bool, "bad": tuple of str}: whether the vocabulary knows no word of the caption,
+        and what was wrong with the examples that had to be replaced before.
         """
         chosen, index = self.mixture[position]
         source, bad = self.sources[chosen], []
@@ -109,8 +129,11 @@ class Examples:
         except (ValueError, UserError) as error:
             raise BadExample(name, error) from error
         caption = pair["captions"][rng.integers(len(pair["captions"]))]
-        ids, mask = self.encoder(caption, rng)
-        return {"image": image, "ids": ids, "mask": mask, "caption": caption, "name": name}
+        pieces = self.encoder.pieces(caption)
+        ids, mask = self.encoder.layout(pieces, rng)
+        unknown = self.encoder.unknown(pieces)
+        text = {"ids": ids, "mask": mask, "caption": caption, "unknown": unknown}
+        return {"image": image, "name": name, **text}
 
 
 class Chunks:
@@ -130,6 +153,7 @@ class Chunks:
         start, stop = batch * self.batch_size + self.bounds[part : part + 2]
         examples = [self.examples[int(position)] for position in range(start, stop)]
         chunk = {key: np.stack([x[key] for x in examples]) for key in ("image", "ids", "mask")}
+        chunk["unknown"] = np.array([example["unknown"] for example in examples])
         chunk["bad"] = np.array([len(example["bad"]) for example in examples], np.int32)
         first = [example["bad"][0] if example["bad"] else "" for example in examples]
         chunk["problem"] = np.array([x.encode() for x in first], f"S{NAME_BYTES}")
@@ -141,7 +165,7 @@ class TrainBatches:
 
     Assign `position` to continue from there. `waited` sums up the seconds that `next` took. Bad
     examples are counted, the first few are named, and a `UserError` stops the run when their share
-    exceeds `config.data.max_bad`.
+    exceeds `config.data.max_bad`. `unknown` counts the captions without a known word.
     """
 
     def __init__(
@@ -155,7 +179,7 @@ class TrainBatches:
         self.examples, self.batch_size = examples, batch_size
         self.chunks = Chunks(examples, batch_size, (process_index, process_count))
         self.position = 0
-        self.waited, self.taken, self.bad = 0.0, 0, 0
+        self.waited, self.taken, self.bad, self.unknown = 0.0, 0, 0, 0
 
     @property
     def position(self) -> int:
@@ -190,9 +214,18 @@ class TrainBatches:
             self._iterator = self._start()
         batch = next(self._iterator)
         self._position += self.batch_size
+        self._count_unknown(int(batch.pop("unknown").sum()))
         self._count(batch.pop("bad"), batch.pop("problem"))
         self.waited += time.monotonic() - began
         return batch
+
+    def _count_unknown(self, count: int) -> None:
+        if count and not self.unknown:
+            tqdm.write(
+                "The vocabulary knows no word of some captions, which are nothing but [UNK] to the "
+                "model: metrics.jsonl counts them as data_unknown."
+            )
+        self.unknown += count
 
     def _count(self, bad: np.ndarray, problems: np.ndarray) -> None:
         self.taken += len(bad)
@@ -210,6 +243,22 @@ class TrainBatches:
                 f"than data.max_bad={limit}; the last one: {messages[-1]}. Repair the "
                 "data (python -m simseg_jax.data.prepare drops what is damaged) or raise max_bad."
             )
+
+
+def _spread(source) -> list[int]:
+    """Indices of the examples that stand for a source, the first and the last among them."""
+    return np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int).tolist()
+
+
+def _digest(source, index: int) -> str:
+    try:
+        pair = source[index]
+    except BadExample:
+        return ""
+    image = pair["image"]
+    content = hashlib.sha256(image if isinstance(image, bytes) else image.tobytes())
+    content.update("\0".join(pair["captions"]).encode(errors="surrogatepass"))
+    return content.hexdigest()[:8]
 
 
 def in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:

@@ -1,41 +1,183 @@
 """Vocabulary, tokenisation and the caption perturbation of training (supplement A.1)."""
 
-import os
-from collections.abc import Sequence
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from simseg_jax.data import shapes
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, reading
 from simseg_jax.models.bert import PAD
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
 MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the touched pieces; the remaining 40 % are deleted
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LARGEST = 64 << 20  # Bytes of a vocabulary's file; real ones have a tenth of it.
+HUB_SECONDS = 5
+# Upper case, an accent, Chinese and punctuation: how they are split tells normalisations apart.
+PROBE = "A Photo of the Café, 中文 dogs' Été!"
 
 
 def load_tokenizer(vocab: str):
-    """A fast BERT tokenizer from "shapes", a vocab.txt, a saved tokenizer folder or a hub name."""
-    # Slow to import, and not needed by the model itself.
-    from transformers import AutoTokenizer, BertTokenizer
-    from transformers.utils import logging
+    """A fast BERT tokenizer from "shapes", a vocab.txt, a saved tokenizer folder or a hub name.
 
-    logging.set_verbosity_error()
+    A vocab.txt has one token per line, which ends at \\n or \\r\\n only, in UTF-8. Whether it is
+    cased says do_lower_case in a tokenizer_config.json beside it; without one it is cased if any of
+    its tokens has a capital letter. What the hub has given once is taken from its local cache.
+    """
+    with _quiet():  # Slow to import, and not needed by the model itself.
+        from transformers import AutoTokenizer, BertTokenizer
+        from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
     if vocab == "shapes":
         return BertTokenizer(vocab=shapes.vocabulary())
     path = Path(vocab).expanduser()
-    if path.is_file():
-        tokens = path.read_text(encoding="utf-8").splitlines()
-        return BertTokenizer(vocab={t: i for i, t in enumerate(tokens)})
-    try:
-        return AutoTokenizer.from_pretrained(path if path.is_dir() else vocab)
-    except (OSError, ValueError) as error:
+    load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    with reading(
+        f"the vocabulary {vocab}",
+        "Set data.vocab to a vocab.txt, a tokenizer folder or the hub name of a BERT.",
+    ):
+        if path.is_file():
+            return _read_vocabulary(path)
+        if not path.is_dir():
+            return _complete(vocab, _from_hub(vocab, load))
+        for file in (*path.glob("*.json"), *path.glob("*.txt")):
+            _refuse_large(file)
+        plain = path / "vocab.txt"
+        whole = (path / "tokenizer.json").is_file() or "tokenizer_class" in _settings(path)
+        if plain.is_file() and not whole:
+            return _read_vocabulary(plain)
+        return _complete(vocab, load(path))
+
+
+def vocabulary_identity(tokenizer) -> dict[str, Any]:
+    """{"tokens": how many, "digest": hexadecimal}: equal if texts become the same ids."""
+    probe = tokenizer.backend_tokenizer.encode(PROBE, add_special_tokens=False).ids
+    content = [sorted(tokenizer.get_vocab().items()), probe]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {"tokens": len(tokenizer), "digest": digest[:16]}
+
+
+def _read_vocabulary(path: Path):
+    """A BERT tokenizer from a vocab.txt."""
+    from transformers import BertTokenizer
+
+    ids = _token_ids(path)
+    missing = [token for token in SPECIAL if token not in ids]
+    if missing:
         raise UserError(
-            f"Cannot load the vocabulary {vocab!r}: it is neither a vocab.txt nor a tokenizer "
+            f"The vocabulary {path} has no {', '.join(missing)}: it is no vocab.txt of a BERT, "
+            "with one token per line."
+        )
+    settings = _settings(path.parent)
+    options = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+    known = {key: settings[key] for key in options if isinstance(settings.get(key), bool)}
+    words = (token for token in ids if not (token.startswith("[") and token.endswith("]")))
+    cased = any(word != word.lower() for word in words)
+    return BertTokenizer(vocab=ids, **{"do_lower_case": not cased, **known})
+
+
+def _token_ids(path: Path) -> dict[str, int]:
+    _refuse_large(path)
+    data = path.read_bytes()
+    if b"\0" in data or data[:2] in (b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path} is compressed or UTF-16: save it as plain text in UTF-8.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not UTF-8 in line {line}: save it as UTF-8.") from error
+    # Not splitlines(): U+2028 and seven other separators are tokens of real vocabularies.
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    ids: dict[str, int] = {}
+    for number, token in enumerate(lines):
+        if not token or token in ids:
+            what = f"repeats {token!r} of line {ids[token] + 1}" if token else "is empty"
+            raise UserError(
+                f"Line {number + 1} of the vocabulary {path} {what}: which ids are meant is "
+                "unclear, so mend the file."
+            )
+        ids[token] = number
+    return ids
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object: get the file again.")
+    return content
+
+
+def _refuse_large(file: Path) -> None:
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} is larger than {LARGEST >> 20} MiB: it is no vocabulary.")
+
+
+def _complete(vocab: str, tokenizer):
+    """`tokenizer` if it has all that a BERT needs."""
+    kinds = ("pad", "unk", "cls", "sep", "mask")
+    ids = [getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds]
+    missing = [token for token, id_ in zip(SPECIAL, ids, strict=True) if id_ is None]
+    if missing or not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(
+            f"The vocabulary {vocab} has no {', '.join(missing) or 'fast tokenizer'}: it is not "
+            "that of a BERT. Set data.vocab to one that is, such as bert-base-uncased."
+        )
+    return tokenizer
+
+
+def _from_hub(name: str, load: Callable):
+    try:
+        return load(name, local_files_only=True)
+    except (OSError, ValueError):
+        pass  # Not in the cache of the hub.
+    problem = _hub_problem(name)
+    if problem is not None:
+        raise UserError(
+            f"Cannot load the vocabulary {name!r}: it is neither a vocab.txt nor a tokenizer "
             "folder here, and the hub did not provide it (check the name and the network, or "
             "download vocab.txt and set data.vocab to its path)."
-        ) from error
+        ) from problem
+    return load(name)
+
+
+def _hub_problem(name: str) -> Exception | None:
+    """Why the hub cannot provide a repository; None if it can. Takes a few seconds at most."""
+    from huggingface_hub import HfApi
+
+    answers: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name, timeout=HUB_SECONDS)
+            answers.append(None)
+        except Exception as error:
+            answers.append(error)
+
+    # In a thread, as neither names nor several addresses of a host are subject to the timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answers[0] if answers else TimeoutError(f"no answer in {HUB_SECONDS} s")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing below an error is logged: transformers says on import that there is no PyTorch."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class TextEncoder:
@@ -50,7 +192,8 @@ class TextEncoder:
         self.backend.no_padding()
         self.max_length, self.edit_rate = max_length, edit_rate
         self.vocab_size = len(tokenizer)
-        self.cls, self.sep, self.mask = (
+        self.unk, self.cls, self.sep, self.mask = (
+            tokenizer.unk_token_id,
             tokenizer.cls_token_id,
             tokenizer.sep_token_id,
             tokenizer.mask_token_id,
@@ -63,7 +206,20 @@ class TextEncoder:
 
         With `rng` the pieces are perturbed first. Long captions are cut.
         """
-        pieces = self.backend.encode(caption, add_special_tokens=False).ids
+        return self.layout(self.pieces(caption), rng)
+
+    def pieces(self, text: str) -> list[int]:
+        """The ids of all word pieces of a text."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def unknown(self, pieces: Sequence[int]) -> bool:
+        """Whether no word of a text is known: all its pieces are [UNK], or it has none."""
+        return all(piece == self.unk for piece in pieces)
+
+    def layout(
+        self, pieces: Sequence[int], rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, mask) of a text from its pieces, as a call returns them."""
         if rng is not None and self.edit_rate:
             pieces = self.perturb(pieces, rng)
         pieces = [self.cls, *pieces[: self.max_length - 2], self.sep]

@@ -1,6 +1,7 @@
 """Class embeddings from prompt templates (method of the paper, section 3.3)."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from simseg_jax.data.text import TextEncoder
+from simseg_jax.errors import some
 from simseg_jax.models.simseg import bind, l2_normalize
 
 CHUNK = 128
@@ -26,11 +29,23 @@ class Prompts(NamedTuple):
 def tokenize_prompts(
     encoder: TextEncoder, names: Sequence[Sequence[str]], templates: Sequence[str]
 ) -> Prompts:
-    """Every template filled with every name of every class."""
+    """Every template filled with every name of every class; says which the vocabulary knows not."""
+    unknown = unknown_words(encoder, [name for synonyms in names for name in synonyms])
+    if unknown and jax.process_index() == 0:
+        tqdm.write(
+            f"The vocabulary knows no word of these class names: {some(unknown)}. To the model "
+            "they are [UNK]: their scores mean nothing.",
+            file=sys.stderr,
+        )
     owners = [(name, c) for c, synonyms in enumerate(names) for name in synonyms]
     texts = [template.format(name) for name, _ in owners for template in templates]
     ids, mask = encoder.batch(texts)
     return Prompts(ids, mask, np.repeat([c for _, c in owners], len(templates)))
+
+
+def unknown_words(encoder: TextEncoder, names: Sequence[str]) -> list[str]:
+    """The names that are nothing but [UNK] to the model, or nothing at all."""
+    return [name for name in names if encoder.unknown(encoder.pieces(name))]
 
 
 def class_embedder(graphdef: nnx.GraphDef, devices: int = 1) -> Callable:
