@@ -20,7 +20,7 @@ def some(names: Iterable) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
+def one_line(error: BaseException | str, limit: int = 200) -> str:
     """What an error says in one line of at most `limit` characters; without words, its type."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
