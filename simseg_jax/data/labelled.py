@@ -19,7 +19,8 @@ from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
 from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.pairs.example import IMAGE_KEYS, choose_key
 from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
-from simseg_jax.errors import UserError
+from simseg_jax.data.pairs.remote import is_hidden
+from simseg_jax.errors import UserError, one_line, reading
 
 
 def labelled_source(settings):
@@ -63,18 +64,21 @@ def class_prompts(classes: tuple[str, ...], names: str) -> list[tuple[str, ...]]
 
 
 class LabelledFolder:
-    """root/CLASS/**/IMAGE, classes in alphabetical order."""
+    """root/CLASS/**/IMAGE, classes in alphabetical order; hidden files and folders are neither."""
 
     def __init__(self, root: Path):
         if not root.is_dir():
             raise UserError(f"There is no folder {root}: set root and split.")
         self.root = root
-        self.classes = tuple(sorted(f.name for f in os.scandir(root) if f.is_dir()))
+        folders = [f.name for f in os.scandir(root) if f.is_dir() and not is_hidden(f.name)]
+        self.classes = tuple(sorted(folders))
         files = [
             (path, label)
             for label, name in enumerate(self.classes)
             for path in sorted((root / name).rglob("*"))
             if path.suffix.lower() in IMAGE_SUFFIXES
+            and not any(is_hidden(part) for part in path.relative_to(root).parts)
+            and not path.is_dir()
         ]
         if not files:
             raise UserError(f"{root} holds no subfolders with images, one for each class.")
@@ -101,12 +105,15 @@ class LabelledRecords:
             # A benchmark with a hole would give another number.
             raise UserError(f"{folder} is not complete. {problems}. Prepare it again.")
         self.records: Any = ArrayRecordDataSource(shards)
-        first = tf_example.parse(self.records[0])
+        with reading(f"the first record of {folder}", "Prepare the data again."):
+            first = tf_example.parse(self.records[0])
         self.image = choose_key(str(folder), "feature image", "", IMAGE_KEYS, first)
         names = folder / "label.labels.txt"
         if "label" not in first or not names.is_file():
             raise UserError(f"{folder} has no feature `label` with its {names.name}.")
-        self.classes = tuple(names.read_text(encoding="utf-8").split("\n")[:-1])
+        with reading(f"the names of the classes {names}", "Save it as UTF-8."):
+            lines = names.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        self.classes = tuple(lines)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -115,9 +122,13 @@ class LabelledRecords:
         name = f"{self.folder}, record {index}"
         try:
             values = tf_example.parse(self.records[index])
-            return {"image": values[self.image][0], "label": int(values["label"][0]), "name": name}
+            image, label = values[self.image][0], values["label"][0]
+            if not isinstance(image, bytes) or label not in range(len(self.classes)):
+                raise ValueError(f"no encoded image with a label below {len(self.classes)}")
+            return {"image": image, "label": label, "name": name}
         except (*READ_ERRORS, KeyError, IndexError) as error:
-            raise UserError(f"{name} cannot be read: {error}. Prepare the data again.") from error
+            reason = one_line(error)
+            raise UserError(f"{name} cannot be read: {reason}. Prepare the data again.") from error
 
 
 class LabelledShapes:

@@ -1,16 +1,35 @@
-"""What all sources share: bad examples, problems, the usual names of keys, clean captions."""
+"""What all sources share: bad examples, problems, the usual names of keys, readable captions."""
 
-from collections.abc import Iterable
+import codecs
+import json
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line, some
 
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "imbytes", "bytes")
-CAPTION_KEYS = ("captions", "caption", "captions/text", "text", "txt")
+CAPTION_KEYS = (
+    *("captions", "caption", "captions/text", "text", "txt"),
+    *("sentences", "sentences_raw", "sentence", "raw"),
+)
+TEXT_FIELDS = ("caption", "raw", "text")  # Of captions that are records.
+NUMBERED = re.compile(r"(captions?|sentences?|texts?|raw)_?\d+", re.IGNORECASE)
+LIST = re.compile(r"""\s*\[\s*(["'].*)?\]\s*""", re.DOTALL)  # Written as text.
 NAME_KEYS = ("name", "image/filename", "key", "__key__", "image_id", "id")
 NAMED = 5  # Problems that are described; the others are only counted.
+SHORT = 240  # Characters of a description.
+ROOM = 300  # Characters of all descriptions in a message.
+MAX_TEXT = 1 << 20  # Bytes of the text, or the JSON, of one example.
+BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # Before UTF-16's, which it begins with.
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class BadExample(Exception):  # noqa: N818
@@ -20,7 +39,8 @@ class BadExample(Exception):  # noqa: N818
         super().__init__(name, reason)
 
     def __str__(self) -> str:
-        return f"{self.args[0]}: {str(self.args[1]).rstrip('.')}."
+        reason = one_line(self.args[1]) if self.args[1] else "unreadable"
+        return f"{shorten(self.args[0])}: {reason.rstrip('.')}."
 
 
 @dataclass
@@ -32,7 +52,7 @@ class Problems:
 
     def add(self, description: str) -> None:
         """Counts one entry."""
-        self.extend(Problems(1, [description]))
+        self.extend(Problems(1, [shorten(description)]))
 
     def extend(self, other: "Problems") -> None:
         """Counts the entries of `other` after those of this one."""
@@ -42,17 +62,60 @@ class Problems:
     def __str__(self) -> str:
         if not self.count:
             return "Nothing was left out"
-        return f"Left out: {self.count}, first {'; '.join(self.first)}"
+        named = self.first[:1]
+        for description in self.first[1:]:
+            if sum(map(len, named)) + len(description) <= ROOM:
+                named.append(description)
+        return f"Left out: {self.count}, first {'; '.join(named)}"
 
 
-def clean_captions(value) -> tuple[str, ...]:
-    """Stripped, non-empty captions of a str, bytes or a list of them; anything else has none.
+def shorten(text: str, limit: int = SHORT) -> str:
+    """`text` in one line, without its middle if it is long: the ends hold the name and reason."""
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
+    half = limit // 2 - 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
-    Bytes are UTF-8; those that are not are dropped.
+
+def encoding(data: bytes) -> str:
+    """How the text that starts with `data` is encoded: what its byte order mark says, or UTF-8."""
+    return next((name for mark, name in BOMS if data.startswith(mark)), "utf-8")
+
+
+def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
+    """(captions, what is wrong with the others) of one example, in whatever form data have them.
+
+    value: a str, bytes (UTF-8, or with a byte order mark), a record with the text in one of
+    `TEXT_FIELDS`, a list of these, or the JSON of a list of str. Captions are stripped. Empty and
+    missing ones are no captions and nothing wrong. No text is guessed: what cannot be decoded is
+    named, not mended.
     """
-    values = value if isinstance(value, list | tuple) else [value]
-    texts = (text.decode(errors="ignore") if isinstance(text, bytes) else text for text in values)
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    captions, wrong = [], []
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(entry, dict):
+            entry = next((entry[key] for key in TEXT_FIELDS if key in entry), entry)
+        try:
+            text = entry.decode(encoding(entry)) if isinstance(entry, bytes) else entry
+            if isinstance(text, str):
+                text.encode()  # Half a surrogate pair stands for what could not be decoded.
+                captions += _listed(text) if LIST.fullmatch(text) else [text]
+            elif text is not None:
+                wrong.append(f"a caption that is no text but {type(text).__name__}")
+        except UnicodeError:
+            wrong.append("a caption that is not UTF-8: recode the file")
+        except ValueError as error:
+            wrong.append(str(error))
+    return tuple(text.strip() for text in captions if text.strip()), wrong
+
+
+def _listed(text: str) -> list[str]:
+    """The captions of a list that is written as text: some tables keep several in one column."""
+    try:
+        captions = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("a caption that looks like a list but is no JSON") from error
+    if not all(isinstance(caption, str) for caption in captions):
+        raise ValueError("a caption that is a list of other things than text")
+    return captions
 
 
 def choose_key(where: str, what: str, wanted: str, usual: Iterable[str], keys) -> str:
@@ -60,10 +123,21 @@ def choose_key(where: str, what: str, wanted: str, usual: Iterable[str], keys) -
     for key in (wanted,) if wanted else usual:
         if key in keys:
             return key
-    names = wanted or " or ".join(usual)
+    names = wanted or " or ".join(list(usual)[:NAMED])
     raise UserError(
-        f"{where} has no {what} {names}: set {what.split()[-1]}_key to one of {', '.join(keys)}."
+        f"{where} has no {what} {shorten(names)}: set {what.split()[-1]}_key to one of "
+        f"{shorten(some(keys))}."
     )
+
+
+def choose_captions(
+    where: str, what: str, wanted: str, usual: Iterable[str], keys: Sequence[str]
+) -> list[str]:
+    """The keys of the captions: as `choose_key` finds it, or all of caption_0, caption_1, ..."""
+    numbered = [key for key in keys if NUMBERED.fullmatch(key)]
+    if numbered and not wanted and not set(usual) & set(keys):
+        return numbered
+    return [choose_key(where, what, wanted, usual, keys)]
 
 
 def group(owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

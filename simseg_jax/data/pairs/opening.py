@@ -18,7 +18,7 @@ NAMES = {
     "parquet": r"\.parquet$",
 }
 SHARDED = {"webdataset": TarSource, "array_record": RecordSource, "parquet": ParquetSource}
-TABLES = {"csv": r"\.(csv|tsv)$", "coco": r"\.json$"}
+TABLES = {"csv": r"\.(csv|tsv|txt|token)$", "coco": r"\.json$"}
 
 
 def open_source(settings, cache: str = ""):
@@ -48,7 +48,7 @@ def open_source(settings, cache: str = ""):
             return tfds_source(_version(path), settings.split, *keys, folder)
         found = remote.find(path)
         # Of a folder those whose names tell the format, if there are any.
-        files = [file for file in found if re.search(NAMES[form], file.path)] or found
+        files = [file for file in found if re.search(NAMES[form], file.path, re.I)] or found
         return SHARDED[form](path, files, *keys, folder)
     except OSError as error:
         raise UserError(f"Cannot open the training data {path}: {error}.") from error
@@ -57,13 +57,13 @@ def open_source(settings, cache: str = ""):
 def _format_of(path: str) -> str:
     """The format of what `path` names or, as a folder or pattern, holds."""
     for form, pattern in {**TABLES, **NAMES}.items():
-        if re.search(pattern, path):
+        if re.search(pattern, path, re.I):
             return form
     if _version(path, required=False):
         return "tfds"
     names = [file.path for file in remote.find(path)]
     for form, pattern in NAMES.items():
-        if any(re.search(pattern, name) for name in names):
+        if any(re.search(pattern, name, re.I) for name in names):
             return form
     raise UserError(
         f"{path} does not tell its format: no file in it, such as {names[0]}, ends in .tar, "

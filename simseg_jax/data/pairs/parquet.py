@@ -1,10 +1,12 @@
 """Parquet files of images and captions: the authors' retrieval sets and Hugging Face's layouts.
 
 Parquet has no access to single rows: each file is copied once, in a stream, to an uncompressed
-Arrow file in the cache folder, which is then mapped into memory.
+Arrow file in the cache folder, which is then mapped into memory. As a small file may unfold to any
+size, what one may hold is bounded by its size on disk: see `_check_size`.
 """
 
 import functools
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -14,46 +16,64 @@ from simseg_jax.data.pairs.example import (
     CAPTION_KEYS,
     IMAGE_KEYS,
     NAME_KEYS,
+    TEXT_FIELDS,
     Problems,
+    choose_captions,
     choose_key,
-    clean_captions,
     group,
     no_pairs,
+    read_captions,
 )
 from simseg_jax.data.pairs.remote import File
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line
 
-BATCH = 64  # Rows in memory at a time, as far as the row groups of the file allow.
-GROUP_KEY = "image_id"  # Rows of the same image form one example.
+BATCH = 64  # Rows in memory at a time, at most.
+BATCH_BYTES = 64 << 20  # And as many as certainly fit into this, but at least one.
+# Bytes that a file may unfold to: so many, or so many for each of its own.
+SMALL, RATIO = 64 << 20, 32
+GROUP_KEY = "image_id"  # Rows with the same one and equal images form one example.
+
+
+class UnfitError(UserError):
+    """A file whose columns are not those of pairs; others in its folder may be."""
 
 
 class ParquetSource:
     """Rows with an image (bytes, or Hugging Face's struct of bytes and path) and captions.
 
-    path: what the user named. Files that cannot be read to their end are left out.
+    Captions are text, lists of it, records with it (`TEXT_FIELDS`), JSON lists, or columns
+    caption_0, caption_1, .... path: what the user named. Files that cannot be read to their end or
+    lack the columns are left out.
     """
 
     def __init__(self, path: str, files: list[File], image_key: str, caption_key: str, cache: Path):
-        pa, pq = _pyarrow()
+        _, pq = _pyarrow()
         self.problems, self.copies = Problems(), []
+        refusal = None
         for file in remote.progress(files, len(files), f"copying {path}"):
             try:
                 with remote.open_file(file.path) as opened:
-                    table = pq.ParquetFile(opened)
+                    table = pq.ParquetFile(opened, buffer_size=1 << 20)
                     keys = _choose_keys(file.path, table.schema_arrow, image_key, caption_key)
                     copy, problems = remote.cached(
                         cache,
                         ("parquet", *file, *keys),
                         ".arrow",
-                        functools.partial(_copy, file.path, table, keys),
+                        functools.partial(_copy, file, table, keys),
                     )
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except UnfitError as error:
+                refusal = refusal or error
+                self.problems.add(str(error))
+            # Its parser meets damage with errors of several kinds.
+            except Exception as error:
                 if not remote.is_damage(error):
                     raise
-                self.problems.add(f"{file.path}: unreadable shard ({error})")
+                self.problems.add(f"{file.path}: unreadable shard ({one_line(error, 60)})")
             else:
                 self.copies.append(copy)
                 self.problems.extend(problems)
+        if refusal and not self.copies:
+            raise refusal
         self.table = _open(self.copies)
         if not self.table.num_rows:
             raise no_pairs(path, self.problems)
@@ -109,59 +129,149 @@ def _schema(pa):
     return pa.schema(fields)
 
 
-def _choose_keys(path: str, schema, image_key: str, caption_key: str) -> tuple[str, str, str, bool]:
-    """(image, caption, name or '', whether to group) of the columns of a file."""
+def _choose_keys(
+    path: str, schema, image_key: str, caption_key: str
+) -> tuple[str, tuple[str, ...], str, bool]:
+    """(image, captions, name or '', whether to group) of the columns of a file."""
     pa, _ = _pyarrow()
     names = schema.names
-    image = choose_key(path, "column image", image_key, IMAGE_KEYS, names)
+    try:
+        image = choose_key(path, "column image", image_key, IMAGE_KEYS, names)
+        captions = choose_captions(path, "column caption", caption_key, CAPTION_KEYS, names)
+    except UserError as error:
+        raise UnfitError(str(error)) from error
     kind = schema.field(image).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(
+    if not _is_binary(kind):
+        raise UnfitError(
             f"{path}: column {image} is of type {kind}, not the bytes of images; download the "
             "images first, for example with img2dataset."
         )
-    caption = choose_key(path, "column caption", caption_key, CAPTION_KEYS, names)
+    for caption in captions:
+        if not _holds_text(schema.field(caption).type):
+            raise UnfitError(
+                f"{path}: column {caption} is of type {schema.field(caption).type}, not text, a "
+                f"list of it or of records with {' or '.join(TEXT_FIELDS)}: set caption_key."
+            )
     name = next((key for key in NAME_KEYS if key in names), "")
-    return image, caption, name, GROUP_KEY in names
+    return image, tuple(captions), name, GROUP_KEY in names
 
 
-def _copy(path: str, table, keys: tuple[str, str, str, bool], target: Path) -> Problems:
+def _is_binary(kind) -> bool:
+    types = _pyarrow()[0].types
+    if types.is_dictionary(kind):
+        return _is_binary(kind.value_type)
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def _holds_text(kind) -> bool:
+    """Whether `read_captions` may find text in values of an Arrow type."""
+    types = _pyarrow()[0].types
+    if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind):
+        return _holds_text(kind.value_type)
+    if types.is_struct(kind):
+        return any(_holds_text(kind.field(key).type) for key in TEXT_FIELDS if key in kind.names)
+    texts = types.is_string(kind), types.is_large_string(kind), types.is_string_view(kind)
+    return any(texts) or _is_binary(kind) or types.is_null(kind)
+
+
+def _check_size(file: File, metadata, columns: set[str]) -> int:
+    """The largest number of rows to read at a time.
+
+    Raises a ValueError if the file says that it holds more rows than bytes, or that what is read of
+    it unfolds to more than `SMALL` or `RATIO` times its size. Images and captions never do.
+    """
+    if metadata.num_rows > file.size:
+        raise ValueError(f"{metadata.num_rows:,} rows in {file.size:,} bytes")
+    largest, total = 0, 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        size = sum(
+            chunk.total_uncompressed_size
+            for chunk in chunks
+            if any(f"{chunk.path_in_schema}.".startswith(f"{key}.") for key in columns)
+        )
+        largest, total = max(largest, size), total + size
+    _bounded(file, total)
+    # Rows may all repeat the largest value, which is stored once.
+    return max(1, min(BATCH, BATCH_BYTES // max(largest, 1)))
+
+
+def _bounded(file: File, size: int) -> None:
+    if size > max(SMALL, RATIO * file.size):
+        raise ValueError(f"{file.size:,} bytes unfold to more than {size:,}")
+
+
+def _rows(batch) -> list[dict | None]:
+    """The rows of a batch; None for one whose text is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+        return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
+
+
+def _copy(
+    file: File, table, keys: tuple[str, tuple[str, ...], str, bool], target: Path
+) -> Problems:
     """Writes the usable rows of a Parquet file in the layout of `_schema`."""
     pa, _ = _pyarrow()
-    image_key, caption_key, name_key, grouped = keys
-    columns = {image_key, caption_key, *([name_key] if name_key else [])}
+    image_key, caption_keys, name_key, grouped = keys
+    columns = {image_key, *caption_keys, *([name_key] if name_key else [])}
     columns |= {GROUP_KEY} if grouped else set()
-    problems, seen, number, addresses = Problems(), set(), 0, 0
+    batch_size = _check_size(file, table.metadata, columns)
+    problems, seen, number, addresses, written, waiting = Problems(), set(), 0, 0, 0, 0
+    rows = []
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, _schema(pa)) as writer:
-        for batch in table.iter_batches(BATCH, columns=sorted(columns)):
-            rows = []
-            for row in batch.to_pylist():
+        for batch in table.iter_batches(batch_size, columns=sorted(columns)):
+            for row in _rows(batch):
+                name = f"{file.path}, row {number}"
+                number += 1
+                if row is None:
+                    problems.add(f"{name}: text that is not UTF-8")
+                    continue
                 image = row[image_key]
                 if isinstance(image, dict):
                     addresses += bool(not image["bytes"] and image.get("path"))
                     image = image["bytes"]
-                captions = clean_captions(row[caption_key])
-                name = f"{path}, row {number}"
-                number += 1
+                captions, wrong = _captions([row[key] for key in caption_keys])
                 if name_key:
                     name += f", {row[name_key]}"
+                for reason in wrong:
+                    problems.add(f"{name}: {reason}")
                 if not image or not captions:
-                    problems.add(f"{name}: {'empty caption' if image else 'no image'}")
+                    if not wrong:
+                        problems.add(f"{name}: {'empty caption' if image else 'no image'}")
                     continue
-                owner = str(row[GROUP_KEY]) if grouped and row[GROUP_KEY] is not None else None
+                owner = None
+                if grouped and row[GROUP_KEY] is not None:
+                    # Ids may start again in every file, or all be the same.
+                    owner = f"{row[GROUP_KEY]} {hashlib.blake2b(image, digest_size=16).hexdigest()}"
                 stored = None if owner in seen else image
                 if owner is not None:
                     seen.add(owner)
+                waiting += len(stored or b"")
+                _bounded(file, written + waiting)
                 rows.append({"image": stored, "captions": captions, "name": name, "group": owner})
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, _schema(pa)))
+            if len(rows) >= BATCH or waiting >= BATCH_BYTES:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, _schema(pa)))
+                written, waiting, rows = written + waiting, 0, []
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, _schema(pa)))
     if addresses and addresses == number:
-        raise UserError(
-            f"{path} holds the paths of its images, not their bytes; download the images first, "
-            "for example with img2dataset."
+        raise UnfitError(
+            f"{file.path} holds the paths of its images, not their bytes; download the images "
+            "first, for example with img2dataset."
         )
     return problems
+
+
+def _captions(values: list) -> tuple[list[str], list[str]]:
+    """What `read_captions` finds in several columns."""
+    found = [read_captions(value) for value in values]
+    return [c for captions, _ in found for c in captions], [w for _, wrong in found for w in wrong]
 
 
 def _open(copies: list[Path]):

@@ -18,14 +18,15 @@ from simseg_jax.data.pairs.example import (
     BadExample,
     Problems,
     choose_key,
-    clean_captions,
     no_pairs,
+    read_captions,
 )
 from simseg_jax.data.pairs.remote import File
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line, some
 
 INFO = "dataset_info.json"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+LOOKED = 4  # Records of a shard that are searched for the keys.
 READ_ERRORS = (OSError, ValueError, RuntimeError, DecodeError)
 
 
@@ -55,7 +56,7 @@ class RecordSource:
         self.image = choose_key(path, "feature image", image_key, IMAGE_KEYS, example)
         self.caption = choose_key(path, "feature caption", caption_key, CAPTION_KEYS, example)
         self.name = next((key for key in NAME_KEYS if key in example), "")
-        if not all(isinstance(value, bytes) for value in example[self.image]):
+        if any(not isinstance(value, bytes) for value in example[self.image]):
             raise UserError(f"{path}: feature {self.image} holds numbers, not an encoded image.")
 
     def __len__(self) -> int:
@@ -67,25 +68,30 @@ class RecordSource:
         name = f"{self.path}, record {index}"
         try:
             values = tf_example.parse(self.records[index])
-            captions = clean_captions(values.get(self.caption, ()))
+            captions, wrong = read_captions(values.get(self.caption, ()))
         except READ_ERRORS as error:
             raise BadExample(name, error) from error
         name = ", ".join([name, *(str(_text(value)) for value in values.get(self.name, ())[:1])])
-        if not any(values.get(self.image, ())):
+        image = next(iter(values.get(self.image, ())), b"")
+        if not image or not isinstance(image, bytes):
             raise BadExample(name, "no image")
-        if not captions:
-            raise BadExample(name, "no caption")
-        return {"image": values[self.image][0], "captions": captions, "name": name}
+        if wrong or not captions:
+            raise BadExample(name, wrong[0] if wrong else "no caption")
+        return {"image": image, "captions": captions, "name": name}
 
     def _first(self, shards) -> dict[str, list]:
-        """The first record that can be read, looking at the start of every shard."""
+        """The features of a few records at the start of every shard, each as the first has it."""
         start, reason = 0, "they are empty"
+        features: dict[str, list] = {}
         for shard in shards:
-            try:
-                if values := tf_example.parse(self.records[start]):
-                    return values
-            except READ_ERRORS as error:
-                reason = str(error)
+            for index in range(start, start + min(LOOKED, shard.take)):
+                try:
+                    features = tf_example.parse(self.records[index]) | features
+                except READ_ERRORS as error:
+                    reason = one_line(error)
+            # One of them may be odd, all of a shard hardly.
+            if features:
+                return features
             start += shard.take
         raise UserError(f"The records of {self.path} are no tf.train.Example: {reason}.")
 
@@ -114,7 +120,7 @@ def open_shards(
     for number, (shard, count) in enumerate(measured):
         if isinstance(count, Exception):
             lost = f" with {promised[number]} records" if promised else ""
-            reason = str(count).partition(";")[0] or "truncated"
+            reason = one_line(str(count).partition(";")[0] or "truncated", 60)
             problems.add(f"{shard}: unreadable shard{lost} ({reason})")
         elif count:
             # The protocol of grain's file instructions; saves it from counting again.
@@ -137,11 +143,14 @@ def tfds_files(folder: str, split: str) -> tuple[list[File], list[int]]:
     path = remote.join(folder, INFO)
     try:
         info = json.loads(remote.read(path))
-        splits = {entry["name"]: entry for entry in info["splits"]}
+        splits = {str(entry["name"]): entry for entry in info["splits"]}
         stored = info.get("fileFormat", "tfrecord")
         lengths = {n: [int(k) for k in e.get("shardLengths", [])] for n, e in splits.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"Cannot read {path}: {error!r}.") from error
+        templates = {n: e.get("filepathTemplate") or TEMPLATE for n, e in splits.items()}
+    except (*READ_ERRORS, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"Cannot read {path}: {type(error).__name__}: {one_line(error)}."
+        ) from error
     if stored != "array_record":
         raise UserError(
             f"{folder} is stored as {stored}, which has no random access; convert it with `tfds "
@@ -149,19 +158,22 @@ def tfds_files(folder: str, split: str) -> tuple[list[File], list[int]]:
         )
     split = split or "train"
     if split not in splits:
-        raise UserError(f"{folder} has no split {split!r}; its splits are {', '.join(splits)}.")
+        raise UserError(f"{folder} has no split {split!r}; its splits are {some(splits)}.")
     present = {file.path.rpartition("/")[2]: file for file in remote.listing(folder)[0]}
-    template = splits[split].get("filepathTemplate") or TEMPLATE
     files, count = [], len(lengths[split])
     for number in range(count):
-        name = template.format(
-            DATASET=info["name"],
-            SPLIT=split,
-            FILEFORMAT=stored,
-            SHARD_INDEX=f"{number:05d}",
-            NUM_SHARDS=f"{count:05d}",
-            SHARD_X_OF_Y=f"{number:05d}-of-{count:05d}",
-        )
+        values = {
+            "DATASET": info.get("name"),
+            "SPLIT": split,
+            "FILEFORMAT": stored,
+            "SHARD_INDEX": f"{number:05d}",
+            "NUM_SHARDS": f"{count:05d}",
+            "SHARD_X_OF_Y": f"{number:05d}-of-{count:05d}",
+        }
+        # Not str.format, with which a file could ask for any width.
+        name = str(templates[split]).rpartition("/")[2]
+        for key, value in values.items():
+            name = name.replace(f"{{{key}}}", str(value))
         files.append(present.get(name, File(remote.join(folder, name), 0, "")))
     return files, lengths[split]
 

@@ -6,6 +6,8 @@ network fails for good that is a `ConnectionError`: it says nothing about the da
 stop there rather than leave something out.
 """
 
+import contextlib
+import errno
 import glob
 import hashlib
 import io
@@ -16,7 +18,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,8 +27,10 @@ import fsspec
 from tqdm import tqdm
 
 from simseg_jax.data.pairs.example import Problems
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line
 
+VERSION = 2  # Of the files in the cache folder: to be raised with any change of their content.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WAITS = (0.5, 1, 2)  # Seconds before a second, third and fourth attempt.
 BUFFER = 8 << 20  # Bytes fetched at once where a remote file is read from start to end.
 # What drivers call the version of a file, in their own words.
@@ -52,6 +56,11 @@ def local_path(path: str) -> str:
     return bare if is_remote(bare) else os.path.expanduser(bare)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether systems keep it beside the data: .DS_Store, ._x.jpg, .ipynb_checkpoints, __MACOSX."""
+    return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
+
+
 def join(folder: str, name: str) -> str:
     """`name` below `folder`; as with paths, '' is the folder itself and '..' leads upwards."""
     if not is_remote(folder):
@@ -71,9 +80,12 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
     else:
         # Opened anew: cheap, safe in threads, and data sets have more shards than a process may
         # keep open.
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except (ValueError, OverflowError) as error:  # A name with NUL, a senseless place.
+            raise OSError(f"{path!r}: {error}") from error
     if 0 <= size != len(data):
         raise OSError(f"{path} ends before byte {offset + size}")
     return data
@@ -93,10 +105,17 @@ def exists(path: str) -> bool:
 
 
 def find(pattern: str) -> list[File]:
-    """The files of a path, folder (those directly in it), glob or range {000..123}, sorted."""
+    """The files of a path, folder (those directly in it), glob or range {000..123}, sorted.
+
+    Hidden ones only if they are named: systems keep ._00000.tar beside 00000.tar.
+    """
     found = []
     for path in _expand(pattern):
-        matches = _matches(path) or listing(path)[0]
+        matches = [
+            file
+            for file in _matches(path) or listing(path)[0]
+            if file.path == path or not is_hidden(file.path.rpartition("/")[2])
+        ]
         if not matches:
             raise UserError(f"No file matches {path}.")
         found += matches
@@ -114,7 +133,7 @@ def listing(folder: str) -> tuple[list[File], list[str]]:
         folders = [system.unstrip_protocol(i["name"]) for i in infos if i["type"] == "directory"]
     else:
         names = [e.path for e in os.scandir(folder)] if os.path.isdir(folder) else []
-        files = [_local_file(name) for name in names if os.path.isfile(name)]
+        files = [_local_file(name) for name in names if _is_file(name)]
         folders = [name for name in names if os.path.isdir(name)]
     return sorted(files), sorted(folders)
 
@@ -124,23 +143,66 @@ def cached(
 ) -> tuple[Path, Problems]:
     """(file, problems) that `build` wrote and returned, now or in an earlier run.
 
-    identity: everything the content depends on. Several processes may build the same file at once:
-    it appears under its name only when it is complete.
+    identity: everything the content depends on but this program, whose `VERSION` is added. Several
+    processes may build the same file at once: it appears under its name only when it is complete.
+    One that was damaged since is built again. A `UserError` says where there is no room for it.
     """
-    path = folder / (hashlib.sha256(repr(identity).encode()).hexdigest()[:24] + suffix)
+    key = hashlib.sha256(repr((VERSION, *identity)).encode(errors="backslashreplace")).hexdigest()
+    path = folder / (key[:24] + suffix)
     notes = path.with_suffix(".json")
-    if not (path.is_file() and notes.is_file()):
+    if (problems := _noted(path, notes)) is not None:
+        return path, problems
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    notes_partial = partial.with_suffix(".notes")
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-        try:
+        partial.touch()
+    try:
+        with _writing(folder, *FULL):
             problems = build(partial)
-            notes_partial = partial.with_suffix(".notes")
-            notes_partial.write_text(json.dumps(asdict(problems)))
+        with _writing(folder):
+            with partial.open("rb") as file:
+                digest = hashlib.file_digest(file, "blake2b").hexdigest()
+            status = partial.stat()
+            told = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
+            notes_partial.write_text(json.dumps({"problems": asdict(problems), **told}))
             notes_partial.replace(notes)
             partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return path, Problems(**json.loads(notes.read_text()))
+    finally:
+        partial.unlink(missing_ok=True)
+        notes_partial.unlink(missing_ok=True)
+    return path, problems
+
+
+def _noted(path: Path, notes: Path) -> Problems | None:
+    """The problems of a cached file; None if it is missing or not as it was written."""
+    try:
+        told, status = json.loads(notes.read_bytes()), path.stat()
+        problems = Problems(**told["problems"])
+        if status.st_size != told["size"]:
+            return None
+        if status.st_mtime_ns != told["mtime"]:  # Copied with its folder, or changed.
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "blake2b").hexdigest() != told["digest"]:
+                    return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return problems
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, *numbers: int) -> Iterator[None]:
+    """Turns errors of the system, or only some, into a `UserError` about the cache folder."""
+    try:
+        yield
+    except OSError as error:
+        if numbers and error.errno not in numbers:
+            raise
+        reason = error.strerror or one_line(error)
+        raise UserError(
+            f"Cannot write to the cache folder {folder}: {reason}. Set data.cache to a folder that "
+            "can be written and has room."
+        ) from error
 
 
 def local_copy(file: File, cache: Path) -> str:
@@ -161,7 +223,8 @@ def is_damage(error: Exception) -> bool:
 
     Those of the operating system, such as a full disk, carry a number.
     """
-    return not isinstance(error, ConnectionError) and getattr(error, "errno", None) is None
+    others = ConnectionError | UserError
+    return not isinstance(error, others) and getattr(error, "errno", None) is None
 
 
 def progress(items, total: int, what: str):
@@ -234,11 +297,16 @@ def _matches(path: str) -> list[File]:
         infos = _retry(path, lambda: system.glob(name, detail=True)).values()
         return [_remote_file(system, info) for info in infos if info["type"] == "file"]
     names = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
-    return [_local_file(name) for name in names if os.path.isfile(name)]
+    return [_local_file(name) for name in names if _is_file(name)]
+
+
+def _is_file(path: str) -> bool:
+    """Whether it is a file, or a link to nowhere: reading it will say so."""
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _local_file(path: str) -> File:
-    status = os.stat(path)
+    status = os.stat(path) if os.path.exists(path) else os.lstat(path)
     return File(path, status.st_size, str(status.st_mtime_ns))
 
 

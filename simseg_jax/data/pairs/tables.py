@@ -3,30 +3,55 @@
 import csv
 import io
 import json
+import os
 import posixpath
+import re
 from array import array
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import PurePosixPath
 
 import numpy as np
 
+from simseg_jax.data.images import IMAGE_SUFFIXES
 from simseg_jax.data.pairs import remote
-from simseg_jax.data.pairs.example import BadExample, Problems, choose_key, group, no_pairs
-from simseg_jax.errors import UserError
+from simseg_jax.data.pairs.example import (
+    BadExample,
+    Problems,
+    choose_captions,
+    choose_key,
+    encoding,
+    group,
+    no_pairs,
+    read_captions,
+    shorten,
+)
+from simseg_jax.errors import UserError, reading, some
 
-# The authors' tables (train_anno.csv, valid_anno.csv), then open_clip's.
-IMAGE_COLUMNS = ("image", "filepath")
-CAPTION_COLUMNS = ("caption", "title")
+# The authors' tables (train_anno.csv, valid_anno.csv), open_clip's, Flickr30k's, others'.
+IMAGE_COLUMNS = (
+    *("image", "filepath", "image_name", "filename", "file_name"),
+    *("image_path", "image_file", "path", "file"),
+)
+CAPTION_COLUMNS = ("caption", "title", "comment", "captions", "sentence", "sentences", "raw")
+SEPARATORS = "\t,;|"
+QUOTING = ",;"  # Separators of tables with quoted fields; beside others a quote is text.
+SPAN = 64  # Lines that one quoted field may fill.
+LONGEST = 1 << 17  # Characters of a line, as of a field in Python's csv.
+TOKEN = re.compile(r"([^\t]+)#\d+\t")  # Flickr8k.token.txt: image#number, caption; no header.
+TRIED = 20  # Images looked for before their folder counts as the wrong one.
 
 
 class TableSource:
     """Images of a folder with the captions of a table: one example is one image.
 
-    table, form: the file and its format. csv: with a header, `image,caption` or `filepath,title`,
-    separated by commas or tabs, one row per caption; coco: the JSON of COCO captions or of
-    Karpathy's splits (dataset_flickr30k.json, dataset_coco.json). images: the folder of the images.
-    split: a text file that lists the images to use, one per line, '' for all; of Karpathy's the
-    name of a split, such as test, or several joined by +. Both are relative to the table.
+    table, form: the file and its format. csv: one row per caption under a header (see `_csv_rows`)
+    or Flickr8k's token file; coco: the JSON of COCO captions or of Karpathy's splits
+    (dataset_flickr30k.json, dataset_coco.json). images: the folder of the images, of which names
+    in the table are part; none may lead out of it. split: a text file that lists the images to use,
+    one per line, '' for all; of Karpathy's the name of a split, such as test, or several joined by
+    +. Both are relative to the table.
     """
 
     def __init__(
@@ -34,42 +59,28 @@ class TableSource:
     ):
         home = posixpath.dirname(table)
         self.folder, self.problems = remote.join(home, images), Problems()
-        _require(table, "The caption table")
-        try:
-            text = remote.read(table).decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Cannot read the caption table {table}: {error}.") from error
+        data = _read(table, "The caption table")
         if form == "coco":
-            content = _parsed(table, text)
-            if any("sentences" in image for image in content["images"][:1]):
-                rows, split = _karpathy_rows(table, content, split), ""
+            content = _parsed(table, data)
+            if any(isinstance(i, dict) and "sentences" in i for i in content["images"]):
+                rows, split = _karpathy_rows(table, content, split, self.problems), ""
             else:
-                rows = _coco_rows(table, content, self.problems)
+                rows = _coco_rows(content, self.problems)
         else:
-            rows = _csv_rows(table, text, image_key, caption_key)
+            rows = _csv_rows(table, data, image_key, caption_key, self.problems)
         self.names, self.captions = Texts(), Texts()
         numbers: dict[str, int] = {}
         owners = array("q")
-        for name, caption in rows:
-            path = PurePosixPath(name)
-            if not name or path.is_absolute() or ".." in path.parts:
-                self.problems.add(f"{name!r} is outside the image folder")
-            elif not caption or not caption.strip():
-                self.problems.add(f"{name}: empty caption")
-            else:
-                if name not in numbers:
-                    numbers[name] = len(numbers)
-                    self.names.append(name)
-                owners.append(numbers[name])
-                self.captions.append(caption.strip())
+        with reading(f"the caption table {table}", "Save it as UTF-8."):
+            for where, name, value in rows:
+                self._add(where, name, value, numbers, owners)
         self.order, self.starts = group(np.array(owners, np.int64))
         self.examples = np.arange(len(numbers))
         if split:
-            self.examples = _chosen(numbers, table, remote.join(home, split))
+            self.examples = self._chosen(numbers, remote.join(home, split))
         if not len(self):
             raise no_pairs(table, self.problems)
-        first = self.names[self.examples[0]]
-        _require(remote.join(self.folder, first), "The first training image")
+        self._look_for_images()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -84,6 +95,77 @@ class TableSource:
             raise BadExample(path, error) from error
         return {"image": image, "captions": tuple(self.captions[r] for r in rows), "name": path}
 
+    def _add(self, where: str, name, value, numbers: dict[str, int], owners: array) -> None:
+        """Takes the captions of one entry of the table, or counts what is wrong with them."""
+        try:
+            name = self._inside(name)
+        except ValueError as error:
+            self.problems.add(f"{where}: {error}")
+            return
+        captions, wrong = read_captions(value)
+        for reason in wrong or ([] if captions else ["empty caption"]):
+            self.problems.add(f"{where}, {name}: {reason}")
+        if captions and name not in numbers:
+            numbers[name] = len(numbers)
+            self.names.append(name)
+        for caption in captions:
+            owners.append(numbers[name])
+            self.captions.append(caption)
+
+    def _inside(self, name) -> str:
+        """The name of an image relative to the folder of the images, in one of its spellings."""
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
+            raise ValueError(f"{shorten(repr(name), 60)} is no name of an image")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the name of the image is not UTF-8") from None
+        path = posixpath.normpath(name.strip().replace("\\", "/"))
+        if path.startswith("/"):
+            remotely = remote.is_remote(self.folder)
+            path = ".." if remotely else posixpath.relpath(path, os.path.abspath(self.folder))
+        if path == ".." or path.startswith("../"):
+            raise ValueError(f"{shorten(repr(name), 60)} is outside the image folder; set images")
+        return path
+
+    def _chosen(self, numbers: dict[str, int], listing: str) -> np.ndarray:
+        """The examples that a text file lists by the names of their images, int64 [N]."""
+        data = _read(listing, "The list of images")
+        with reading(f"the list of images {listing}", "Save it as UTF-8."):
+            lines = re.split(r"\r\n|\n|\r", data.decode(encoding(data)))
+        chosen: dict[int, None] = {}
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{posixpath.basename(listing)}, line {number}"
+                try:
+                    name = self._inside(line)
+                except ValueError as error:
+                    self.problems.add(f"{where}: {error}")
+                    continue
+                if name not in numbers:
+                    self.problems.add(f"{where}: {name!r} has no caption in the table")
+                elif numbers[name] in chosen:
+                    self.problems.add(f"{where}: {name!r} is listed twice")
+                else:
+                    chosen[numbers[name]] = None
+        return np.array(list(chosen), np.int64)
+
+    def _look_for_images(self) -> None:
+        """Raises a `UserError` if the folder of the images seems to be another one.
+
+        A single missing image is a bad example wherever it stands, so several are looked for.
+        """
+        tried = np.unique(np.linspace(0, len(self) - 1, min(TRIED, len(self))).astype(int))
+        paths = [
+            remote.join(self.folder, self.names[int(self.examples[index])])
+            for index in tried.tolist()
+        ]
+        if not any(remote.exists(path) for path in paths):
+            raise UserError(
+                f"None of {len(paths)} training images looked for exists, such as {paths[0]}: set "
+                "images to the folder that the names in the table are relative to."
+            )
+
 
 class Texts:
     """A growing list of str in one buffer: no Python object per text."""
@@ -92,96 +174,214 @@ class Texts:
         self.buffer, self.ends = bytearray(), array("q", [0])
 
     def append(self, text: str) -> None:
-        """Adds one text at the end; what UTF-8 cannot hold becomes a question mark."""
-        self.buffer += text.encode(errors="replace")
+        """Adds one text at the end."""
+        self.buffer += text.encode()
         self.ends.append(len(self.buffer))
 
     def __getitem__(self, index: int) -> str:
         return self.buffer[self.ends[index] : self.ends[index + 1]].decode()
 
 
-def _csv_rows(table: str, text: str, image_key: str, caption_key: str) -> Iterator:
-    """(image name, caption) of every row."""
-    header = text.partition("\n")[0]
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
-    try:
-        columns = rows.fieldnames or []
-        where = f"{table} must start with the header line `image,caption`: it"
-        image = choose_key(where, "column image", image_key, IMAGE_COLUMNS, columns)
-        caption = choose_key(where, "column caption", caption_key, CAPTION_COLUMNS, columns)
-        for row in rows:
-            yield row[image] or "", row[caption]
-    except csv.Error as error:
-        raise UserError(f"{table}, after line {rows.line_num}: {error}.") from error
+def _read(path: str, what: str) -> bytes:
+    """The content of the table or list `path`."""
+    if not remote.exists(path):
+        raise UserError(f"{what} is missing: no file {path}.")
+    with reading(f"{what[0].lower()}{what[1:]} {path}"):
+        return remote.read(path)
 
 
-def _parsed(table: str, text: str) -> dict:
+def _csv_rows(
+    table: str, data: bytes, image_key: str, caption_key: str, problems: Problems
+) -> Iterator:
+    """(line, image name, captions) of every row.
+
+    The header tells the separator: the one of tab, comma, semicolon and | it has most of. Beside
+    commas and semicolons fields may be quoted (RFC 4180) and a quoted field may hold line ends;
+    beside tabs and | a quote is text, unless the header itself is quoted. Case and spaces around
+    the columns' names do not matter. What has no single reading costs its own line only and is
+    counted: a quote without its partner, more or fewer columns than the header, bytes that are not
+    UTF-8. UTF-16 and UTF-32 need their byte order mark.
+    """
+    # A file of an old Mac has no line feed; in others a lone carriage return is text.
+    ending = "\n" if b"\n" in data else "\r"
+    lines = io.TextIOWrapper(io.BytesIO(data), encoding(data), "surrogateescape", newline=ending)
+    first = next((line for line in lines if line.strip()), "")
+    lines.seek(0)
+    if TOKEN.match(first):
+        for number, fields in _records(lines, "\t", 2, 0, quoting=False):
+            if fields and (match := TOKEN.match(f"{fields[0]}\t")):
+                yield f"line {number}", match[1], fields[1]
+            else:
+                problems.add(f"line {number}: not of the form `image#number`, tab, caption")
+        return
+    where = f"{table} must start with a header line such as `image,caption`: it"
+    if "\0" in first or len(first) > LONGEST:
+        odd = "NUL bytes" if "\0" in first else f"{len(first):,} characters without a line end"
+        raise UserError(f"{where} has {odd}. Save it as UTF-8 text.")
+    separator = max(SEPARATORS, key=first.count)
+    quoting = separator in QUOTING or first.startswith('"')
+    spaces = f"{separator} " in first
+    header = next(csv.reader([first], delimiter=separator, skipinitialspace=spaces), [])
+    names = [name.strip().casefold() for name in header]
+
+    def column(key: str) -> int:
+        if names.count(key) > 1:
+            raise UserError(f"{table} has two columns {key}: rename the one that is not meant.")
+        return names.index(key)
+
+    def wanted(key: str) -> str:
+        return key.strip().casefold()
+
+    image = column(choose_key(where, "column image", wanted(image_key), IMAGE_COLUMNS, names))
+    captions = [
+        column(key)
+        for key in choose_captions(
+            where, "column caption", wanted(caption_key), CAPTION_COLUMNS, names
+        )
+    ]
+    rows = _records(lines, separator, len(names), image, quoting, spaces)
+    next(rows, None)
+    for number, fields in rows:
+        if not isinstance(fields, list):
+            problems.add(f"line {number}: {fields}")
+        else:
+            yield f"line {number}", fields[image], [fields[key] for key in captions]
+
+
+def _records(
+    lines: Iterator[str],
+    separator: str,
+    columns: int,
+    image: int,
+    quoting: bool,
+    spaces: bool = False,
+) -> Iterator[tuple[int, list[str] | str]]:
+    """(number of its first line, its fields or what is wrong with it) of every row.
+
+    columns: fields that a row has. image: the one with the name of the image. spaces: whether a
+    space before a quote is none of the field's.
+    """
+    ahead, number = deque(islice(lines, 1)), 1
+    while ahead:
+        line, used = ahead[0], 1
+        row: list[str] | str = []
+        if len(line) > LONGEST:
+            row = f"longer than {LONGEST:,} characters"
+        elif quoting and '"' in line:
+            ahead.extend(islice(lines, SPAN - len(ahead)))
+            row, used = _quoted(ahead, separator, columns, image, spaces)
+        elif line.strip():
+            row = [_plain(field) for field in line.rstrip("\r\n").split(separator)]
+        if isinstance(row, list) and row:
+            while len(row) > columns and not row[-1].strip():
+                row.pop()
+            if len(row) != columns:
+                row = f"{len(row)} columns, not {columns} as the header has"
+        if row:
+            yield number, row
+        for _ in range(used):
+            ahead.popleft()
+        number += used
+        if not ahead:
+            ahead.extend(islice(lines, 1))
+
+
+def _quoted(
+    ahead: deque[str], separator: str, columns: int, image: int, spaces: bool
+) -> tuple[list[str] | str, int]:
+    """(the row at the start of `ahead` or what is wrong with it, how many lines it fills)."""
+    rows = csv.reader(ahead, strict=True, delimiter=separator, skipinitialspace=spaces)
     try:
+        row = next(rows)
+    except csv.Error:
+        return "a quote without its partner", 1
+    if rows.line_num > 1:
+        # Two quotes without partners look like one field over many lines, with rows in it.
+        suffixes = {PurePosixPath(row[min(image, len(row) - 1)]).suffix.lower(), *IMAGE_SUFFIXES}
+        for line in islice(ahead, 1, rows.line_num):
+            fields = [field.strip(' "\r\n') for field in line.split(separator)]
+            inside = len(fields) >= columns and PurePosixPath(fields[image]).suffix.lower()
+            if len(row) != columns or inside in suffixes:
+                return "a quote without its partner", 1
+    return row, rows.line_num
+
+
+def _plain(field: str) -> str:
+    """A field of a table without quoting, unless its writer must have quoted it: "a ""b"" c"."""
+    inner = field[1:-1]
+    quoted = field[:1] == field[-1:] == '"' and '""' in inner
+    return inner.replace('""', '"') if quoted and '"' not in inner.replace('""', "") else field
+
+
+def _parsed(table: str, data: bytes) -> dict:
+    """The content of a JSON with a list `images`."""
+    with reading(f"the caption table {table}"):
+        text = data.decode(
+            encoding(data), "surrogateescape" if encoding(data) == "utf-8" else "strict"
+        )
         content = json.loads(text)
-        assert isinstance(content["images"], list)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise UserError(
             f"{table} is no JSON of COCO captions or of Karpathy's splits, which have a list "
-            f"`images`: {error!r}."
-        ) from error
+            "`images`."
+        )
     return content
 
 
-def _karpathy_rows(table: str, content: dict, split: str) -> Iterator:
-    """(image name, caption) of the sentences of the images in some splits, '' for all."""
-    try:
-        known = dict.fromkeys(image["split"] for image in content["images"])
-        wanted = split.split("+") if split else list(known)
-        unknown = [name for name in wanted if name not in known]
-        if unknown:
-            raise UserError(f"{table} has no split {unknown[0]!r}, only {', '.join(known)}.")
-        for image in content["images"]:
-            if image["split"] in wanted:
-                name = posixpath.join(image.get("filepath", ""), image["filename"])
-                for sentence in image["sentences"]:
-                    yield name, sentence["raw"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{table} is no JSON of Karpathy's splits, with images (filename, split, sentences "
-            f"with raw): {error!r}."
-        ) from error
-
-
-def _coco_rows(table: str, content: dict, problems: Problems) -> Iterator:
-    """(image name, caption) of every annotation, image by image."""
-    try:
-        captions: dict = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            if annotation["image_id"] in captions:
-                captions[annotation["image_id"]].append(annotation["caption"])
+def _karpathy_rows(table: str, content: dict, split: str, problems: Problems) -> Iterator:
+    """(place, image name, [caption]) of the images in some splits, '' for all."""
+    images = [image if isinstance(image, dict) else {} for image in content["images"]]
+    known = dict.fromkeys(str(image["split"]) for image in images if "split" in image)
+    wanted = split.split("+") if split else list(known)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(f"{table} has no split {unknown[0]!r}, only {some(known)}.")
+    for number, image in enumerate(images):
+        where = f"image {number}"
+        if "split" not in image:
+            problems.add(f"{where}: no split")
+        elif image["split"] in wanted:
+            folder, name = image.get("filepath", ""), image.get("filename")
+            sentences = image.get("sentences")
+            if not isinstance(folder, str) or not isinstance(name, str):
+                problems.add(f"{where}: no filename")
+            elif not isinstance(sentences, list):
+                problems.add(f"{where}, {name}: no sentences")
             else:
-                problems.add(f"annotation of the unknown image {annotation['image_id']}")
-        for image in content["images"]:
-            if not captions[image["id"]]:
-                problems.add(f"{image['file_name']}: image without caption")
-            for caption in captions[image["id"]]:
-                yield image["file_name"], caption
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{table} is no JSON of COCO captions, with images (id, file_name) and annotations "
-            f"(image_id, caption): {error!r}."
-        ) from error
+                for sentence in sentences or [None]:
+                    yield where, posixpath.join(folder, name), [sentence]
 
 
-def _chosen(numbers: dict[str, int], table: str, listing: str) -> np.ndarray:
-    """The examples that a text file lists by the names of their images, int64 [N]."""
-    _require(listing, "The list of images")
-    names = [name.strip() for name in remote.read(listing).decode().split("\n")]
-    names = [name for name in names if name]
-    lost = [name for name in names if name not in numbers]
-    if lost:
-        raise UserError(
-            f"{listing} lists {len(lost)} images without a caption in {table}, "
-            f"the first is {lost[0]!r}."
-        )
-    return np.array([numbers[name] for name in names], np.int64)
+def _coco_rows(content: dict, problems: Problems) -> Iterator:
+    """(place, image name, [caption]) of every annotation, image by image."""
+    names: dict = {}
+    shared = set()
+    for number, image in enumerate(content["images"]):
+        identity, name = _fields(image, "id", "file_name")
+        if name is None:
+            problems.add(f"image {number}: no id or file_name")
+        elif names.setdefault(identity, name) != name:
+            problems.add(f"image {number}, {name}: has the id of {names[identity]}")
+            shared.add(identity)
+    captions: dict = {identity: [] for identity in names}
+    annotations = content.get("annotations")
+    for number, annotation in enumerate(annotations if isinstance(annotations, list) else ()):
+        identity, caption = _fields(annotation, "image_id", "caption")
+        if identity not in captions:
+            problems.add(f"annotation {number}: no caption of a known image")
+        elif identity in shared:
+            problems.add(f"annotation {number}: of several images with the id {identity}")
+        else:
+            captions[identity].append((f"annotation {number}", caption))
+    for identity, name in names.items():
+        if not captions[identity]:
+            problems.add(f"{name}: image without caption")
+        for where, caption in captions[identity]:
+            yield where, name, [caption]
 
 
-def _require(path: str, what: str) -> None:
-    if not remote.exists(path):
-        raise UserError(f"{what} is missing: no file {path}.")
+def _fields(entry, identity: str, other: str) -> tuple:
+    """(entry[identity], entry[other]) of what may be anything; None for what is missing."""
+    if not isinstance(entry, dict) or not isinstance(entry.get(identity), str | int):
+        return None, None
+    return entry[identity], entry.get(other)
