@@ -11,6 +11,7 @@ It is complete or not there at all: written under another name, then renamed.
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -157,7 +158,16 @@ def refuse_existing(path: Path) -> None:
 
 def write_orbax(folder: Path, params: dict) -> None:
     """Parameters for `load_arrays`, in the type they have."""
-    ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
+    # Before writing: Orbax answers a full disk with tracebacks of every array it still writes.
+    needed, free = sum(x.nbytes for x in jax.tree.leaves(params)), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
+    try:
+        ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+        # Writes of the other arrays go on and would bury the message under theirs.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise OSError(one_line(error)) from error
 
 
 def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:

@@ -23,7 +23,7 @@ from simseg_jax.checkpoint import (
 )
 from simseg_jax.config import Config
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import UserError, reading, some
+from simseg_jax.errors import UserError, one_line, reading, some
 from simseg_jax.model_folder import MANIFEST, is_model_folder, read_manifest, read_params
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.sharding import make_mesh, state_sharding
@@ -85,7 +85,7 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
     folder = fetch(source)
     if is_model_folder(folder):
         manifest = read_manifest(folder)
-        config, origin = config_lib.from_file(folder / CONFIG), manifest["origin"]
+        config, origin = _exported_config(folder / CONFIG), manifest["origin"]
         if step is not None:
             raise UserError(f"{source} was exported: it has one state only, leave --step out.")
         at_step = origin.get("step", 0)
@@ -138,6 +138,16 @@ def assemble_model(
         identity={**identity, "dtype": str(dtype)},
         origin=origin,
     )
+
+
+def _exported_config(file: Path) -> Config:
+    try:
+        with reading(str(file), "Get the folder again."):
+            return config_lib.from_file(file)
+    except UserError as error:
+        raise UserError(
+            f"The configuration of a model cannot be used: {one_line(error)}"
+        ) from error
 
 
 def _read_run(path, _architecture: SimSegConfig, shapes) -> dict:

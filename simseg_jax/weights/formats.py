@@ -127,11 +127,11 @@ def _transformers(
     card = {"model_type": kind, **_part(card, part)} if part else card
     if kind not in types:
         raise UserError(
-            f"config.json says model_type={kind!r}, which cannot be represented, only "
+            f"config.json says model_type={str(kind)[:40]!r}, which cannot be represented, only "
             f"{' or '.join(types)}: take another encoder."
         )
     if str(card.get("hidden_act", "gelu")) not in ACTIVATIONS:
-        raise UserError(f"The activation {card['hidden_act']!r} is not known here.")
+        raise UserError(f"The activation {str(card['hidden_act'])[:40]!r} is not known here.")
     return card
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from simseg_jax.config import default_config
 from simseg_jax.config_checks import validate
 from simseg_jax.dotted import assign
-from simseg_jax.errors import UserError, reading, some
+from simseg_jax.errors import UserError, one_line, reading, some
 from simseg_jax.models.bert import Bert, BertConfig
 from simseg_jax.models.simseg import params_of, path_string
 from simseg_jax.models.vit import ViT, ViTConfig
@@ -110,7 +110,7 @@ def check_settings(sides: Mapping[str, Mapping[str, Any]], **model: Any) -> None
             assign(config, f"model.{key}", value)
         validate(config)
     except UserError as error:
-        raise UserError(f"The weights describe an impossible model: {error}") from error
+        raise UserError(f"The weights describe an impossible model: {one_line(error)}") from error
 
 
 def _config(settings: dict[str, Any]) -> ViTConfig | BertConfig:
