@@ -22,18 +22,19 @@ from simseg_jax.command_line import (
 from simseg_jax.config_keys import HEADS
 from simseg_jax.data.classes import top_k
 from simseg_jax.data.text import load_tokenizer
-from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.errors import UserError, report_user_errors, some
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.ranges import whole
 from simseg_jax.segment import Segmenter, split_words, words_of
 from simseg_jax.sharding import place
-from simseg_jax.trained import TrainedModel, assemble_model, is_trained, load_model
+from simseg_jax.trained import TrainedModel, assemble_model, load_model, open_source
 from simseg_jax.weights import authors
-from simseg_jax.weights.sources import fetch, read_weights
+from simseg_jax.weights.choice import usual_names
+from simseg_jax.weights.sources import ARCHITECTURE, META
 from simseg_jax.weights.torch_file import save_tensors
-from simseg_jax.weights.towers import find_towers, read_tower, usual_names
+from simseg_jax.weights.towers import find_towers, read_tower, refuse_infinite
 
 FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
 EPILOG = """examples:
@@ -50,6 +51,9 @@ EPILOG = """examples:
 
 SOURCE is a run's --workdir, a converted folder or a weights file (.pth, .safetensors; told by its
 content): here, on object storage (gs://, s3://) or on the hub (owner/name, owner/name@revision).
+Of a file that holds several models (student and teacher, raw and averaged) the averaged one is
+taken, which the output says; FILE#KEY takes another: checkpoint.pth#student, or #. for the one
+whose names have nothing before them.
 One encoder alone (timm, transformers' BERT, ViT and CLIP, open_clip, big_vision and AugReg .npz) is
 described; training starts from it with --config.init.image=SOURCE or --config.init.text=SOURCE.
 """
@@ -97,22 +101,23 @@ def main() -> None:
 
 def read(args: argparse.Namespace) -> TrainedModel:
     """The model at `args.source`."""
-    path = fetch(args.source)
-    if is_trained(path):
+    path, weights = open_source(args.source)
+    if weights is None:
         model = load_model(path, args.step, jnp.dtype(jnp.float32))
+        refuse_infinite(model.params)
         return dataclasses.replace(model, origin=model.origin | _results(path))
-    weights = read_weights(path)
     if not authors.is_whole_model(weights):
         names = ", ".join(form.name for form, _ in find_towers(usual_names(weights.tensors)))
         raise UserError(
             f"{args.source} holds {names or 'nothing known here'}, not a whole model: start a run "
             "from an encoder with --config.init.image or --config.init.text."
         )
-    architecture, params = authors.read_model(weights, args.image_heads, args.text_heads)
+    architecture, params, note = authors.read_model(weights, args.image_heads, args.text_heads)
+    print(note)
     config = config_lib.of_architecture(architecture)
     config.data.vocab = args.vocab
     config.data.max_length = min(config.data.max_length, architecture.text.max_positions)
-    meta = {key: value for key, value in weights.meta.items() if key != authors.META}
+    meta = {key: value for key, value in weights.meta.items() if key != META}
     files = weights.origin
     origin = {"source": args.source, "format": "authors' checkpoint", **files, **meta}
     return assemble_model(
@@ -133,7 +138,7 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
     if args.to == "pth":
         content = {
             "state_dict": authors.state_dict(params, architecture),
-            authors.META: authors.describe(architecture),
+            META: {ARCHITECTURE: authors.describe(architecture)},
         }
         with folder.complete(destination, folder=False) as partial:
             save_tensors(partial, content)
@@ -180,25 +185,25 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
 
 def describe(args: argparse.Namespace) -> None:
     """Prints what `args.source` is."""
-    path = fetch(args.source)
-    if is_trained(path):
+    path, weights = open_source(args.source)
+    if weights is None:
         model = load_model(path, args.step)
         _print_model(model.architecture, model.origin)
         return
-    weights = read_weights(path)
     if authors.is_whole_model(weights):
-        architecture, _ = authors.read_model(weights, args.image_heads, args.text_heads)
-        _print_model(architecture, {"format": "authors' checkpoint", **weights.origin})
+        model = authors.read_model(weights, args.image_heads, args.text_heads)
+        _print_model(model.config, {"format": "authors' checkpoint", **weights.origin})
+        print(model.note)
         return
-    towers = list(find_towers(usual_names(weights.tensors)))
-    if not towers:
-        some = ", ".join(list(weights.tensors)[:5])
-        raise UserError(f"{args.source} is in no format known here; its tensors: {some}, ...")
-    for form, _ in towers:
-        heads = args.image_heads if form.side == "image" else args.text_heads
-        tower = read_tower(weights, form.side, heads)
-        _print_fields(f"{form.name} ({form.side} encoder)", tower.settings)
-        print(f"Start from it with --config.init.{form.side}={args.source}")
+    sides = dict.fromkeys(form.side for form, _ in find_towers(usual_names(weights.tensors)))
+    if not sides:
+        raise UserError(
+            f"{args.source} is in no format known here; its tensors: {some(weights.tensors)}."
+        )
+    for side in sides:
+        tower = read_tower(weights, side, getattr(args, f"{side}_heads"))
+        _print_fields(f"{tower.format} ({side} encoder)", tower.settings)
+        print(f"{tower.note} Start from it with --config.init.{side}={args.source}")
 
 
 def _print_model(architecture: SimSegConfig, origin: dict[str, Any]) -> None:

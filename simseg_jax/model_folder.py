@@ -11,26 +11,28 @@ It is complete or not there at all: written under another name, then renamed.
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from simseg_jax import config as config_lib
 from simseg_jax.checkpoint import CONFIG, TOKENIZER, load_arrays, refuse_unusable
 from simseg_jax.config import Config
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line, some
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.sharding import place
 from simseg_jax.weights import authors
-from simseg_jax.weights.sources import read_json, read_weights, sha256
+from simseg_jax.weights.sources import META, read_json, read_weights, sha256
 
 MANIFEST, CARD = "manifest.json", "README.md"
 PARAMS, SAFETENSORS = "params", "model.safetensors"
@@ -50,7 +52,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder / MANIFEST} says format={manifest.get('format')!r}, this version of "
             f"simseg_jax reads {FORMAT!r}: install the version that wrote it."
         )
-    files = manifest["sha256"]
+    files, origin = manifest.get("sha256"), manifest.get("origin")
+    if not (isinstance(files, dict) and files and isinstance(origin, dict)):
+        raise UserError(f"{folder / MANIFEST} lists no files or no origin: get the folder again.")
+    outside = [n for n in files if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]
+    if outside:
+        raise UserError(f"{folder / MANIFEST} leads out of its folder: {some(outside)}.")
+    unlisted = [name for name in _used_files(folder) if name not in files]
+    if unlisted:
+        raise UserError(
+            f"{folder} holds files that {MANIFEST} does not list ({some(unlisted)}): move them "
+            "away or get the folder again."
+        )
     wrong = [
         name
         for name, checksum in files.items()
@@ -59,16 +72,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(
             f"{len(wrong)} of {len(files)} files in {folder} are missing or damaged "
-            f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}): get the folder again."
+            f"({some(wrong)}): get the folder again."
         )
     return manifest
 
 
+def _used_files(folder: Path) -> list[str]:
+    """What `trained.load_model` may read in a folder besides the manifest."""
+    inside = [f for part in (TOKENIZER, PARAMS) for f in (folder / part).rglob("*") if f.is_file()]
+    files = [*inside, *(folder / name for name in (CONFIG, SAFETENSORS))]
+    return [f.relative_to(folder).as_posix() for f in files if f.is_file()]
+
+
 def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConfig, shapes) -> dict:
     """The parameters in float32; shapes: shape structs with shardings, see `with_sharding`."""
-    if manifest["weights"] == PARAMS:
+    if manifest.get("weights") == PARAMS:
         return load_arrays(epath.Path(folder / PARAMS), {"params": shapes})["params"]
-    if manifest["weights"] == SAFETENSORS:
+    if manifest.get("weights") == SAFETENSORS:
         tensors = read_weights(folder / SAFETENSORS).tensors
         return place(authors.fit(tensors, architecture), shapes)
     raise UserError(
@@ -122,6 +142,10 @@ def complete(path: Path, folder: bool = True) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except (OSError, SafetensorError) as error:  # A full disk, for instance.
+        raise UserError(
+            f"Cannot write {path}: {one_line(error)}. Nothing was written; name a place with room."
+        ) from error
     finally:
         _remove(partial)
 
@@ -135,13 +159,23 @@ def refuse_existing(path: Path) -> None:
 def write_orbax(folder: Path, params: dict) -> None:
     """Parameters for `load_arrays`, in the type they have."""
     refuse_unusable(str(folder.absolute()))
-    ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
+    # Before writing: Orbax answers a full disk with tracebacks of every array it still writes.
+    needed, free = sum(x.nbytes for x in jax.tree.leaves(params)), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
+    try:
+        ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+        # Writes of the other arrays go on and would bury the message under theirs.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise OSError(one_line(error)) from error
 
 
 def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
     """Parameters under the authors' names in PyTorch's layouts."""
     tensors = authors.state_dict(params, architecture)
-    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    metadata = {"format": "pt", META: authors.describe(architecture)}
+    save_file(tensors, folder / SAFETENSORS, metadata)
 
 
 def cast(params: dict, dtype) -> dict:

@@ -13,10 +13,9 @@ from simseg_jax.config_checks import validate
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.models.vit import resize_position_embedding
-from simseg_jax.trained import is_trained, load_model
+from simseg_jax.trained import load_model, open_source
 from simseg_jax.weights import authors
-from simseg_jax.weights.sources import fetch, read_weights
-from simseg_jax.weights.towers import SIDES, read_tower
+from simseg_jax.weights.towers import SIDES, read_tower, refuse_infinite
 
 # What stays the run's own choice.
 KEPT = {"image": ("image_size",), "text": ("dropout",)}
@@ -36,24 +35,24 @@ def adopt(config: Config, tokenizer) -> Pretrained:
     """
     params, notes = {}, []
     if config.init.model:
-        architecture, loaded, vocabulary = _read_model(fetch(config.init.model))
+        architecture, loaded, vocabulary, note = _read_model(config.init.model)
         _check_vocabulary(config.init.model, vocabulary, tokenizer)
         for side in SIDES:
             _set(config, side, dataclasses.asdict(getattr(architecture, side)))
         config.model.embed_dim = architecture.embed_dim
         params = loaded
-        notes.append(f"The model starts from {config.init.model}.")
+        notes.append(f"The model starts from {config.init.model}.{note}")
     for side in SIDES:
         source = config.init[side]
         if source:
-            form, settings, encoder, vocabulary = _read_encoder(source, side)
+            form, settings, encoder, vocabulary, note = _read_encoder(source, side)
             if side == "text":
                 _check_vocabulary(source, vocabulary, tokenizer)
             _set(config, side, settings)
             params[f"{side}_encoder"] = encoder
             notes.append(
                 f"The {SIDES[side]} starts from {source}: {form}, {settings['depth']} blocks of "
-                f"width {settings['width']}."
+                f"width {settings['width']}.{note}"
             )
     if params:
         validate(config)
@@ -78,24 +77,31 @@ def _set(config: Config, side: str, settings: dict[str, Any]) -> None:
     config.model[side].update({k: v for k, v in settings.items() if k not in KEPT[side]})
 
 
-def _read_model(path: Path):
-    """(architecture, parameters, tokenizer or None) of a whole model."""
-    if is_trained(path):
-        model = load_model(path)
-        return model.architecture, jax.tree.map(np.asarray, model.params), model.tokenizer
-    architecture, params = authors.read_model(read_weights(path))
-    return architecture, params, None
+def _read_model(source: str):
+    """(architecture, parameters, tokenizer or None, note) of a whole model."""
+    path, weights = open_source(source)
+    if weights is None:
+        return *_trained(path), ""
+    architecture, params, note = authors.read_model(weights)
+    return architecture, params, None, f" {note}"
 
 
 def _read_encoder(source: str, side: str):
-    """(format, settings, parameters, tokenizer or None) of one encoder."""
-    path = fetch(source)
-    if is_trained(path):
-        architecture, params, vocabulary = _read_model(path)
+    """(format, settings, parameters, tokenizer or None, note) of one encoder."""
+    path, weights = open_source(source)
+    if weights is None:
+        architecture, params, vocabulary = _trained(path)
         settings = dataclasses.asdict(getattr(architecture, side))
-        return "simseg_jax", settings, params[f"{side}_encoder"], vocabulary
-    tower = read_tower(read_weights(path), side)
-    return tower.format, tower.settings, tower.params, _tokenizer_beside(path)
+        return "simseg_jax", settings, params[f"{side}_encoder"], vocabulary, ""
+    tower = read_tower(weights, side)
+    return tower.format, tower.settings, tower.params, _tokenizer_beside(path), f" {tower.note}"
+
+
+def _trained(path: Path):
+    model = load_model(path)
+    params = jax.tree.map(np.asarray, model.params)
+    refuse_infinite(params)
+    return model.architecture, params, model.tokenizer
 
 
 def _tokenizer_beside(path: Path):

@@ -24,11 +24,12 @@ from simseg_jax.checkpoint import (
 )
 from simseg_jax.config import Config
 from simseg_jax.data.text import TextEncoder, load_tokenizer, vocabulary_identity
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, reading, some
 from simseg_jax.model_folder import MANIFEST, is_model_folder, read_manifest, read_params
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.sharding import make_mesh, state_sharding
-from simseg_jax.weights.sources import fetch, sha256
+from simseg_jax.weights import bounds
+from simseg_jax.weights.sources import Weights, fetch, read_weights, sha256, split_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,21 @@ def is_trained(folder: Path) -> bool:
     return is_model_folder(folder) or (folder / TOKENIZER).is_dir()
 
 
+def open_source(source: str | Path) -> tuple[Path, Weights | None]:
+    """(local path, None) of a run or a converted model, (local path, its weights) of others.
+
+    source: as for `load_model`, or a weights file or folder of any code base; "FILE#KEY" chooses
+    among several models in it, see `sources.split_key`.
+    """
+    name, key = split_key(source)
+    path = fetch(name)
+    if not is_trained(path):
+        return path, read_weights(path, key)
+    if key:
+        raise UserError(f"{name} is a run or a converted model: it has no #{key}, leave that out.")
+    return path, None
+
+
 def load_model(source: str | Path, step: int | None = None, dtype=None) -> TrainedModel:
     """The parameters of a trained model, replicated over all devices.
 
@@ -73,7 +89,9 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
         config, origin = config_lib.from_file(folder / CONFIG), manifest["origin"]
         if step is not None:
             raise UserError(f"{source} was exported: it has one state only, leave --step out.")
-        at_step = int(origin.get("step", 0))
+        at_step = origin.get("step", 0)
+        if not isinstance(at_step, int):
+            raise UserError(f"{folder / MANIFEST} says step={at_step!r}: get the folder again.")
         trained_with = None  # The manifest covers the vocabulary.
         identity = {"manifest": sha256(folder / MANIFEST)}
         read = functools.partial(read_params, folder, manifest)
@@ -86,7 +104,10 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
         trained_with = record.identity and record.identity["vocabulary"]
         read = functools.partial(_read_run, path, record)
 
-    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    if not (folder / TOKENIZER).is_dir():
+        raise UserError(f"{folder} has no {TOKENIZER}/, which every run and converted model has.")
+    with reading(f"the tokenizer {folder / TOKENIZER}", "Get the folder again."):
+        tokenizer = load_tokenizer(str(folder / TOKENIZER))
     if trained_with not in (None, vocabulary_identity(tokenizer)):
         raise UserError(
             f"{folder / TOKENIZER} is not the vocabulary that the model was trained with: words "
@@ -106,6 +127,10 @@ def assemble_model(
 ) -> TrainedModel:
     """A `TrainedModel`; read(architecture, shape structs with shardings) gives its parameters."""
     architecture = config_lib.model_config(config, len(tokenizer))
+    if max(architecture.image.depth, architecture.text.depth) > bounds.BLOCKS:
+        raise UserError(
+            f"The model has more than {bounds.BLOCKS} blocks: get its config.json again."
+        )
     mesh = make_mesh()
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
     params = read(architecture, with_sharding(shapes, state_sharding(shapes, mesh)))
@@ -144,5 +169,5 @@ def _checkpoint(workdir: Path, step: int | None):
         )
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise UserError(f"{workdir} has no checkpoint of step {step}, only {steps}.")
+        raise UserError(f"{workdir} has no checkpoint of step {step}, only of {some(steps)}.")
     return folder / str(step), step

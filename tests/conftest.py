@@ -84,5 +84,5 @@ def photographs():
 @pytest.fixture(scope="session")
 def golden_model():
     """(config, graphdef, params) of the authors' miniature model behind the reference outputs."""
-    config, params = read_model(read_weights(GOLDENS / "model.pth"), 3, 2)
+    config, params, _ = read_model(read_weights(GOLDENS / "model.pth"), 3, 2)
     return config, make_model(config), params

@@ -197,7 +197,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(
     with zipfile.ZipFile(bad, "w") as archive:
         archive.writestr("bad/data.pkl", pickle.dumps({"state_dict": exec}))
     destination = tmp_path / "out"
-    assert "asks to run builtins.exec, which is refused" in error(bad, destination)
+    assert "asks to run 'builtins.exec', which is refused" in error(bad, destination)
     assert "No weights at" in error(tmp_path / "nothing", destination)
     timm = GOLDENS / "neighbours" / "timm"
     assert "timm ViT, not a whole model: start a run" in error(timm, destination)

@@ -2,22 +2,22 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, reading
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig, init_params, path_string
 from simseg_jax.models.vit import ViTConfig
+from simseg_jax.weights.choice import Tensors, choose, prefixes, take, usual_names
 from simseg_jax.weights.formats import BERT, TIMM
 from simseg_jax.weights.layouts import LINEAR, Entry, hugging_face_bert, timm_vit
-from simseg_jax.weights.sources import Weights
-from simseg_jax.weights.towers import assemble, leaves_of, usual_names
+from simseg_jax.weights.sources import ARCHITECTURE, META, Weights
+from simseg_jax.weights.towers import assemble, check_settings, leaves_of
 
-# The entry of a `.pth` that holds our description beside the state dict.
-META = "simseg_jax"
+SIGNATURE = "image_projection.linear.weight"
 IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
 UNUSED = rf"{IMAGE}({TIMM.unused})|{TEXT}({BERT.unused})".replace("model.model.", r"model\.model\.")
 
@@ -33,62 +33,80 @@ def table(config: SimSegConfig) -> list[Entry]:
     ]
 
 
+class WholeModel(NamedTuple):
+    """A SimSeg model. note: which tensors were taken and which were not, a sentence."""
+
+    config: SimSegConfig
+    params: dict
+    note: str
+
+
 def is_whole_model(weights: Weights) -> bool:
     """Whether the weights are those of a SimSeg model and not of one encoder."""
-    return any(name.endswith("image_projection.linear.weight") for name in weights.tensors)
+    return bool(prefixes(usual_names(weights.tensors), SIGNATURE))
 
 
 def read_model(
     weights: Weights, image_heads: int | None = None, text_heads: int | None = None
-) -> tuple[SimSegConfig, dict]:
-    """(architecture, parameters) of a checkpoint of the authors, with or without `module.`.
+) -> WholeModel:
+    """Architecture and parameters of a checkpoint of the authors, whatever wrapped it.
 
     The number of heads leaves no trace there: by default heads are 64 channels wide, as in every
     model the authors published. All unknown, missing and mis-shaped names are reported together.
     """
-    tensors = usual_names(weights.tensors)
-    if "image_projection.linear.weight" not in tensors:
-        raise UserError(
-            "Not a SimSeg checkpoint: it has no entry image_projection.linear.weight. The weights "
-            "of one encoder serve as config.init.image or config.init.text."
-        )
-    described = weights.meta.get(META, {}).get("architecture")
-    if described and not (image_heads or text_heads):
-        config = _from_json(described)
-        return config, fit(tensors, config)
+    with reading("the weights", "Take other weights of the same model."):
+        tensors = usual_names(weights.tensors)
+        found = prefixes(tensors, SIGNATURE)
+        if not found:
+            raise UserError(
+                f"Not a SimSeg checkpoint: it has no entry {SIGNATURE}. The weights of one encoder "
+                "serve as config.init.image or config.init.text."
+            )
+        prefix = choose(found, weights.key, "SimSeg model")
+        tensors, note = take(tensors, prefix, found, UNUSED)
+        described = weights.meta.get(META, {}).get(ARCHITECTURE)
+        if described and not (image_heads or text_heads):
+            config = _from_json(described)
+        else:
+            config = _from_shapes(tensors, image_heads, text_heads)
+        return WholeModel(config, fit(tensors, config), note)
+
+
+def describe(config: SimSegConfig) -> str:
+    """What goes beside the tensors, so that `read_model` need not guess."""
+    return json.dumps(dataclasses.asdict(config))
+
+
+def _from_shapes(tensors: Tensors, image_heads: int | None, text_heads: int | None) -> SimSegConfig:
     image, text = (
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         for prefix in (IMAGE, TEXT)
     )
     words = text.get(BERT.signature, np.zeros((0, 64)))
-    config = SimSegConfig(
-        image=ViTConfig(**TIMM.describe(image, {}, image_heads)),
-        text=BertConfig(**BERT.describe(text, {}, text_heads or max(words.shape[-1] // 64, 1))),
-        embed_dim=tensors["image_projection.linear.weight"].shape[0],
-    )
-    return config, fit(tensors, config)
-
-
-def describe(config: SimSegConfig) -> dict[str, str]:
-    """What goes beside the state dict, so that `read_model` need not guess."""
-    return {"architecture": json.dumps(dataclasses.asdict(config))}
+    sides = {
+        "image": TIMM.describe(image, {}, image_heads),
+        "text": BERT.describe(text, {}, text_heads or max(words.shape[-1] // 64, 1)),
+    }
+    embed_dim = tensors[SIGNATURE].shape[0]
+    check_settings(sides, embed_dim=embed_dim)
+    return SimSegConfig(ViTConfig(**sides["image"]), BertConfig(**sides["text"]), embed_dim)
 
 
 def _from_json(text: str) -> SimSegConfig:
-    try:
+    with reading("the description of the architecture beside the weights"):
         fields: dict[str, Any] = json.loads(text)
         image: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in fields.pop("image").items()
         }
-        return SimSegConfig(ViTConfig(**image), BertConfig(**fields.pop("text")), **fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"The description in the .pth cannot be read: {error!r}.") from error
+        sides = {"image": image, "text": fields.pop("text")}
+        check_settings(sides, **fields)
+        return SimSegConfig(ViTConfig(**image), BertConfig(**sides["text"]), **fields)
 
 
 def fit(tensors: dict[str, np.ndarray], config: SimSegConfig) -> dict:
     """The parameters of `config` from tensors with the authors' names."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return assemble(tensors, table(config), leaves_of(shapes), UNUSED)
+    return assemble(tensors, table(config), leaves_of(shapes))
 
 
 def state_dict(params: dict, config: SimSegConfig) -> dict[str, np.ndarray]:

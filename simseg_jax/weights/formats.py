@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simseg_jax.errors import UserError
-from simseg_jax.weights import layouts
+from simseg_jax.weights import bounds, layouts
+from simseg_jax.weights.choice import Tensors
 from simseg_jax.weights.layouts import Entry
 
-Tensors = Mapping[str, np.ndarray]
 Settings = Mapping[str, dict]
 
 # Published ViTs whose heads are not 64 channels wide: width -> heads.
@@ -42,7 +42,7 @@ class Format(NamedTuple):
 
 
 def _shape(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
-    if name not in tensors or tensors[name].ndim != dims:
+    if name not in tensors or tensors[name].ndim != dims or not tensors[name].size:
         found = f"of shape {tensors[name].shape}" if name in tensors else "missing"
         raise UserError(f"The weights cannot be used: {name} is {found}.")
     return tensors[name].shape
@@ -50,14 +50,29 @@ def _shape(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
 
 def _count(tensors: Tensors, pattern: str) -> int:
     """The number of blocks: one more than the largest that a pattern with one group finds."""
-    numbers = [int(m[1]) for m in (re.match(pattern, name) for name in tensors) if m]
-    return max(numbers, default=-1) + 1
+    numbers = [m[1] for m in (re.match(pattern, name) for name in tensors) if m]
+    largest = max(numbers, key=lambda number: (len(number), number), default="-1")
+    # Before anything is built for them.
+    if len(largest) > 3 or int(largest) >= bounds.BLOCKS:
+        raise UserError(
+            f"The weights number a block {largest[:20]}: at most {bounds.BLOCKS} are read."
+        )
+    return int(largest) + 1
+
+
+def _part(card: Mapping[str, Any], key: str) -> dict:
+    """An object inside the object of a JSON file; empty without it."""
+    part = card.get(key) or {}
+    if not isinstance(part, dict):
+        raise UserError(f"The JSON beside the weights has {key} that is no object.")
+    return part
 
 
 def _vit(
     positions: np.ndarray | None, patch: int, width: int, heads: int | None, **settings
 ) -> dict[str, Any]:
-    rows = 0 if positions is None else positions.reshape(-1, positions.shape[-1]).shape[0]
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    rows = 0 if positions is None or not positions.ndim else positions.size // (width or 1)
     grid = round(max(rows - 1, 0) ** 0.5)
     if not rows or 1 + grid**2 != rows:
         raise UserError(
@@ -74,15 +89,21 @@ def _timm(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, 
     width, _, patch, _ = _shape(tensors, "patch_embed.proj.weight", 4)
     card = settings.get("config.json", {})
     card = card if "architecture" in card or "pretrained_cfg" in card else {}
-    pretrained = {**card, **card.get("pretrained_cfg", {})}
-    known: dict[str, Any] = {k: tuple(pretrained[k]) for k in ("mean", "std") if k in pretrained}
+    pretrained = {**card, **_part(card, "pretrained_cfg")}
+    known: dict[str, Any] = {k: pretrained[k] for k in ("mean", "std") if k in pretrained}
+    if "fc_norm.weight" in tensors:
+        raise UserError(
+            "The ViT was trained with average pooling: its last LayerNorm, fc_norm, acts on the "
+            "mean of the patches and there is none for single patches, which segmentation reads. "
+            "Take one with a CLS token, which has norm.weight."
+        )
     clip = "norm_pre.weight" in tensors
     quick = "quickgelu" in str(card.get("architecture", ""))
     return _vit(
         tensors.get("pos_embed"),
         patch,
         width,
-        heads or card.get("model_args", {}).get("num_heads"),
+        heads or _part(card, "model_args").get("num_heads"),
         depth=_count(tensors, r"blocks\.(\d+)\."),
         mlp_width=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0],
         pre_norm=clip,
@@ -103,21 +124,21 @@ def _transformers(
             "in the weights): give the folder that holds both."
         )
     kind = card.get("model_type")
-    card = {"model_type": kind, **card.get(part, {})} if part else card
+    card = {"model_type": kind, **_part(card, part)} if part else card
     if kind not in types:
         raise UserError(
-            f"config.json says model_type={kind!r}, which cannot be represented, only "
+            f"config.json says model_type={str(kind)[:40]!r}, which cannot be represented, only "
             f"{' or '.join(types)}: take another encoder."
         )
-    if card.get("hidden_act", "gelu") not in ACTIVATIONS:
-        raise UserError(f"The activation {card['hidden_act']!r} is not known here.")
+    if str(card.get("hidden_act", "gelu")) not in ACTIVATIONS:
+        raise UserError(f"The activation {str(card['hidden_act'])[:40]!r} is not known here.")
     return card
 
 
 def _processor(settings: Settings, default: dict) -> dict[str, Any]:
     card = settings.get("preprocessor_config.json", {})
     names = {"mean": "image_mean", "std": "image_std"}
-    return {key: tuple(card.get(name, default[key])) for key, name in names.items()}
+    return {key: card.get(name, default[key]) for key, name in names.items()}
 
 
 def _hugging_face_vit(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
@@ -164,9 +185,9 @@ def _open_clip(tensors: Tensors, settings: Settings, heads: int | None) -> dict[
             "activation than most of open_clip's, which leaves no trace in the weights): give the "
             'folder that holds both, or write {"model_cfg": {"quick_gelu": true}} there.'
         )
-    model, images = card.get("model_cfg", {}), card.get("preprocess_cfg", {})
+    model, images = _part(card, "model_cfg"), _part(card, "preprocess_cfg")
     width, _, patch, _ = _shape(tensors, "conv1.weight", 4)
-    per_head = model.get("vision_cfg", {}).get("head_width", 64)
+    per_head = _part(model, "vision_cfg").get("head_width", 64)
     return _vit(
         tensors.get("positional_embedding"),
         patch,
@@ -177,7 +198,7 @@ def _open_clip(tensors: Tensors, settings: Settings, heads: int | None) -> dict[
         pre_norm=True,
         activation="quick_gelu" if model.get("quick_gelu", False) else "gelu",
         norm_eps=1e-5,
-        **{key: tuple(images.get(key, CLIP[key])) for key in CLIP},
+        **{key: images.get(key, CLIP[key]) for key in CLIP},
     )
 
 
@@ -220,7 +241,7 @@ TIMM = Format(
     "patch_embed.proj.weight",
     _timm,
     layouts.timm_vit,
-    r"(head|fc_norm|head_drop|pre_logits)\..*|mask_token",
+    r"(head|head_drop|pre_logits)\..*|mask_token",
 )
 BERT = Format(
     "Hugging Face BERT",

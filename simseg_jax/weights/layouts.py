@@ -5,7 +5,7 @@ checkpoints hold a timm ViT and a Hugging Face BERT, so those two tables also wo
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.vit import ViTConfig
 
-# The tensors of a file, which decide what its model has; None: all biases and no LayerScale.
+# What a file has, see `kinds`, which decides what its model has; None: all biases, no LayerScale.
 Names = Collection[str] | None
 
 
@@ -249,7 +249,13 @@ def _scaled(path: str, name: str, scale: str, names: Names) -> list[Entry]:
 
 def _has(name: str, names: Names) -> bool:
     """Whether a model has this kind of tensor: in any block, so that a lost one is noticed."""
-    return names is None or any(_kind(name) == _kind(other) for other in names)
+    return names is None or _kind(name) in names
+
+
+def kinds(names: Iterable[str]) -> frozenset[str]:
+    """The names of tensors, and once more with "#" for the numbers of their blocks."""
+    names = list(names)
+    return frozenset(names) | frozenset(map(_kind, names))
 
 
 def _kind(name: str) -> str:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from simseg_jax.data.pairs import remote
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line, reading, some
+from simseg_jax.weights import bounds
 from simseg_jax.weights.torch_file import load_tensors
 
 CACHE = Path("~/.cache/simseg_jax/weights")
@@ -26,6 +26,9 @@ SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 SETTINGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 # The usual names, the safest first: those of a folder that holds the same weights several times.
 USUAL = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+GET_AGAIN = "Get the file again, or save its state dict alone with PyTorch."
+# Under this name our files describe the architecture, which the tensors alone do not tell.
+META, ARCHITECTURE = "simseg_jax", "architecture"
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"
 HUB_FILES = ["*.json", "*.txt", "README.md", "params/**", "tokenizer/**"]
 
@@ -33,18 +36,33 @@ HUB_FILES = ["*.json", "*.txt", "README.md", "params/**", "tokenizer/**"]
 class Weights(NamedTuple):
     """The tensors of a file or folder and what is known about them.
 
-    settings: the JSON files beside them, by name. meta: what a `.pth` holds beside its state dict.
+    tensors: those of nested dictionaries have names such as "state_dict.norm.weight". settings: the
+    JSON files beside them, by name. meta: words and numbers that the file holds beside them, in
+    groups. key: which of several models in the file to take, see `split_key`.
     """
 
     tensors: dict[str, np.ndarray]
     settings: dict[str, dict]
     meta: dict[str, Any]
     files: Sequence[Path]
+    key: str = ""
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The files with their SHA-256, for which they are read once more."""
-        return {"files": {str(file): sha256(file) for file in self.files}}
+        """The files with their SHA-256, for which they are read once more, and the key."""
+        key = {"key": self.key} if self.key else {}
+        return {"files": {str(file): sha256(file) for file in self.files}, **key}
+
+
+def split_key(source: str | Path) -> tuple[str, str]:
+    """("FILE", "KEY") of "FILE#KEY"; the key is empty without one, or if such a file exists.
+
+    KEY tells which model to take where a file holds several: the part of the tensors' names that
+    sets them apart, as in "checkpoint.pth#teacher"; "." is the one without any such part.
+    """
+    text = str(source)
+    name, _, key = text.rpartition("#")
+    return (name, key) if name and not Path(text).exists() else (text, "")
 
 
 def fetch(source: str | Path) -> Path:
@@ -62,20 +80,27 @@ def fetch(source: str | Path) -> Path:
     return _from_hub(text)
 
 
-def read_weights(path: Path) -> Weights:
-    """The tensors of a file, or of the weights file or files in a folder."""
-    files = _weight_files(path) if path.is_dir() else [path]
+def read_weights(path: Path, key: str = "") -> Weights:
+    """The tensors of a file, or of the weights file or files in a folder; key: see `split_key`."""
     tensors: dict[str, np.ndarray] = {}
     meta: dict[str, Any] = {}
-    for file in files:
-        content, extra = _read(file)
-        tensors |= content
-        meta |= extra
-    if not tensors:
-        raise UserError(f"{path} holds no tensors.")
+    with reading(f"the weights {path}", GET_AGAIN):
+        files = _weight_files(path) if path.is_dir() else [path]
+        for file in files:
+            content, extra = _read(file)
+            twice = tensors.keys() & content.keys()
+            if twice:
+                raise UserError(f"{path} holds {some(sorted(twice))} in several files.")
+            tensors |= content
+            meta |= extra
+        if len(tensors) > bounds.TENSORS:
+            raise ValueError(f"it has {len(tensors):,} tensors, more than {bounds.TENSORS:,}")
+        strange = [n for n in tensors if len(n) > bounds.NAME or not n.isprintable()]
+        if strange or not tensors:
+            raise ValueError(f"a tensor has the name {strange[0]!a}" if strange else "it is empty")
     folder = files[0].parent
     settings = {name: read_json(folder / name) for name in SETTINGS if (folder / name).is_file()}
-    return Weights(tensors, settings, meta, files)
+    return Weights(tensors, settings, meta, files, key)
 
 
 def sha256(path: Path) -> str:
@@ -86,10 +111,11 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
-    try:
+    with reading(str(path), "Get the file again."):
+        size = path.stat().st_size
+        if size > bounds.JSON:
+            raise ValueError(f"it has {size:,} bytes, at most {bounds.JSON:,} are read")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): get the file again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: get the file again.")
     return content
@@ -105,62 +131,101 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in USUAL if (folder / name).is_file()][:1]
         files = files or sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES)
         if len(files) > 1:
-            listed = ", ".join(file.name for file in files)
+            listed = some(file.name for file in files)
             raise UserError(f"{folder} holds several weights files, name one of them: {listed}.")
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        what = f"lacks {', '.join(missing)}" if missing else "holds no weights"
+        what = f"lacks {some(missing)}" if missing else "holds no weights"
         raise UserError(f"{folder} {what} ({', '.join(SUFFIXES)}): name another folder or file.")
     return files
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, what else a `.pth` says) of one file, whatever its name ends with."""
+    """(tensors, meta) of one file, whatever its name ends with."""
     if not file.is_file():
         raise UserError(f"No weights at {file}: it is no file or folder here.")
     with file.open("rb") as opened:
         start = opened.read(9)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-        if names and all(name.endswith(".npy") for name in names):
-            return _read_npz(file), {}
-        return _state_dict(load_tensors(file), file)
+            if all(name.endswith(".npy") for name in archive.namelist()):
+                return _read_npz(archive, file), {}
+        content = load_tensors(file)
+        if not isinstance(content, dict):
+            raise UserError(f"{file} holds no state dict: save one with PyTorch.")
+        return _flat(content), _facts(content)
     if start[8:] == b"{":
-        try:
-            return load_file(file), {}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged ({error}): get the file again.") from error
+        return _read_safetensors(file, int.from_bytes(start[:8], "little"))
     raise UserError(
         f"{file} is neither safetensors, nor a .npz, nor a .pth of PyTorch 1.6 or newer, or it is "
         "damaged: get the file again, or save it with a newer PyTorch."
     )
 
 
-def _read_npz(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: _known_type(arrays[name]) for name in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is damaged ({error}): get the file again.") from error
+def _read_npz(archive: zipfile.ZipFile, file: Path) -> dict[str, np.ndarray]:
+    members = archive.infolist()
+    inflated = sum(member.file_size for member in members)
+    if inflated > bounds.inflated(file.stat().st_size) or len(members) > bounds.TENSORS:
+        raise ValueError(f"its {len(members):,} arrays would take {inflated:,} bytes")
+    arrays = {}
+    for member in members:
+        with archive.open(member) as opened:
+            try:
+                array = np.lib.format.read_array(opened, allow_pickle=False)
+            except ValueError as error:  # NumPy's advice is to allow pickles, which run code.
+                raise ValueError(f"{member.filename} is no array of numbers") from error
+        # NumPy writes bfloat16 as two bytes of no type.
+        typed = array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+        arrays[member.filename.removesuffix(".npy")] = typed
+    return arrays
 
 
-def _known_type(array: np.ndarray) -> np.ndarray:
-    # NumPy writes bfloat16 as two bytes of no type.
-    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+def _read_safetensors(file: Path, header: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if header > bounds.HEADER:
+        raise ValueError(f"its header has {header:,} bytes, at most {bounds.HEADER:,} are read")
+    with safe_open(file, framework="numpy") as opened:
+        words = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors, {META: {ARCHITECTURE: words[META]}} if META in words else {}
 
 
-def _state_dict(content: Any, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    meta = {}
-    if isinstance(content, dict):
-        for key in ("state_dict", "model"):
-            if isinstance(content.get(key), dict):
-                content, meta = content[key], content
-                break
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no state dict: save one with PyTorch.")
-    tensors = {k: v for k, v in content.items() if isinstance(v, np.ndarray)}
-    return tensors, {k: v for k, v in meta.items() if isinstance(v, dict) and v is not content}
+def _flat(content: dict) -> dict[str, np.ndarray]:
+    """The tensors of nested dictionaries with the keys that lead to them, joined by dots."""
+    flat: dict[str, np.ndarray] = {}
+    seen = set()  # A dictionary may be in several others, or in itself.
+
+    def add(inner: dict, prefix: str) -> None:
+        seen.add(id(inner))
+        for key, value in inner.items():
+            name = f"{prefix}{key}"
+            if len(name) > bounds.NAME:
+                raise ValueError(f"a name has more than {bounds.NAME} characters")
+            if isinstance(value, np.ndarray):
+                if name in flat:
+                    raise ValueError(f"two tensors have the name {name}")
+                flat[name] = value
+            elif isinstance(value, dict) and id(value) not in seen:
+                add(value, f"{name}.")
+
+    add(content, "")
+    if not flat:
+        raise ValueError(f"it holds no tensors, only {some(content) or 'nothing'}")
+    return flat
+
+
+def _facts(content: dict) -> dict[str, dict]:
+    """The groups of words and numbers in the content of a `.pth`, for the record."""
+    groups = {}
+    for name, group in content.items():
+        if isinstance(name, str) and isinstance(group, dict):
+            facts = {k: v for k, v in group.items() if isinstance(k, str) and _is_plain(v)}
+            if 0 < len(facts) <= 50:
+                groups[name] = facts
+    return groups
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 10_000)
 
 
 def _copy(address: str) -> Path:
@@ -222,9 +287,8 @@ def _from_hub(source: str) -> Path:
         if not (list(folder.glob("*.safetensors")) or (folder / "params").is_dir()):
             folder = download([*HUB_FILES, *(f"*{suffix}" for suffix in SUFFIXES)])
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"No file or folder {source} here, and the hub did not provide it "
-            f"({type(error).__name__}: {reason}): check the name and the network."
+            f"({type(error).__name__}: {one_line(error)}): check the name and the network."
         ) from error
     return folder

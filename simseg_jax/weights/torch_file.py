@@ -1,22 +1,23 @@
 """Reads and writes tensors in PyTorch `.pth` files without PyTorch and without executing anything.
 
 A `.pth` file is a zip archive: one pickle that describes the objects and one raw file per storage.
-The pickle may name any Python function; the reader resolves the four kinds of names that a plain
-dictionary of tensors needs and refuses every other one.
+The pickle may name any Python function. The reader resolves the four kinds of names that a plain
+dictionary of tensors needs, drops what training loops keep beside it, and refuses all others.
 """
 
-import collections
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from simseg_jax.errors import UserError, require_file
+from simseg_jax.errors import UserError
+from simseg_jax.weights import bounds
 
 DTYPES = {
     "FloatStorage": np.float32,
@@ -31,76 +32,211 @@ DTYPES = {
     "BoolStorage": np.bool_,
 }
 STORAGES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+PLAIN = (
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING"),
+    *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
+    "NONE",
+)
 
 
-def load_tensors(path: str | Path) -> Any:
-    """The object stored in `path` with every tensor as a NumPy array (float32, int64, ...)."""
-    path = require_file(Path(path), "the checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            name = next(n for n in names if n.endswith("/data.pkl"))
-            root = name.removesuffix("data.pkl")
-            if any(n.startswith(f"{root}code/") for n in names):
-                raise UserError(
-                    f"{path} is a TorchScript program, not a file of tensors: take the safetensors "
-                    "file of the same model."
-                )
-            byteorder = root + "byteorder"
-            if byteorder in names and archive.read(byteorder) != b"little":
-                raise UserError(f"{path} was written on a big-endian machine; save it again.")
-            with archive.open(name) as file:
-                return _TensorUnpickler(file, archive, root).load()
-    except (zipfile.BadZipFile, StopIteration) as error:
-        raise UserError(
-            f"{path} is not a PyTorch zip checkpoint (or is damaged): download it again, or, if it "
-            "comes from PyTorch before 1.6, save it once more with a newer one."
-        ) from error
-    except (
-        pickle.UnpicklingError,
-        AttributeError,
-        EOFError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise UserError(f"{path} cannot be read as a file of plain tensors: {error}") from error
+def load_tensors(path: Path) -> Any:
+    """The object stored in `path` with every tensor as a NumPy array (float32, int64, ...).
+
+    Tensors are read-only views of their storages, as they share them in the file. Whatever the
+    parsers raise for a damaged file passes: call it within `errors.reading`.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        name = next((n for n in names if n.endswith("/data.pkl")), None)
+        if name is None:
+            raise UserError(
+                f"{path} is a zip archive but no checkpoint of PyTorch: get the file again, or "
+                "unpack it if the weights are inside."
+            )
+        root = name.removesuffix("data.pkl")
+        if any(n.startswith(f"{root}code/") for n in names):
+            raise UserError(
+                f"{path} is a TorchScript program, not a file of tensors: take the safetensors "
+                "file of the same model."
+            )
+        entries = _Entries(archive, path.stat().st_size)
+        byteorder = root + "byteorder"
+        if byteorder in names and entries.read(byteorder) != b"little":
+            raise UserError(f"{path} was written on a big-endian machine; save it again.")
+        return _Reader(entries, root).read(entries.read(name))
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file, archive: zipfile.ZipFile, root: str):
-        super().__init__(file)
-        self.archive, self.root = archive, root
+class _Entries:
+    """Reads entries of an archive that are stored as they are, together no more than it holds."""
 
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_requires_grad_and_hooks: tensor
+    def __init__(self, archive: zipfile.ZipFile, size: int):
+        self.archive, self.size, self.left = archive, size, size
+
+    def read(self, name: str) -> bytes:
+        info = self.archive.getinfo(name)
+        self.left -= info.file_size
+        if info.compress_type != zipfile.ZIP_STORED or self.left < 0:
+            raise ValueError("its entries are compressed or overlap, which PyTorch never writes")
+        return self.archive.read(info)
+
+
+class _Storage(NamedTuple):
+    data: bytes
+    dtype: np.dtype
+
+
+class _Ignored:
+    """Stands for an object that is no tensor."""
+
+
+# What a pickle may name, and what becomes of it. Training loops keep their options and numbers of
+# NumPy beside the weights.
+MADE: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): "dictionary",
+    ("torch._utils", "_rebuild_tensor_v2"): "tensor",
+    ("torch._utils", "_rebuild_parameter"): "parameter",
+    ("argparse", "Namespace"): _Ignored,
+    ("numpy", "dtype"): _Ignored,
+    ("numpy.core.multiarray", "scalar"): _Ignored,
+    ("numpy._core.multiarray", "scalar"): _Ignored,
+    ("_codecs", "encode"): _Ignored,
+    ("torch", "device"): _Ignored,
+    ("torch", "Size"): _Ignored,
+}
+
+
+class _Reader:
+    """Interprets the opcodes that PyTorch writes for dictionaries of tensors; nothing is called.
+
+    Python's own unpickler runs what a file names, and few bytes make it take gigabytes: its memo
+    grows to any index, and a tuple of nested tuples as a key takes for ever to hash.
+    """
+
+    def __init__(self, entries: _Entries, root: str):
+        self.entries, self.root = entries, root
+        self.storages: dict[str, bytes] = {}
+        self.tensors, self.bytes = bounds.TENSORS, bounds.inflated(entries.size)
+
+    def read(self, pickled: bytes) -> Any:
+        if len(pickled) > bounds.PICKLE:
+            raise ValueError(f"its pickle has {len(pickled):,} bytes, more than {bounds.PICKLE:,}")
+        stack: list[Any] = []
+        marks: list[list] = []
+        memo: dict[Any, Any] = {}
+        for opcode, argument, _ in pickletools.genops(pickled):
+            match opcode.name:
+                case name if name in PLAIN:
+                    stack.append(argument)
+                case "BINPUT" | "LONG_BINPUT" | "PUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET" | "GET":
+                    stack.append(memo[argument])
+                case "MARK":
+                    marks.append(stack)
+                    stack = []
+                case "TUPLE" | "LIST" | "DICT" as name:
+                    items, stack = stack, marks.pop()
+                    stack.append(_collected(name, items))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                    stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
+                case "NEWTRUE" | "NEWFALSE" as name:
+                    stack.append(name == "NEWTRUE")
+                case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" as name:
+                    stack.append(_collected(name.removeprefix("EMPTY_"), []))
+                case "SETITEM" | "APPEND" as name:
+                    count = 2 if name == "SETITEM" else 1
+                    items = stack[-count:]
+                    del stack[-count:]
+                    _extend(stack[-1], items)
+                case "SETITEMS" | "APPENDS":
+                    items, stack = stack, marks.pop()
+                    _extend(stack[-1], items)
+                case "GLOBAL":
+                    stack.append(self._named(*str(argument).split(" ", 1)))
+                case "STACK_GLOBAL":
+                    name, module = stack.pop(), stack.pop()
+                    stack.append(self._named(module, name))
+                case "BINPERSID":
+                    stack.append(self._storage(*stack.pop()))
+                case "REDUCE" | "NEWOBJ":
+                    arguments, made = stack.pop(), stack.pop()
+                    stack.append(self._make(made, arguments))
+                case "BUILD":  # The attributes of an object, as the versions of a state dict.
+                    stack.pop()
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop()
+                case name:
+                    raise ValueError(
+                        f"its pickle has the opcode {name}, which PyTorch never writes"
+                    )
+        raise ValueError("its pickle has no end")
+
+    def _named(self, module: str, name: str) -> Any:
+        if (module, name) in MADE:
+            return MADE[module, name]
         if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        raise pickle.UnpicklingError(
-            f"it asks to run {module}.{name}, which is refused. If you trust the file, save its "
-            'state dict alone with PyTorch: torch.save({"state_dict": ...}, PATH).'
+            return np.dtype(DTYPES[name])
+        raise UserError(
+            f"The .pth asks to run {f'{module}.{name}'[:80]!a}, which is refused. If you trust "
+            "the file, save its state dict alone with PyTorch: "
+            'torch.save({"state_dict": ...}, PATH).'
         )
 
-    def persistent_load(self, pid) -> np.ndarray:
-        _, dtype, key, _, size = pid
-        return np.frombuffer(self.archive.read(f"{self.root}data/{key}"), dtype, count=size)
+    def _make(self, made: Any, arguments: tuple) -> Any:
+        if made == "tensor":
+            return self._tensor(*arguments[:4])
+        if made == "parameter":
+            return arguments[0]
+        if made == "dictionary" and not arguments:
+            return {}
+        if made is _Ignored:
+            return _Ignored
+        raise ValueError("its pickle makes an object out of something else")
+
+    def _storage(self, _kind, dtype: np.dtype, key: str, *_device_and_size) -> _Storage:
+        if not (isinstance(key, str) and isinstance(dtype, np.dtype)):
+            raise ValueError("a storage has no name or type")
+        if key not in self.storages:
+            self.storages[key] = self.entries.read(f"{self.root}data/{key}")
+        return _Storage(self.storages[key], dtype)
+
+    def _tensor(self, storage: _Storage, offset: int, size: tuple, stride: tuple) -> np.ndarray:
+        if not isinstance(storage, _Storage) or len(size) > bounds.DIMENSIONS:
+            raise ValueError("a tensor has no storage or too many dimensions")
+        itemsize = storage.dtype.itemsize
+        self.tensors -= 1
+        self.bytes -= math.prod(size) * itemsize
+        if self.tensors < 0 or self.bytes < 0:
+            raise ValueError(
+                f"it has more than {bounds.TENSORS:,} tensors, or many that share their storage"
+            )
+        # NumPy checks that every element lies in the storage.
+        strides = [s * itemsize for s in stride]
+        return np.ndarray(size, storage.dtype, storage.data, offset * itemsize, strides)
 
 
-def _rebuild_tensor(storage, offset, size, stride, *_unused) -> np.ndarray:
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if offset < 0 or min((*stride, *size, 0)) < 0 or (all(size) and last >= storage.size):
-        raise ValueError("a tensor reaches beyond its storage; the file is damaged.")
-    if math.prod(size) > storage.size:
-        raise ValueError("a tensor has more elements than its storage; save a contiguous copy.")
-    strides = [s * storage.itemsize for s in stride]
-    view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
-    return view.copy()
+def _collected(kind: str, items: list) -> Any:
+    if kind == "TUPLE":
+        return tuple(items)
+    container = {} if kind == "DICT" else []
+    _extend(container, items)
+    return container
+
+
+def _extend(container: Any, items: list) -> None:
+    if isinstance(container, list):
+        container.extend(items)
+    elif isinstance(container, dict):
+        if not all(isinstance(key, str | int) for key in items[::2]):
+            raise ValueError("a key is neither a name nor a number")
+        container.update(zip(items[::2], items[1::2], strict=True))
+    elif container is not _Ignored:
+        raise ValueError("items go into something that holds none")
 
 
 def save_tensors(path: Path, content: dict) -> None:

@@ -1,20 +1,26 @@
 """One encoder out of a checkpoint of any code base we know: its architecture and parameters."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from simseg_jax.errors import UserError
+from simseg_jax.config import default_config
+from simseg_jax.config_checks import validate
+from simseg_jax.dotted import assign
+from simseg_jax.errors import UserError, one_line, reading, some
 from simseg_jax.models.bert import Bert, BertConfig
 from simseg_jax.models.simseg import params_of, path_string
 from simseg_jax.models.vit import ViT, ViTConfig
-from simseg_jax.weights.formats import FORMATS, Format, Tensors
-from simseg_jax.weights.layouts import Entry
+from simseg_jax.weights import bounds
+from simseg_jax.weights.choice import Tensors, choose, prefixes, take, usual_names
+from simseg_jax.weights.formats import FORMATS, Format
+from simseg_jax.weights.layouts import Entry, kinds
 from simseg_jax.weights.sources import Weights
 
 SIDES = {"image": "image encoder (ViT)", "text": "text encoder (BERT)"}
@@ -30,26 +36,26 @@ FOREIGN = (
 
 
 class Tower(NamedTuple):
-    """An encoder. settings: what the files say of the architecture, with the names of its class."""
+    """An encoder.
+
+    settings: what the files say of the architecture, with the names of its class. note: which
+    tensors were taken and which were not, a sentence.
+    """
 
     format: str
     settings: dict[str, Any]
     params: dict
+    note: str
 
     @property
     def config(self) -> ViTConfig | BertConfig:
         """The architecture; what the files do not say takes the default."""
-        kind = BertConfig if "vocab_size" in self.settings else ViTConfig
-        return kind(**self.settings)
+        return _config(self.settings)
 
 
-def find_towers(tensors: Tensors) -> Iterator[tuple[Format, str]]:
+def find_towers(tensors: Tensors) -> list[tuple[Format, str]]:
     """The encoders in a file: their format and the prefix of their tensors."""
-    for form in FORMATS:
-        for name in tensors:
-            prefix = name.removesuffix(form.signature)
-            if prefix != name and (not prefix or prefix[-1] in "./"):
-                yield form, prefix
+    return [(form, prefix) for form in FORMATS for prefix in prefixes(tensors, form.signature)]
 
 
 def read_tower(weights: Weights, side: str, heads: int | None = None) -> Tower:
@@ -57,21 +63,59 @@ def read_tower(weights: Weights, side: str, heads: int | None = None) -> Tower:
 
     heads: for files that do not tell them; by default those of published models.
     """
-    tensors = usual_names(weights.tensors)
-    towers = list(find_towers(tensors))
-    fitting = [tower for tower in towers if tower[0].side == side]
-    if len(fitting) != 1:
-        found = ", ".join(form.name for form, _ in towers) or "no encoder known here"
-        hint = ""
-        if side == "text" and any("token_embedding" in name for name in tensors):
-            hint = " CLIP's text encoder is causal and cannot take BERT's place."
-        raise UserError(f"There is not one {SIDES[side]} in the weights: {found} in it.{hint}")
-    form, prefix = fitting[0]
-    inside = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
-    settings = form.describe(inside, weights.settings, heads)
-    tower = Tower(form.name, settings, {})
-    table = form.table(tower.config, inside)
-    return tower._replace(params=assemble(inside, table, shapes_of(tower.config), form.unused))
+    with reading("the weights", "Take other weights of the same model."):
+        tensors = usual_names(weights.tensors)
+        towers = find_towers(tensors)
+        forms = {prefix: form for form, prefix in towers if form.side == side}
+        if not forms:
+            raise UserError(_no_tower(tensors, towers, side))
+        prefix = choose(forms, weights.key, SIDES[side])
+        form = forms[prefix]
+        inside, note = take(tensors, prefix, [p for _, p in towers], form.unused)
+        settings = form.describe(inside, weights.settings, heads)
+        check_settings({side: settings})
+        config = _config(settings)
+        params = assemble(inside, form.table(config, kinds(inside)), shapes_of(config))
+        return Tower(form.name, settings, params, note)
+
+
+def _no_tower(tensors: Tensors, towers: Sequence[tuple[Format, str]], side: str) -> str:
+    kinds = some(dict.fromkeys(form.name for form, _ in towers)) or "no encoder known here"
+    hint = ""
+    if side == "text" and any("token_embedding" in name for name in tensors):
+        hint = " CLIP's text encoder is causal and cannot take BERT's place."
+    names = some(dict.fromkeys(re.split(r"[./]", name)[0] for name in tensors))
+    return (
+        f"There is not one {SIDES[side]} in the weights: {kinds} in it.{hint} Its tensors are "
+        f"under {names}."
+    )
+
+
+def check_settings(sides: Mapping[str, Mapping[str, Any]], **model: Any) -> None:
+    """A `UserError` for an architecture of a file that no configuration could have.
+
+    sides: settings by side; model: those of the whole model.
+    """
+    config = default_config()
+    config.data.max_length = 3  # The shortest: not a matter of the weights.
+    try:
+        for side, settings in sides.items():
+            for key, value in settings.items():
+                if type(value) is int and value < 1:
+                    raise UserError(f"{key}={value} must be at least 1.")
+                assign(config, f"model.{side}.{key}", value)
+            if settings["depth"] > bounds.BLOCKS:
+                raise UserError(f"depth={settings['depth']} is more than {bounds.BLOCKS} blocks.")
+        for key, value in model.items():
+            assign(config, f"model.{key}", value)
+        validate(config)
+    except UserError as error:
+        raise UserError(f"The weights describe an impossible model: {one_line(error)}") from error
+
+
+def _config(settings: dict[str, Any]) -> ViTConfig | BertConfig:
+    kind = BertConfig if "vocab_size" in settings else ViTConfig
+    return kind(**settings)
 
 
 def shapes_of(config: ViTConfig | BertConfig) -> dict[str, tuple[int, ...]]:
@@ -86,12 +130,12 @@ def leaves_of(params) -> dict[str, tuple[int, ...]]:
 
 
 def assemble(
-    tensors: Tensors, table: Sequence[Entry], shapes: Mapping[str, tuple[int, ...]], unused: str
+    tensors: Tensors, table: Sequence[Entry], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict:
-    """Nested float32 parameters from the tensors that a table names.
+    """Nested float32 parameters from the tensors that a table names; it has to name all of them.
 
-    unused: pattern of names to ignore. All missing, unexpected and mis-shaped names are reported
-    together.
+    All missing, unexpected and mis-shaped names are reported together, so are those of tensors with
+    values that are not finite.
     """
     found, problems = {}, []
     for entry in table:
@@ -100,26 +144,51 @@ def assemble(
         if missing:
             continue
         shape = shapes[entry.path]
-        parts = [np.asarray(tensors[name], np.float32) for name in entry.names]
-        try:
-            value = entry.layout.read(*parts) if parts else np.zeros(shape, np.float32)
-        except (ValueError, IndexError):
-            value = np.zeros(())
-        if value.shape != shape:
-            given = " and ".join(f"{n} {tensors[n].shape}" for n in entry.names)
+        value = _parameter([tensors[name] for name in entry.names], entry, shape)
+        if value is None:
+            given = " and ".join(f"{n} {tensors[n].dtype}{tensors[n].shape}" for n in entry.names)
             problems.append(f"{given} cannot become {entry.path} of shape {shape}")
-        found[entry.path] = value
+        else:
+            found[entry.path] = value
     used = {name for entry in table for name in entry.names}
-    rest = [name for name in tensors if name not in used and not re.fullmatch(unused, name)]
+    rest = [name for name in tensors if name not in used]
     problems += [f"unexpected {name}" for name in rest]
     if problems:
         reasons = [why for pattern, why in FOREIGN if any(re.search(pattern, n) for n in rest)]
-        reason = f" It has {', '.join(reasons)}, which have no place here." if reasons else ""
+        reason = f" It has {some(reasons)}, which have no place here." if reasons else ""
         raise UserError(
             f"The weights do not fit the model ({len(problems)} problems).{reason} "
-            + "; ".join(problems)
+            + some(problem[:70] for problem in problems)
         )
+    refuse_infinite(found)
     return nest(found)
+
+
+def _parameter(parts: list[np.ndarray], entry: Entry, shape: tuple) -> np.ndarray | None:
+    """A parameter of its tensors, zero without any; None if they do not fit.
+
+    Whole numbers are quantised weights, whose scale is not known here.
+    """
+    if any(x.dtype.kind != "f" and x.dtype != ml_dtypes.bfloat16 for x in parts):
+        return None
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            parts = [np.asarray(x, np.float32) for x in parts]
+            value = entry.layout.read(*parts) if parts else np.zeros(shape, np.float32)
+    except (ValueError, IndexError):
+        return None
+    return value if value.shape == shape else None
+
+
+def refuse_infinite(params: dict) -> None:
+    """A `UserError` if some of these parameters, nested or not, are not finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    wrong = [path_string(path) for path, x in leaves if not np.isfinite(x).all()]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(leaves)} parameters hold NaN or infinite values: {some(wrong)}. "
+            "The training that wrote them diverged, or the file is damaged: take another one."
+        )
 
 
 def nest(flat: Mapping[str, Any]) -> dict:
@@ -132,20 +201,3 @@ def nest(flat: Mapping[str, Any]) -> dict:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
-
-
-def usual_names(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Without what differs between releases of the same code base."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("module.")
-        # Old BERTs, converted from TensorFlow.
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        stacked = re.match(r"(.*Transformer/encoderblock)/(.*)", name)
-        if stacked:  # big_vision with its blocks in a loop.
-            for i, part in enumerate(tensor):
-                renamed[f"{stacked[1]}_{i}/{stacked[2]}"] = part
-        else:
-            renamed[name] = tensor
-    return renamed

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig, init_params
 from simseg_jax.models.vit import ViTConfig
 from simseg_jax.weights import authors
-from simseg_jax.weights.sources import Weights, read_weights
+from simseg_jax.weights.sources import ARCHITECTURE, META, Weights
+from simseg_jax.weights.torch_file import load_tensors
 from simseg_jax.weights.towers import leaves_of
 
 IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
@@ -17,7 +20,7 @@ IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
 
 @pytest.fixture(scope="module")
 def tensors():
-    return read_weights(GOLDENS / "model.pth").tensors
+    return load_tensors(GOLDENS / "model.pth")["state_dict"]
 
 
 def test_architecture_is_read_off_the_shapes(golden_model):
@@ -33,7 +36,8 @@ def test_module_prefix_and_unused_entries_are_ignored(tensors, golden_model):
     prefixed[f"module.{TEXT}pooler.dense.weight"] = np.zeros((32, 32))
     prefixed[f"module.{TEXT}embeddings.position_ids"] = np.zeros((1, 64))
     prefixed[f"module.{IMAGE}head.weight"] = np.zeros((10, 48))
-    config, found = authors.read_model(Weights(prefixed, {}, {}, {}), 3, 2)
+    config, found, note = authors.read_model(Weights(prefixed, {}, {}, {}), 3, 2)
+    assert note.startswith("Taken: 82 tensors; ignored: text_encoder (2), image_encoder (1)")
     assert config == golden_model[0]
     assert_trees_equal(found, params)
 
@@ -45,7 +49,11 @@ def test_all_problems_are_reported_together(tensors, golden_model):
     broken["decoder.weight"] = np.zeros(3)
     with pytest.raises(UserError, match="3 problems") as error:
         authors.fit(broken, golden_model[0])
-    for part in ("missing loss.temperature", "image_projection.linear.weight (2, 2)", "decoder"):
+    for part in (
+        "missing loss.temperature",
+        "image_projection.linear.weight float64(2, 2)",
+        "decoder",
+    ):
         assert part in str(error.value)
 
 
@@ -117,7 +125,7 @@ def test_full_size_checkpoints_use_every_name_once(image):
     # Another value in every tensor: one that went to the wrong place would be noticed.
     tensors = {n: np.full(s, i, np.float32) for i, (n, s) in enumerate(shapes.items())}
     prefixed = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    config, params = authors.read_model(Weights(prefixed, {}, {}, {}))
+    config, params, _ = authors.read_model(Weights(prefixed, {}, {}, {}))
     assert config == SimSegConfig(image, BertConfig.base())
     expected = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     assert leaves_of(params) == leaves_of(expected)
@@ -129,9 +137,21 @@ def test_full_size_checkpoints_use_every_name_once(image):
 
 def test_the_description_beside_a_state_dict_decides(tensors, golden_model):
     config = golden_model[0]
-    meta = {authors.META: authors.describe(config)}
+    meta = {META: {ARCHITECTURE: authors.describe(config)}}
     assert authors.read_model(Weights(tensors, {}, meta, {}))[0] == config
     # Without it heads are taken to be 64 channels wide.
     assert authors.read_model(Weights(tensors, {}, {}, {}))[0].image.heads == 1
-    with pytest.raises(UserError, match="description in the"):
-        authors.read_model(Weights(tensors, {}, {authors.META: {"architecture": "{}"}}, {}))
+    for text in ("{}", "[", "[]", '{"image": 3}', "[" * 100_000):
+        with pytest.raises(UserError, match="Cannot read the description of the architecture"):
+            authors.read_model(Weights(tensors, {}, {META: {ARCHITECTURE: text}}, {}))
+    described = json.loads(authors.describe(config))
+    for side, key, value in (
+        ("image", "depth", 10**6),
+        ("image", "heads", 5),
+        ("text", "width", "32"),
+        ("image", "mean", [1.0]),
+        ("text", "mlp_width", -1),
+    ):
+        text = json.dumps(described | {side: described[side] | {key: value}})
+        with pytest.raises(UserError, match=f"describe an impossible model: .*{key}"):
+            authors.read_model(Weights(tensors, {}, {META: {ARCHITECTURE: text}}, {}))

@@ -70,14 +70,15 @@ def test_damaged_files_are_named(tmp_path):
         ("empty.npz", b""),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name} is (damaged|neither)"):
+        with pytest.raises(UserError, match=rf"{name}(: | is neither)"):
             read_weights(tmp_path / name)
     with pytest.raises(UserError, match="No weights at"):
         read_weights(tmp_path / "nothing.pth")
     # Arrays of Python objects are pickles.
     np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], object))
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"x\.npy is no array of numbers") as error:
         read_weights(tmp_path / "objects.npz")
+    assert "allow_pickle" not in str(error.value)
 
 
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path):

@@ -1,0 +1,110 @@
+"""Which of the models in a file is taken: wrappers of training code, prefixes, averages, the key.
+
+A checkpoint may hold a model several times: raw and averaged, student and teacher. What precedes
+the names of a model's tensors, the prefix, tells them apart.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from simseg_jax.errors import UserError, some
+from simseg_jax.weights import bounds
+
+Tensors = Mapping[str, np.ndarray]
+
+# Wrappers of training code, which leave a part of their own in the names.
+WRAPPER = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+# Averages of the parameters, which are what their authors evaluate where there are others too.
+AVERAGED = r"(^|[._/])(ema|teacher)([._/]|$)"
+OPTIMIZER = r"(^|[./])opt(im|imizer|imizer_state|_state)?[./]"
+
+
+def usual_names(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Without what differs between releases of the same code base or comes from wrappers."""
+    usual: dict[str, np.ndarray] = {}
+    for old, tensor in tensors.items():
+        name = re.sub(WRAPPER, "", old)
+        # Old BERTs, converted from TensorFlow.
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        stacked = re.match(r"(.*Transformer/encoderblock)/(.*)", name)
+        if stacked and tensor.ndim and len(tensor) <= bounds.BLOCKS:
+            # big_vision with its blocks in a loop.
+            parts = {f"{stacked[1]}_{i}/{stacked[2]}": part for i, part in enumerate(tensor)}
+        else:
+            parts = {name: tensor}
+        twice = usual.keys() & parts.keys()
+        if twice:
+            raise UserError(f"The weights hold {some(sorted(twice))} twice, with and without DDP.")
+        usual |= parts
+    return usual
+
+
+def prefixes(tensors: Tensors, signature: str) -> list[str]:
+    """The prefix of every model that has a tensor named `signature`: "", "teacher.", ..."""
+    cut = [name.removesuffix(signature) for name in tensors if name.endswith(signature)]
+    return [p for p in cut if (not p or p[-1] in "./") and not re.search(OPTIMIZER, p)]
+
+
+def choose(found: Collection[str], key: str, what: str) -> str:
+    """The prefix to take of those `found`: the one that `key` names, else the averaged one.
+
+    key: see `sources.split_key`. what: names the models, "image encoder".
+    """
+    exact = [prefix for prefix in found if label(prefix) == key]
+    within = [prefix for prefix in found if f".{key}." in f".{prefix}".replace("/", ".")]
+    fitting = (exact or within) if key else list(found)
+    if not fitting:
+        raise UserError(
+            f"There is no {what} under #{key}, only under {some(map(label, found))}: choose with "
+            "FILE#KEY."
+        )
+    averaged = [prefix for prefix in fitting if re.search(AVERAGED, prefix)]
+    if len(fitting) > 1:
+        fitting = averaged or fitting
+    if len(fitting) > 1:
+        raise UserError(
+            f"There is not one {what} but {len(fitting)}, under {some(map(label, fitting))}: "
+            f"choose one with FILE#KEY, as in #{label(fitting[0])}."
+        )
+    return fitting[0]
+
+
+def take(
+    tensors: Tensors, prefix: str, found: Collection[str], unused: str
+) -> tuple[dict[str, np.ndarray], str]:
+    """(tensors of the model with this prefix, by their names without it; a sentence about them).
+
+    found: the prefixes of all models in the file. unused: pattern of names that the method has no
+    use for. The sentence says what was taken and what was not.
+    """
+    others = tuple(p for p in found if p != prefix and p.startswith(prefix))
+    taken, rest = {}, []
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(prefix)
+        foreign = not name.startswith(prefix) or name.startswith(others)
+        if foreign or re.match(OPTIMIZER, inner) or re.fullmatch(unused, inner):
+            rest.append(name)
+        else:
+            taken[inner] = tensor
+    groups = Counter(_group(name, prefix) for name in rest)
+    ignored = some(f"{name} ({count})" for name, count in groups.items()) or "none"
+    where = f" under {label(prefix)}" if prefix else ""
+    return taken, f"Taken: {len(taken)} tensors{where}; ignored: {ignored}."
+
+
+def label(prefix: str) -> str:
+    """How messages and `#KEY` name a prefix."""
+    return prefix.rstrip("./") or "."
+
+
+def _group(name: str, prefix: str) -> str:
+    """As much of a name as tells it from those with the prefix."""
+    parts, others = re.split(r"[./]", name), re.split(r"[./]", prefix)
+    common = 0
+    while common < min(len(parts), len(others)) and parts[common] == others[common]:
+        common += 1
+    return ".".join(parts[: common + 1])
