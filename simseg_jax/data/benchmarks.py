@@ -50,7 +50,7 @@ class ShapesSegmentation:
 
     def __init__(self, size: int, split: str):
         self.split = shapes.check_split(split)
-        self.names = [f"{split}_{index:05d}" for index in range(size)]
+        self.names = [self._name(index) for index in range(size)]
         # Scenes change with the program that draws them.
         self.program = digest(Path(shapes.__file__).read_bytes())
 
@@ -63,7 +63,11 @@ class ShapesSegmentation:
 
     def __getitem__(self, index: int) -> dict:
         image, mask, caption = shapes.scene(int(index), self.split)
-        return {"name": self.names[index], "image": image, "mask": mask, "caption": caption}
+        name = self._name(index)
+        return {"name": name, "image": image, "mask": mask, "caption": caption}
+
+    def _name(self, index: int) -> str:
+        return f"{self.split}_{index:05d}"
 
 
 class SegmentationFolder:

@@ -1,7 +1,8 @@
 """Images with one class each: a folder of class subfolders, a TFDS data set, generated scenes.
 
 A source has `__len__`, `classes` (names as the data have them) and, per index, {"image": encoded
-bytes or uint8 array, "label": int, "name": str}.
+bytes or uint8 array, "label": int, "name": str}. Its `content` stands for the versions of all files
+that it reads, and for their names and classes.
 """
 
 import os
@@ -20,6 +21,7 @@ from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.pairs.example import IMAGE_KEYS, choose_key
 from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
 from simseg_jax.errors import UserError
+from simseg_jax.files import digest, stamp
 
 
 def labelled_source(settings):
@@ -80,6 +82,8 @@ class LabelledFolder:
             raise UserError(f"{root} holds no subfolders with images, one for each class.")
         self.files = [str(path) for path, _ in files]
         self.labels = np.array([label for _, label in files], np.int64)
+        stamps = (f"{path.relative_to(root)} {stamp(path)}" for path, _ in files)
+        self.content = digest([self.classes, *stamps])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -107,6 +111,7 @@ class LabelledRecords:
         if "label" not in first or not names.is_file():
             raise UserError(f"{folder} has no feature `label` with its {names.name}.")
         self.classes = tuple(names.read_text(encoding="utf-8").split("\n")[:-1])
+        self.content = digest([self.classes, *files])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -127,6 +132,7 @@ class LabelledShapes:
 
     def __init__(self, size: int, split: str):
         self.split = shapes.check_split(split)
+        self.content = digest(Path(shapes.__file__).read_bytes())
         self.found: list[tuple[int, int]] = []
         index = 0
         while len(self.found) < size:
