@@ -1,6 +1,7 @@
 """What the commands have in common: the shape of their help and the options of a checkpoint."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import jax
 from tqdm import tqdm
 
 from simseg_jax.config_keys import SEGMENTATION_KEYS
+from simseg_jax.errors import UserError
+from simseg_jax.files import make_writable
 from simseg_jax.ranges import Accepts, shown, whole
 
 
@@ -93,8 +96,13 @@ def cache_programs() -> None:
     """Keeps compiled programs in ~/.cache/simseg_jax/programs, so that the next start is faster.
 
     JAX's own JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0
-    switches it off.
+    switches it off. Where nothing can be written, every start compiles anew, which is said.
     """
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        folder = Path("~/.cache/simseg_jax/programs").expanduser()
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    try:
+        folder = make_writable(Path("~/.cache/simseg_jax/programs").expanduser())
+    except (UserError, RuntimeError) as error:  # RuntimeError: there is no home folder.
+        print(f"Compiled programs are not kept for the next start: {error}", file=sys.stderr)
+    else:
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,7 +1,9 @@
 """The batch evaluation job: a checkpoint and its benchmarks -> tables, JSON, CSV and pictures."""
 
-import json
+import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,7 +26,8 @@ from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluator
 from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.evaluators.statistics import class_table, format_table, image_ious, write_csv
-from simseg_jax.processes import add_distributed_option, join_processes
+from simseg_jax.files import make_writable, write_json
+from simseg_jax.processes import add_distributed_option, join_processes, keeping
 from simseg_jax.ranges import whole
 from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.visualize import write_contact_sheet
@@ -37,7 +40,10 @@ EPILOG = """examples:
 
 --output receives result.json (numbers and settings) and, for segmentation, classes.csv, the worst
 and best images as pictures, and one record per image: the same command continues a job that was
-killed. With --distributed every process of a SLURM job, TPU pod or MPI launch takes its share.
+killed, and evaluates again what has changed since: an image or mask of another size or time of
+change, or the names of the classes. A benchmark that cannot be evaluated does not stop the others;
+the exit status is 2 then. With --distributed every process of a SLURM job, TPU pod or MPI launch
+takes its share.
 """
 
 
@@ -68,28 +74,60 @@ def main() -> None:
     config = resolved(evaluation_config(model.config, args.config, overrides))
     benchmarks = choose(config, args.benchmark)
     folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
+    make_writable(folder)
+    failed = Failures(len(benchmarks))
     # All of them first, so that a missing file is found now.
-    evaluators = make_evaluators(benchmarks, *model.parts, config.data.cache)
+    evaluators = {}
+    for prefix, settings in benchmarks.items():
+        with failed.set_aside(prefix):
+            evaluators |= make_evaluators({prefix: settings}, *model.parts, config.data.cache)
+    record = {"checkpoint": str(args.checkpoint), "step": model.step, "config": config.to_dict()}
     results = {}
-    for prefix, evaluator in evaluators.items():
-        kind, name = prefix.split("/")
-        if kind == "seg":
-            numbers = evaluate(model, evaluator, name, folder / name, args.pictures)
-        else:
-            numbers = measure(model, evaluator, name)
-        results |= {f"{prefix}/{key}": value for key, value in numbers.items()}
-    if jax.process_index() > 0:
-        return
-    record = {
-        "checkpoint": str(args.checkpoint),
-        "step": model.step,
-        "results": results,
-        "config": config.to_dict(),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "result.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"{', '.join(headlines(results))}. Numbers, tables and pictures are in {folder}")
+    with keeping(
+        lambda: f"What was done is kept in {folder}: the same command goes on from there."
+    ):
+        for prefix, evaluator in evaluators.items():
+            kind, name = prefix.split("/")
+            with failed.set_aside(prefix):
+                if kind == "seg":
+                    numbers = evaluate(model, evaluator, name, folder / name, args.pictures)
+                else:
+                    numbers = measure(model, evaluator, name)
+                results |= {f"{prefix}/{key}": value for key, value in numbers.items()}
+                if jax.process_index() == 0:
+                    # Now and not at the end: whatever happens to the next one.
+                    write_json(folder / "result.json", {**record, "results": results})
+    if jax.process_index() == 0 and results:
+        print(f"{', '.join(headlines(results))}. Numbers, tables and pictures are in {folder}")
+    failed.report()
+
+
+class Failures:
+    """Benchmarks of a job of `count` that cannot be evaluated: the others are, before it fails."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.messages: list[str] = []
+
+    @contextlib.contextmanager
+    def set_aside(self, prefix: str) -> Iterator[None]:
+        """Keeps a `UserError` for later; alone, or among several processes, it passes."""
+        try:
+            yield
+        except UserError as error:
+            # The other processes may have met none and would wait for this one.
+            if self.count == 1 or jax.process_count() > 1:
+                raise
+            self.messages.append(f"{prefix}: {error}")
+            tqdm.write(f"Left out: {self.messages[-1]}", file=sys.stderr)
+
+    def report(self) -> None:
+        """Raises the first one."""
+        if self.messages:
+            raise UserError(
+                f"{len(self.messages)} of {self.count} benchmarks could not be evaluated, the "
+                f"first is {self.messages[0]}"
+            )
 
 
 def evaluation_config(config: Config, file: str | None, overrides: list[str]) -> Config:
@@ -100,6 +138,7 @@ def evaluation_config(config: Config, file: str | None, overrides: list[str]) ->
                 f"{override!r} is no option here: the model is fixed by its checkpoint, only "
                 "--config.evals... can be overridden (see --help)."
             )
+    config = config.copy_and_resolve_references()  # The one of the model stays as it is.
     if file:
         with config.unlocked():
             config.evals = load_config(file).evals
@@ -146,17 +185,21 @@ def evaluate(
 ) -> dict[str, float]:
     """Numbers of one benchmark; what it writes into `folder` is only written by process 0.
 
-    Images with a record there are not evaluated again.
+    Images with a record there are not evaluated again, unless they have changed since.
     """
     began = time.monotonic()
     records, fresh = collect(model, evaluator, name, folder)
     seconds = time.monotonic() - began
     confusion = evaluator.confusion(records)
     ranked = np.argsort(image_ious(records, len(evaluator.class_names)), kind="stable")
-    indices = [records[i].index for i in ranked if len(records[i].counts[0])]
+    places = {name: index for index, (name, _) in enumerate(evaluator.images)}
+    indices = [places[records[i].name] for i in ranked if len(records[i].counts[0])]
     for title, chosen in (("worst", indices[:pictures]), ("best", indices[: -pictures - 1 : -1])):
         if chosen and pictures:
             write_contact_sheet(folder / f"{title}.png", evaluator, model.params, chosen)
+        elif fresh and jax.process_index() == 0:
+            # Of an earlier evaluation, whose images may have changed.
+            (folder / f"{title}.png").unlink(missing_ok=True)
     if jax.process_index() == 0:
         rows = class_table(records, evaluator.ious(confusion), evaluator.class_names)
         write_csv(folder / "classes.csv", rows)
@@ -168,21 +211,25 @@ def evaluate(
 def collect(
     model: TrainedModel, evaluator: SegmentationEvaluator, name: str, folder: Path
 ) -> tuple[list[Record], int]:
-    """The records of all images of a benchmark, and how many of them are new.
+    """The records of all images of a benchmark by name, and how many of them are new.
 
-    Those that `folder` holds already are not evaluated again; new ones are added as they come.
+    Those that `folder` holds for the same files are not evaluated again; new ones are added as they
+    come.
     """
     variants = [settings.to_dict() for settings in evaluator.variants]
     material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in variants]
     identity = {"checkpoint": model.identity, "settings": dict(enumerate(material))}
-    store = RecordStore(folder, identity)
-    records = gather({i: r for i, r in store.read().items() if i < evaluator.count})
-    remaining = [index for index in range(evaluator.count) if index not in records]
-    if records and jax.process_index() == 0:
-        tqdm.write(f"{name}: {len(records)} of {evaluator.count} images are done already.")
+    store = RecordStore(folder, identity, evaluator.inputs)
+    kept = store.read()
+    records = gather(kept.of(evaluator.images).values())
+    remaining = [i for i, (image, _) in enumerate(evaluator.images) if image not in records]
+    if any(kept) and jax.process_index() == 0:
+        missing = [evaluator.images[index][0] for index in remaining]
+        said = kept.describe(len(records), missing, evaluator.source.names)
+        tqdm.write(f"{name}: {said}")
 
     fresh = store.extend(evaluator.records(model.params, remaining, image_bar(name)))
-    records = gather(records | {record.index: record for record in fresh})
+    records = gather([*records.values(), *fresh])
     return list(records.values()), len(remaining)
 
 

@@ -21,13 +21,21 @@ from simseg_jax.command_line import (
 from simseg_jax.config import PROBE, Config, describe, load_config
 from simseg_jax.config_checks import validate_crop, validate_probe
 from simseg_jax.data.labelled import labelled_source, loader
-from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.dotted import leaves
+from simseg_jax.errors import UserError, one_line, report_user_errors
 from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.files import appearing, make_writable, write_json
 from simseg_jax.metrics import top_accuracy
 from simseg_jax.models.layers import torch_bias_init, torch_linear_init
 from simseg_jax.optim import cosine_schedule, lars
-from simseg_jax.processes import add_distributed_option, join_processes
-from simseg_jax.sharding import batch_sharding, make_mesh, replicated, to_global_batch
+from simseg_jax.processes import add_distributed_option, join_processes, keeping
+from simseg_jax.sharding import (
+    batch_sharding,
+    gather_bytes,
+    make_mesh,
+    replicated,
+    to_global_batch,
+)
 from simseg_jax.trained import TrainedModel, load_model
 
 EPILOG = """examples:
@@ -37,7 +45,8 @@ EPILOG = """examples:
       --config.root=imagenet --config.feature=embedding
 
 Features are computed once and kept in --output (train.npz, val.npz): the same command with another
-learning rate starts from them. result.json has the accuracies and settings. Keys and defaults:
+learning rate starts from them. They are computed anew when a file of the images has changed, by
+size or time. result.json has the accuracies and settings. Keys and defaults:
 """
 # Keys that the features depend on.
 OF_FEATURES = ("data", "root", "feature", "resize", "crop", "aspect", "m_image")
@@ -61,11 +70,12 @@ def main() -> None:
     model = load_model(args.checkpoint, args.step)
     folder = results_folder(args.checkpoint) / f"linear_probe-{model.step}" / settings.feature
     folder = Path(args.output or folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder)
     began = time.monotonic()
-    train, val = (features_of(model, settings, split, folder) for split in ("train", "val"))
-    classes = int(max(train["labels"].max(), val["labels"].max())) + 1
-    scores = probe(settings, train, val["features"], classes)
+    with keeping(lambda: f"Features of whole splits are kept in {folder} for the same command."):
+        train, val = (features_of(model, settings, split, folder) for split in ("train", "val"))
+        classes = int(max(train["labels"].max(), val["labels"].max())) + 1
+        scores = probe(settings, train, val["features"], classes)
     result = {f"top{k}": top_accuracy(scores, val["labels"], k) for k in (1, 5)}
     if jax.process_index() > 0:
         return
@@ -75,7 +85,7 @@ def main() -> None:
         "results": result,
         "config": settings.to_dict(),
     }
-    (folder / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "result.json", record)
     listed = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
     print(
         f"{listed} of {len(val['labels'])} images in {classes} classes, trained on "
@@ -92,17 +102,14 @@ def features_of(
     """
     path = folder / f"{split}.npz"
     size = "size" if split == "train" else "val_size"
-    chosen = {key: settings[key] for key in (*OF_FEATURES, size, split)}
-    identity = json.dumps({"checkpoint": model.identity, **chosen}, sort_keys=True)
-    if path.is_file():
-        try:
-            with np.load(path) as kept:
-                if str(kept["identity"]) == identity:
-                    return {name: kept[name] for name in ("features", "labels")}
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it.") from error
     where = {"data": settings.data, "root": settings.root, "split": settings[split]}
     source = labelled_source(SimpleNamespace(**where, size=settings[size]))
+    chosen = {key: settings[key] for key in (*OF_FEATURES, size, split)}
+    identity = {"checkpoint": model.identity, **chosen, "images and classes": source.content}
+    kept = _kept(path, identity)
+    # Together, as embedding is: a process may have lost its file.
+    if all(found == b"kept" for found in gather_bytes(b"kept" if kept else b"")):
+        return kept
     images = SimpleNamespace(
         resize=settings.resize,
         crop=settings.crop,
@@ -117,11 +124,30 @@ def features_of(
     features, found = embed(model.params, indices, loader(source), image_bar(split))
     labels = np.array(found)
     if jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez(file, features=features, labels=labels, identity=np.array(identity))
-        partial.replace(path)
+        with appearing(path) as partial, partial.open("wb") as file:
+            arrays = {"features": features, "labels": labels}
+            np.savez(file, identity=np.array(json.dumps(identity)), **arrays)
     return {"features": features, "labels": labels}
+
+
+def _kept(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What `features_of` has left in a file with this identity, or {}, and says why."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path) as file:
+            found = json.loads(str(file["identity"]))
+            arrays = {name: file[name] for name in ("features", "labels")}
+        old, new = (dict(leaves(content)) for content in (found, json.loads(json.dumps(identity))))
+        reason = next(
+            (f"{k} changed since" for k in {**new, **old} if old.get(k) != new.get(k)), ""
+        )
+    # NumPy and zipfile meet damaged files with errors of any kind.
+    except Exception as error:
+        arrays, reason = {}, f"it is damaged: {one_line(error)}"
+    if reason:
+        print(f"The features in {path} are computed anew ({reason}).", flush=True)
+    return {} if reason else arrays
 
 
 def probe(

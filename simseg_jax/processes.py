@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -64,6 +64,26 @@ def join_processes() -> None:
             "--distributed found no TPU pod, SLURM job or MPI launch: leave it out for a single "
             f"process, or set {COORDINATOR}, {COUNT} and {INDEX} (JAX says: {error})."
         ) from error
+
+
+@contextlib.contextmanager
+def keeping(kept: Callable[[], str]) -> Iterator[None]:
+    """Work that may be stopped at any time: SIGTERM ends it as Ctrl-C does, by KeyboardInterrupt.
+
+    kept() says in one line what is kept and how to go on; it is printed then, by process 0.
+    """
+    # Among several processes JAX's own service watches for SIGTERM.
+    own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if own else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        if jax.process_index() == 0:
+            print(f"\nStopped. {kept()}", file=sys.stderr)
+        raise
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, previous)
 
 
 class StopSignal:

@@ -131,7 +131,7 @@ def test_evaluate_command_errors(monkeypatch, capsys, workdir, tmp_path):
     file = tmp_path / "file"
     file.touch()
     error = message(monkeypatch, capsys, evaluate, f"--checkpoint={workdir}", f"--output={file}")
-    assert error.startswith("error: Not a directory")
+    assert error == f"error: Cannot write into {file}: File exists."
 
 
 def test_segment_command(monkeypatch, capsys, workdir, photos, tmp_path):

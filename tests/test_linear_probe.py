@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 from support import message, run
 
 from simseg_jax import linear_probe
 from simseg_jax.config import probe_config
 from simseg_jax.config_checks import validate_probe
+from simseg_jax.data.shapes import scene
 from simseg_jax.errors import UserError
 from simseg_jax.linear_probe import probe, probe_step
 from simseg_jax.optim import cosine_schedule, lars
@@ -104,6 +106,49 @@ def test_command_keeps_its_features(monkeypatch, capsys, workdir, config):
         run(monkeypatch, capsys, linear_probe, *arguments, "--config.base_lr=0.5")
         with pytest.raises(TypeError):
             run(monkeypatch, capsys, linear_probe, *arguments, "--config.size=41")
+
+
+def test_features_belong_to_their_images(monkeypatch, capsys, workdir, config, tmp_path):
+    root = tmp_path / "images"
+    for number in range(12):
+        split, kind = ("train", "val")[number % 2], f"kind {number % 3}"
+        path = root / split / kind / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene(number, "val")[0]).save(path)
+    arguments = (f"--checkpoint={workdir}", f"--config={config}", "--config.data=folder")
+    arguments += (f"--config.root={root}", "--config.epochs=1", "--config.warmup_epochs=0")
+
+    def features(output):
+        out = run(monkeypatch, capsys, linear_probe, *arguments, f"--output={tmp_path / output}")
+        arrays = [dict(np.load(tmp_path / output / f"{s}.npz")) for s in ("train", "val")]
+        return out, [a[name].tolist() for a in arrays for name in ("features", "labels")]
+
+    def replace():
+        Image.fromarray(scene(40, "val")[0]).save(root / "train" / "kind 0" / "0.png")
+
+    def insert():
+        (root / "train" / "a kind").mkdir()
+        Image.fromarray(scene(41, "val")[0]).save(root / "train" / "a kind" / "0.png")
+
+    def damage():
+        path = tmp_path / "out" / "train.npz"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 1
+        path.write_bytes(content)
+
+    def cut():
+        path = tmp_path / "out" / "train.npz"
+        path.write_bytes(path.read_bytes()[:100])
+
+    features("out")
+    for number, change in enumerate((replace, insert, damage, cut)):
+        change()
+        out, found = features("out")
+        assert "train.npz are computed anew" in out
+        assert "val.npz are" not in out
+        assert ("changed since" if number < 2 else "it is damaged") in out
+        assert found == features(f"fresh {number}")[1]
+        assert "computed anew" not in features("out")[0]
 
 
 def test_mistakes(monkeypatch, capsys, workdir, config):

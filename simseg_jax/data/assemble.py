@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -24,12 +25,14 @@ from simseg_jax.data.shards import (
     Job,
     Statistics,
     hash_part,
-    hashes_path,
+    is_hashed,
+    is_written,
     repeated,
     statistics_path,
     write_shard,
 )
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, some
+from simseg_jax.files import make_writable, write_json
 
 VERSION = "1.0.0"
 JOB = "job.json"
@@ -47,9 +50,11 @@ def make_data_set(
     work = output / f"{VERSION}.incomplete"
     if work.exists() and any(work.iterdir()):
         check_same(work, job)
+        for partial in work.glob(".*"):
+            partial.unlink()  # Of a process that was killed.
     else:
-        work.mkdir(parents=True, exist_ok=True)
-        (work / JOB).write_text(json.dumps(asdict(job), indent=2), encoding="utf-8")
+        make_writable(work)
+        write_json(work / JOB, asdict(job))
     _check_bad(problems.count, problems.count + job.examples, problems.first, max_bad)
 
     def run(function: Callable, missing: list[int], what: str) -> Iterator[int]:
@@ -59,11 +64,11 @@ def make_data_set(
         return iter(tqdm(indices, desc=what, unit="shard", total=job.shards, initial=done))
 
     if job.duplicates == "drop":
-        missing = [i for i in range(job.shards) if not hashes_path(work, i).is_file()]
+        missing = [i for i in range(job.shards) if not is_hashed(work, i)]
         for _ in run(hash_part, missing, "searching duplicates"):
             pass
         np.save(work / DROPPED, repeated(job, work))
-    missing = [i for i in range(job.shards) if not statistics_path(work, i).is_file()]
+    missing = [i for i in range(job.shards) if not is_written(job, work, i)]
     if len(missing) < job.shards:
         print(f"Continuing: {job.shards - len(missing)} of {job.shards} shards are there.")
     total = Statistics()
@@ -79,10 +84,15 @@ def check_same(folder: Path, job: Job) -> None:
     """Raises a `UserError` unless `folder` belongs to the same job."""
     wanted = asdict(job)
     try:
-        saved = json.loads((folder / JOB).read_text())
-    except (FileNotFoundError, ValueError) as error:
+        saved = dict(json.loads((folder / JOB).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise UserError(f"{folder} was made by other means: use another --output.") from error
     differing = [key for key in wanted if saved.get(key) != wanted[key]]
+    if differing == ["content"]:
+        raise UserError(
+            f"The files of the source have changed since {folder} was begun: use another --output, "
+            "or delete that folder to start again."
+        )
     if differing:
         changes = ", ".join(f"{k}={saved.get(k)!r} instead of {wanted[k]!r}" for k in differing)
         raise UserError(
@@ -101,7 +111,7 @@ def _check_bad(bad: int, seen: int, first: list[str], max_bad: float) -> None:
     if bad > max(FEW, max_bad * seen):
         raise UserError(
             f"{bad} of {seen} examples cannot be used, more than --max_bad={max_bad}: "
-            f"{'; '.join(first)}. Repair the data or raise --max_bad; finished shards are kept."
+            f"{some(first)}. Repair the data or raise --max_bad; finished shards are kept."
         )
 
 
@@ -114,12 +124,19 @@ def _here(call: Callable, indices: list[int], processes: int) -> Iterator[int]:
         return
     # A fork of a process with threads (JAX has some) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(indices)), context) as pool:
+    # Ctrl-C goes to all processes of a terminal: these have nothing to say about it.
+    silent = (signal.SIGINT, signal.SIG_DFL)
+    size = min(processes, len(indices))
+    with ProcessPoolExecutor(size, context, signal.signal, silent) as pool:
         futures = {pool.submit(call, index): index for index in indices}
         try:
             for future in as_completed(futures):
                 future.result()
                 yield futures[future]
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()  # A shard may take minutes.
+            raise
         except BrokenProcessPool as error:
             raise UserError(
                 "A process died, perhaps for lack of memory: run the same command again, with "

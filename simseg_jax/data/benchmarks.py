@@ -1,7 +1,8 @@
 """Segmentation benchmarks: images with a label per pixel.
 
-A source has `__len__`, `class_names`, `background` and, per index, {"name": str, "image": encoded
-bytes or uint8 array, "mask": uint8 [H, W] of the upright image}. Labels are 0..C-1, and 255 is
+A source has `__len__`, `names` of its images, no two alike, `class_names`, `background` and, per
+index, {"name": str, "image": encoded bytes or uint8 array, "mask": uint8 [H, W] of the upright
+image}; stamp(index) is another one when image or mask have changed. Labels are 0..C-1, and 255 is
 "ignore". If `background` is true, label 0 is the class "background"; if not, every label is a real
 class and pixels without one are 255.
 """
@@ -16,6 +17,7 @@ from simseg_jax.data.classes import BENCHMARKS, class_names
 from simseg_jax.data.images import read_header, turned
 from simseg_jax.data.pascal_context import context
 from simseg_jax.errors import UserError, require_file
+from simseg_jax.files import digest, stamp
 
 # data key of a benchmark on disk -> (root, split) -> its files.
 LAYOUTS = {
@@ -47,15 +49,25 @@ class ShapesSegmentation:
     background = True
 
     def __init__(self, size: int, split: str):
-        self.size, self.split = size, shapes.check_split(split)
+        self.split = shapes.check_split(split)
+        self.names = [self._name(index) for index in range(size)]
+        # Scenes change with the program that draws them.
+        self.program = digest(Path(shapes.__file__).read_bytes())
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.names)
+
+    def stamp(self, _index: int) -> str:
+        """The same for all scenes."""
+        return self.program
 
     def __getitem__(self, index: int) -> dict:
         image, mask, caption = shapes.scene(int(index), self.split)
-        name = f"{self.split}_{index:05d}"
+        name = self._name(index)
         return {"name": name, "image": image, "mask": mask, "caption": caption}
+
+    def _name(self, index: int) -> str:
+        return f"{self.split}_{index:05d}"
 
 
 class SegmentationFolder:
@@ -69,17 +81,28 @@ class SegmentationFolder:
         self.background = BENCHMARKS[data].background
         self.layout = LAYOUTS[data](Path(root).expanduser(), split)
 
+        self.names = self.layout.names
+
     def __len__(self) -> int:
-        return len(self.layout.names)
+        return len(self.names)
+
+    def stamp(self, index: int) -> str:
+        """Of the files of image and mask."""
+        masks = self.layout.masks.files(self.names[index])
+        files = [require_file(path, "the mask", self.layout.origin) for path in masks]
+        return " ".join(map(stamp, (self._image(index), *files)))
 
     def __getitem__(self, index: int) -> dict:
-        name = self.layout.names[index]
-        path = self.layout.images / f"{name}{self.layout.suffix}"
-        image = require_file(path, "the image", self.layout.origin).read_bytes()
-        mask = upright_mask(self.layout.labels(name), image, path)
+        path = self._image(index)
+        image = path.read_bytes()
+        mask = upright_mask(self.layout.masks.labels(self.names[index]), image, path)
         if not self.background:
             mask = WITHOUT_BACKGROUND[mask]
-        return {"name": Path(name).name, "image": image, "mask": mask}
+        return {"name": Path(self.names[index]).name, "image": image, "mask": mask}
+
+    def _image(self, index: int) -> Path:
+        path = self.layout.images / f"{self.names[index]}{self.layout.suffix}"
+        return require_file(path, "the image", self.layout.origin)
 
 
 def upright_mask(mask: np.ndarray, image: bytes, path: Path) -> np.ndarray:

@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from simseg_jax.files import appearing
+
 SAMPLES, COLUMNS = 12, 6
 CELL = 240  # Side of a sample in pixels.
 INK, GREY, ACCENT, LIMIT = "#222222", "#767676", "#2a6f97", "#c1121f"
@@ -21,7 +23,8 @@ INK, GREY, ACCENT, LIMIT = "#222222", "#767676", "#2a6f97", "#c1121f"
 def write_card(folder: Path, card: dict[str, Any]) -> None:
     """card.json; the keys of `card` are described where `prepare` makes it."""
     text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-    (folder / "card.json").write_text(text, encoding="utf-8")
+    with appearing(folder / "card.json") as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def summary(counts: Counter[int]) -> dict[str, float]:

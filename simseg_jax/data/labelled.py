@@ -1,7 +1,8 @@
 """Images with one class each: a folder of class subfolders, a TFDS data set, generated scenes.
 
 A source has `__len__`, `classes` (names as the data have them) and, per index, {"image": encoded
-bytes or uint8 array, "label": int, "name": str}.
+bytes or uint8 array, "label": int, "name": str}. Its `content` stands for the versions of all files
+that it reads, and for their names and classes.
 """
 
 import os
@@ -21,6 +22,7 @@ from simseg_jax.data.pairs.example import IMAGE_KEYS, choose_key
 from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
 from simseg_jax.data.pairs.remote import is_hidden
 from simseg_jax.errors import UserError, one_line, reading
+from simseg_jax.files import digest, stamp
 
 
 def labelled_source(settings):
@@ -84,6 +86,8 @@ class LabelledFolder:
             raise UserError(f"{root} holds no subfolders with images, one for each class.")
         self.files = [str(path) for path, _ in files]
         self.labels = np.array([label for _, label in files], np.int64)
+        stamps = (f"{path.relative_to(root)} {stamp(path)}" for path, _ in files)
+        self.content = digest([self.classes, *stamps])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -114,6 +118,7 @@ class LabelledRecords:
         with reading(f"the names of the classes {names}", "Save it as UTF-8."):
             lines = names.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         self.classes = tuple(lines)
+        self.content = digest([self.classes, *files])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -138,6 +143,7 @@ class LabelledShapes:
 
     def __init__(self, size: int, split: str):
         self.split = shapes.check_split(split)
+        self.content = digest(Path(shapes.__file__).read_bytes())
         self.found: list[tuple[int, int]] = []
         index = 0
         while len(self.found) < size:

@@ -4,9 +4,11 @@ Each function takes (root, split) and returns a `Layout`, or raises a `UserError
 file is missing, where it was looked for and how to get it. PASCAL Context has its own module.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,19 +42,39 @@ RAW, GROUPVIT, CONVERTED = ".png", "_instanceTrainIds.png", "_labelTrainIds.png"
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
+class Masks(NamedTuple):
+    """The masks of a split by the names of their images.
+
+    labels: name -> uint8 [H, W] with 0 for "no class", k for the k-th class and 255 for "ignore".
+    files: name -> the files that decide about these labels.
+    """
+
+    labels: Callable[[str], np.ndarray]
+    files: Callable[[str], tuple[Path, ...]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The files of one split: image NAME is the file images/NAMEsuffix.
 
-    labels: name -> uint8 [H, W] with 0 for "no class", k for the k-th class and 255 for "ignore".
-    origin: how to get the files, the end of the message about a missing one.
+    Raises a `UserError` for a name that occurs twice. origin: how to get the files, the end of the
+    message about a missing one.
     """
 
     names: Sequence[str]
     images: Path
     suffix: str
-    labels: Callable[[str], np.ndarray]
+    masks: Masks
     origin: str
+
+    def __post_init__(self) -> None:
+        counts = collections.Counter(self.names)
+        double = [name for name, count in counts.items() if count > 1]
+        if double:
+            raise UserError(
+                f"The list of images in {self.images} names {some(double)} more than once: every "
+                "image counts once, so remove the other lines."
+            )
 
 
 def voc(root: Path, split: str) -> Layout:
@@ -60,7 +82,7 @@ def voc(root: Path, split: str) -> Layout:
     parts = ("JPEGImages", "VOC2012/JPEGImages", "VOCdevkit/VOC2012/JPEGImages")
     images = find_folder(root, parts, "VOC folder", VOC_ORIGIN)
     listing = images.parent / "ImageSets" / "Segmentation" / f"{split}.txt"
-    names = read_list(require_file(listing, "the list of images", VOC_ORIGIN))
+    names = read_list(require_file(listing, "the list of images", VOC_ORIGIN), ".jpg")
     values = numbered(range(1, 21)) | {0: 0, IGNORE: IGNORE}
     masks = png_masks(images.parent / "SegmentationClass", ".png", values, VOC_ORIGIN)
     return Layout(names, images, ".jpg", masks, VOC_ORIGIN)
@@ -134,8 +156,8 @@ def cityscapes(root: Path, split: str) -> Layout:
         values = numbered(range(19)) | {IGNORE: IGNORE}
     else:
         values = dict.fromkeys((*range(34), IGNORE), IGNORE) | numbered(CITYSCAPES_IDS)
-    labels = png_masks(masks, suffix, values, CITYSCAPES_ORIGIN)
-    return Layout(names, images, "_leftImg8bit.png", labels, CITYSCAPES_ORIGIN)
+    found = png_masks(masks, suffix, values, CITYSCAPES_ORIGIN)
+    return Layout(names, images, "_leftImg8bit.png", found, CITYSCAPES_ORIGIN)
 
 
 def numbered(values: Iterable[int]) -> dict[int, int]:
@@ -143,9 +165,7 @@ def numbered(values: Iterable[int]) -> dict[int, int]:
     return {value: label for label, value in enumerate(values, start=1)}
 
 
-def png_masks(
-    folder: Path, suffix: str, values: Mapping[int, int], origin: str
-) -> Callable[[str], np.ndarray]:
+def png_masks(folder: Path, suffix: str, values: Mapping[int, int], origin: str) -> Masks:
     """Reads folder/NAMEsuffix; `values` maps every value that may occur to its label."""
     table = np.full(256, -1, np.int16)
     table[list(values)] = list(values.values())
@@ -154,7 +174,7 @@ def png_masks(
         path = require_file(folder / f"{name}{suffix}", "the mask", origin)
         return labels_of(read_png(path), table, path)
 
-    return labels
+    return Masks(labels, lambda name: (folder / f"{name}{suffix}",))
 
 
 def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
@@ -195,9 +215,18 @@ def find_folder(root: Path, parts: Sequence[str], what: str, origin: str) -> Pat
     raise UserError(f"No {what} at {root}: looked there for {' and '.join(parts)}; {origin}.")
 
 
-def read_list(path: Path) -> list[str]:
-    """The names in a list with one per line, in its order."""
-    return path.read_text(encoding="utf-8").split()
+def read_list(path: Path, suffix: str) -> list[str]:
+    """The names in a list with one per line, in its order, without the suffix of their images."""
+    with reading(f"the list of images {path}", "It must be UTF-8 with one name per line."):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    names = [line.strip().removesuffix(suffix) for line in lines if line.strip()]
+    columns = [name for name in names if len(name.split()) > 1]
+    if columns:
+        raise UserError(
+            f"{path} has lines of several words, the first is {columns[0]!r}: list one name per "
+            "line and nothing else."
+        )
+    return names
 
 
 def list_names(folder: Path, pattern: str, suffix: str, origin: str) -> list[str]:

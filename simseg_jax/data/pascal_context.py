@@ -1,7 +1,6 @@
 """PASCAL Context: 59 classes over the images of VOC 2010, annotated in one of three layouts."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import scipy.io
 from simseg_jax.data.classes import label_set
 from simseg_jax.data.layouts import (
     Layout,
+    Masks,
     find_folder,
     labels_of,
     numbered,
@@ -49,15 +49,15 @@ def context(root: Path, split: str) -> Layout:
     converted, annotations = root / "SegmentationClassContext", root / "trainval_merged.json"
     if converted.is_dir():
         names = _listed(root, split, ("SegmentationContext", "Main"))
-        labels = png_masks(converted, ".png", {0: 0} | numbered(range(1, 60)), ORIGIN)
+        found = png_masks(converted, ".png", {0: 0} | numbered(range(1, 60)), ORIGIN)
     elif annotations.is_file():
         masks = _read_json(annotations)
         names = _listed(root, split, ("SegmentationContext",))
         names = names or sorted(name for name, mask in masks.items() if mask["phase"] == split)
-        labels = _json_masks(annotations, masks)
+        found = _json_masks(annotations, masks)
     elif (root / "trainval").is_dir():
         names = _listed(root, split, ("SegmentationContext", "Main"))
-        labels = _mat_masks(root)
+        found = _mat_masks(root)
     else:
         raise UserError(
             f"No annotations of PASCAL Context in {root}: looked there for "
@@ -68,7 +68,7 @@ def context(root: Path, split: str) -> Layout:
             f"No list of the images of PASCAL Context's {split!r}: no file {split}.txt in "
             f"{root / 'ImageSets' / 'SegmentationContext'} or in ImageSets/Main; {ORIGIN}."
         )
-    return Layout(names, images, ".jpg", labels, ORIGIN)
+    return Layout(names, images, ".jpg", found, ORIGIN)
 
 
 def _listed(root: Path, split: str, folders: tuple[str, ...]) -> list[str]:
@@ -76,7 +76,7 @@ def _listed(root: Path, split: str, folders: tuple[str, ...]) -> list[str]:
     for folder in folders:
         listing = root / "ImageSets" / folder / f"{split}.txt"
         if listing.is_file():
-            return read_list(listing)
+            return read_list(listing, ".jpg")
     return []
 
 
@@ -139,7 +139,7 @@ def _read_json(path: Path) -> dict[str, dict]:
     return {mask["name"]: mask for mask in masks.values()}
 
 
-def _json_masks(path: Path, masks: dict[str, dict]) -> Callable[[str], np.ndarray]:
+def _json_masks(path: Path, masks: dict[str, dict]) -> Masks:
     classes = numbered(CATEGORY_IDS)
 
     def labels(name: str) -> np.ndarray:
@@ -155,10 +155,10 @@ def _json_masks(path: Path, masks: dict[str, dict]) -> Callable[[str], np.ndarra
                 ) from error
         return mask
 
-    return labels
+    return Masks(labels, lambda _: (path,))
 
 
-def _mat_masks(root: Path) -> Callable[[str], np.ndarray]:
+def _mat_masks(root: Path) -> Masks:
     """Reads trainval/NAME.mat, whose LabelMap holds the ids that labels.txt names."""
     listing = root / "labels.txt"
     listing = listing if listing.is_file() else root / "trainval" / "labels.txt"
@@ -182,4 +182,4 @@ def _mat_masks(root: Path) -> Callable[[str], np.ndarray]:
             found = scipy.io.loadmat(path, variable_names=["LabelMap"])["LabelMap"]
             return labels_of(found.astype(np.int32), table, path)
 
-    return labels
+    return Masks(labels, lambda name: (root / "trainval" / f"{name}.mat", listing))

@@ -13,9 +13,12 @@ from simseg_jax.config import data_set
 from simseg_jax.config_checks import validate_data_set
 from simseg_jax.config_keys import DATA_SET_KEYS, KEYS, SEED
 from simseg_jax.data.assemble import VERSION, check_same, make_data_set, read_back
+from simseg_jax.data.pairs import content
 from simseg_jax.data.shards import Job, open_once
 from simseg_jax.data.vocabulary import train_vocabulary
 from simseg_jax.errors import UserError, report_user_errors
+from simseg_jax.files import appearing
+from simseg_jax.processes import keeping
 from simseg_jax.ranges import SHARE, whole
 
 SHARD_LENGTH = 10_000
@@ -36,7 +39,8 @@ through tfds.builder_from_directory. OUT/mine/card.json and card.png tell what i
 left out. Every image is decoded to its end; what is damaged is counted, named and left out.
 
 The same command continues where it was stopped: finished shards in OUT/mine/1.0.0.incomplete are
-kept. The result depends on neither the number of processes nor on Beam. Needs the extra prepare
+kept. If files of the source have changed since, by size or time, it refuses to go on. The result
+depends on neither the number of processes nor on Beam. Needs the extra prepare
 (pip install -e ".[prepare]"), --beam the extra beam.
 """
 
@@ -51,19 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     validate_data_set(data_set(**settings))
     open_once.cache_clear()
     source = open_once(**settings)
-    job = _job(args, settings, len(source))
+    job = _job(args, settings, content(data_set(**settings), source), len(source))
     final = output / VERSION
     if final.exists():
         check_same(final, job)
         print(f"{final} is already done.")
     else:
         processes = args.processes or os.cpu_count() or 1
-        make_data_set(job, source.problems, output, processes, args.beam, args.max_bad)
+        with keeping(lambda: f"Finished shards in {output} are kept for the same command."):
+            make_data_set(job, source.problems, output, processes, args.beam, args.max_bad)
     if args.train_vocab:
         path, written = output / "vocab.txt", read_back(final, job)
         captions = (text for i in range(len(written)) for text in written[i]["captions"])
         tokens = train_vocabulary(captions, args.train_vocab)
-        path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+        with appearing(path) as partial:
+            partial.write_text("\n".join(tokens) + "\n", encoding="utf-8")
         print(f"Vocabulary of {len(tokens):,} tokens: {path}, for --config.data.vocab.")
 
 
@@ -164,7 +170,7 @@ def _check(args) -> None:
             raise UserError(f'{module} is missing: pip install -e ".[{extra}]".')
 
 
-def _job(args, settings: dict[str, Any], examples: int) -> Job:
+def _job(args, settings: dict[str, Any], files: str, examples: int) -> Job:
     # TFDS allows word characters only.
     name = args.name or re.sub(r"\W+", "_", Path(args.output).expanduser().resolve().name)
     for option, value in (("name", name), ("split_name", args.split_name)):
@@ -176,7 +182,9 @@ def _job(args, settings: dict[str, Any], examples: int) -> Job:
     if shards > examples:
         raise UserError(f"--shards={shards} are more than the {examples} images of {args.path}.")
     same = ("short_side", "quality", "max_pixels", "seed", "shuffle", "duplicates", "split_name")
-    return Job(settings, examples, name=name, shards=shards, **{k: getattr(args, k) for k in same})
+    return Job(
+        settings, files, examples, name=name, shards=shards, **{k: getattr(args, k) for k in same}
+    )
 
 
 if __name__ == "__main__":

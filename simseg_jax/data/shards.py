@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import json
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -24,7 +23,8 @@ from PIL import Image
 from simseg_jax.config import data_set
 from simseg_jax.data.images import decode_image, open_image
 from simseg_jax.data.pairs import BadExample, open_source, tf_example
-from simseg_jax.errors import UserError
+from simseg_jax.errors import UserError, one_line
+from simseg_jax.files import appearing
 
 DROPPED = "dropped.npy"  # In the folder of a job that drops duplicates: positions, sorted.
 NAMED = 5  # Examples of every kind of problem that are named.
@@ -37,10 +37,12 @@ KEPT_FORMATS, KEPT_MODES = ("JPEG", "PNG"), ("RGB", "L")
 class Job:
     """Everything the bytes of the shards depend on.
 
-    source: settings of the data set. examples: its length.
+    source: settings of the data set. content: stands for the versions of its files. examples: its
+    length.
     """
 
     source: dict[str, Any]
+    content: str
     examples: int
     name: str
     split_name: str
@@ -81,6 +83,7 @@ class Statistics:
     counts: examples read; those written, their captions, re-encoded images and bytes of images
     before and after; unusable examples and corrupt images. first: names of the last two. words:
     captions by number of words; short_side, long_side: images by their size before, in pixels.
+    file_size: bytes of the shard.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -88,6 +91,7 @@ class Statistics:
     short_side: Counter[int] = field(default_factory=Counter)
     long_side: Counter[int] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
+    file_size: int = 0
 
     def add(self, result: "Accepted | Rejected") -> None:
         """Counts one example."""
@@ -118,7 +122,8 @@ class Statistics:
             Counter({int(value): count for value, count in saved[name].items()})
             for name in ("words", "short_side", "long_side")
         )
-        return cls(Counter(saved["counts"]), words, short_side, long_side, saved["first"])
+        counts, first = Counter(saved["counts"]), saved["first"]
+        return cls(counts, words, short_side, long_side, first, saved["file_size"])
 
 
 def statistics_path(folder: Path, index: int) -> Path:
@@ -136,20 +141,43 @@ def write_shard(job: Job, folder: Path, index: int) -> None:
     source, statistics, hashes = open_once(**job.source), Statistics(), []
     order = _order(job, folder)
     positions = order[_part(len(order), job.shards, index)].tolist()
-    with _appearing(folder / job.file_name(index)) as path:
+    final = folder / job.file_name(index)
+    with appearing(final) as path:
         writer = ArrayRecordWriter(str(path), "group_size:1")
         with ThreadPoolExecutor(THREADS) as pool:
             results = _ahead(pool, functools.partial(_read, job, source), positions)
             for position, result in zip(positions, results, strict=True):
                 statistics.add(result)
                 if isinstance(result, Accepted):
-                    writer.write(result.record)
+                    with _writing(final):
+                        writer.write(result.record)
                     hashes.append((position, result.hash))
-        writer.close()
+        with _writing(final):
+            writer.close()
+        statistics.file_size = path.stat().st_size
     if job.duplicates == "keep":
         _save_hashes(folder, index, hashes)
-    with _appearing(statistics_path(folder, index)) as path:
+    with appearing(statistics_path(folder, index)) as path:
         path.write_text(json.dumps(vars(statistics)))
+
+
+def is_written(job: Job, folder: Path, index: int) -> bool:
+    """Whether `write_shard` has left everything of a shard, undamaged as far as can be seen."""
+    try:
+        size = Statistics.load(statistics_path(folder, index)).file_size
+        if (folder / job.file_name(index)).stat().st_size != size:
+            return False
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return job.duplicates == "drop" or is_hashed(folder, index)
+
+
+def is_hashed(folder: Path, index: int) -> bool:
+    """Whether the hashes of a part are there and can be read."""
+    try:
+        return np.load(hashes_path(folder, index)).shape[1:] == (2,)
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def hash_part(job: Job, folder: Path, index: int) -> None:
@@ -268,16 +296,17 @@ def _ahead(pool: Executor, call: Callable, items: Iterable) -> Iterator:
 
 def _save_hashes(folder: Path, index: int, hashes: list[tuple[int, int]]) -> None:
     table = np.array(hashes, np.uint64).reshape(-1, 2)
-    with _appearing(hashes_path(folder, index)) as path, path.open("wb") as file:
+    with appearing(hashes_path(folder, index)) as path, path.open("wb") as file:
         np.save(file, table)
 
 
 @contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` if all goes well: no file there is ever incomplete."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def _writing(path: Path) -> Iterator[None]:
+    """ArrayRecord raises `RuntimeError` for whatever the operating system says."""
     try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"Cannot write {path}: {one_line(error)}. Make room there and run the same command "
+            "again; finished shards are kept."
+        ) from error

@@ -1,17 +1,20 @@
 """What an evaluation keeps of every image, on disk, so that a killed job goes on where it was."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from simseg_jax.dotted import leaves
 from simseg_jax.errors import UserError
+from simseg_jax.files import digest, naming
 from simseg_jax.sharding import gather_bytes
 
+FORMAT = 2  # Of the lines. Records of another one are computed again.
 # Settings that do not change the record of an image.
 IMMATERIAL = ("limit", "batch_size", "threads")
 
@@ -19,27 +22,26 @@ IMMATERIAL = ("limit", "batch_size", "threads")
 class Record(NamedTuple):
     """One image under every variant of the settings.
 
-    counts: int [n, 3], rows (true label, predicted label, pixels). scores: image-text scores [C],
-    NaN where a class is not scored.
+    name, stamp: which image, and which version of its files. counts: int [n, 3], rows (true label,
+    predicted label, pixels). scores: image-text scores [C], NaN where a class is not scored.
     """
 
-    index: int
     name: str
+    stamp: str
     counts: list[np.ndarray]
     scores: list[np.ndarray]
 
-    def to_json(self) -> str:
-        """One line."""
+    def to_list(self) -> list:
+        """What JSON can hold."""
         scores = [[None if np.isnan(x) else round(float(x), 6) for x in s] for s in self.scores]
-        counts = [c.tolist() for c in self.counts]
-        return json.dumps([int(self.index), self.name, counts, scores])
+        return [self.name, self.stamp, [c.tolist() for c in self.counts], scores]
 
     @classmethod
-    def from_json(cls, line: str) -> "Record":
-        """Raises `ValueError` for a line that was cut off."""
-        index, name, counts, scores = json.loads(line)
+    def from_list(cls, values: list) -> "Record":
+        """The record that `to_list` made into `values`."""
+        name, stamp, counts, scores = values
         arrays = [np.array(c, np.int64).reshape(-1, 3) for c in counts]
-        return cls(index, name, arrays, [np.array(s, np.float64) for s in scores])
+        return cls(name, stamp, arrays, [np.array(s, np.float64) for s in scores])
 
 
 def total_confusion(records: Iterable[Record], classes: int, variant: int = 0) -> np.ndarray:
@@ -51,61 +53,108 @@ def total_confusion(records: Iterable[Record], classes: int, variant: int = 0) -
     return confusion
 
 
-class RecordStore:
-    """A folder of JSON lines, one file per process; the first line says what was evaluated.
+class Kept(NamedTuple):
+    """What a `RecordStore` holds: records by name and stamp, and lines that do not count by why."""
 
-    identity: settings and checkpoint. A store of another identity is refused with a `UserError`.
+    records: dict[tuple[str, str], Record]
+    unusable: Counter[str]
+
+    def of(self, images: Iterable[tuple[str, str]]) -> dict[str, Record]:
+        """The records of images (name, stamp) by name, as far as there are any."""
+        return {image[0]: self.records[image] for image in images if image in self.records}
+
+    def describe(self, done: int, remaining: Sequence[str], listed: Sequence[str]) -> str:
+        """What of an evaluation of `done` and `remaining` names is there, and why the rest is not.
+
+        listed: all names of the benchmark, also those beyond the limit.
+        """
+        known = {name for name, _ in self.records}
+        changed = sum(name in known for name in remaining)
+        reasons = Counter({"changed since": changed, "new": len(remaining) - changed})
+        reasons["no longer listed"] = len(known - set(listed))
+        reasons += self.unusable if remaining else Counter()
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        total = done + len(remaining)
+        return f"{done} of {total} images are done already{f' ({why})' if why else ''}."
+
+
+class RecordStore:
+    """A folder of JSON lines, one file per process; headers say what the records were made with.
+
+    identity: of the evaluation, without its images. `inputs` is what it reads besides them: records
+    made with another one are not used. A store with any other difference, such as another
+    checkpoint or settings, belongs to another evaluation and is refused with a `UserError`.
+    Every line is sealed, so that a damaged one is noticed, and holds for its identity alone.
     """
 
-    def __init__(self, folder: Path, identity: dict):
+    def __init__(self, folder: Path, identity: dict[str, Any], inputs: str = ""):
         self.folder = folder
         # As it reads when it comes back from JSON.
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps({"format": FORMAT, **identity, "inputs": inputs}))
+        self.key = digest(self.identity)
 
-    def read(self) -> dict[int, Record]:
-        """Index -> record of everything that is finished."""
-        records = {}
+    def read(self) -> Kept:
+        """Everything that is finished."""
+        kept = Kept({}, Counter())
         for path in sorted(self.folder.glob("records-*.jsonl")):
-            header, *lines = path.read_text(encoding="utf-8").splitlines() or ["{}"]
-            self._check(path, header)
-            for line in lines:
-                try:
-                    record = Record.from_json(line)
-                except ValueError:
-                    continue  # The process was killed while it wrote this line.
-                records[record.index] = record
-        return records
+            reason = "damaged"
+            for line in filter(None, path.read_bytes().split(b"\n")):
+                content = _parse(line)
+                if isinstance(content, dict):
+                    reason = self._check(path, content)
+                elif content and content[-1] == self._seal(content[:-1]):
+                    record = Record.from_list(content[:-1])
+                    kept.records[record.name, record.stamp] = record
+                else:
+                    kept.unusable[reason] += 1
+        return kept
 
     def extend(self, records: Iterable[Record]) -> Iterator[Record]:
         """Appends records to the file of this process as they come, and passes them on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"records-{jax.process_index():05d}.jsonl"
-        with path.open("a", encoding="utf-8") as file:
-            # A new line, in case that the last one was cut off.
-            file.write("\n" if file.tell() else json.dumps(self.identity) + "\n")
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            if file.tell():
+                file.write("\n")  # In case that the last line was cut off.
+            file.write(json.dumps({**self.identity, "seal": self.key}) + "\n")
+            file.flush()  # A full disk is found before the work.
             for record in records:
-                file.write(record.to_json() + "\n")
+                values = record.to_list()
+                file.write(json.dumps([*values, self._seal(values)]) + "\n")
                 file.flush()
                 yield record
 
-    def _check(self, path: Path, header: str) -> None:
-        try:
-            found = json.loads(header)
-        except ValueError:
-            found = {}
-        if found == self.identity:
-            return
-        old, new = (dict(leaves(x)) for x in (found, self.identity))
-        key = next(key for key in {**new, **old} if old.get(key) != new.get(key))
-        raise UserError(
-            f"{path} holds results with {key}={old.get(key)!r}, not {new.get(key)!r}: "
-            "choose another --output, or delete that folder to start again."
-        )
+    def _seal(self, values: list) -> str:
+        return digest([self.key, *values])
+
+    def _check(self, path: Path, header: dict) -> str:
+        """Why the records below a header of `path` would be unusable."""
+        if header.get("format") != FORMAT:
+            return "of an earlier version" if "settings" in header else "damaged"
+        if header.pop("seal", None) != digest(header):
+            return "damaged"
+        old, new = (dict(leaves(x)) for x in (header, self.identity))
+        key = next((k for k in {**new, **old} if old.get(k) != new.get(k)), None)
+        if key not in (None, "inputs"):
+            raise UserError(
+                f"{path} holds results with {key}={old.get(key)!r}, not {new.get(key)!r}: "
+                "choose another --output, or delete that folder to start again."
+            )
+        return "of other class names or prompts" if key else "damaged"
 
 
-def gather(records: dict[int, Record]) -> dict[int, Record]:
-    """The records of all processes, by index. All processes must call this together."""
-    lines = "\n".join(record.to_json() for record in records.values())
-    parts = [part.decode("utf-8").splitlines() for part in gather_bytes(lines.encode("utf-8"))]
-    merged = {r.index: r for part in parts for r in map(Record.from_json, part)}
-    return {index: merged[index] for index in sorted(merged)}
+def _parse(line: bytes) -> list | dict | None:
+    """A line of a store, or None for one that is damaged, perhaps cut off by a kill."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, list | dict) else None
+
+
+def gather(records: Iterable[Record]) -> dict[str, Record]:
+    """The records of all processes by name, sorted. All processes must call this together."""
+    own = json.dumps([record.to_list() for record in records])
+    parts = [json.loads(part) for part in gather_bytes(own.encode())]
+    merged = {r.name: r for part in parts for r in map(Record.from_list, part)}
+    return {name: merged[name] for name in sorted(merged)}

@@ -15,6 +15,7 @@ from simseg_jax.data.images import decode_image
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.errors import UserError
 from simseg_jax.evaluators.records import Record, total_confusion
+from simseg_jax.files import digest
 from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.sharding import local_params
 from simseg_jax.zeroshot.engine import Engine, ahead
@@ -26,6 +27,7 @@ class SegmentationEvaluator:
     Settings are entries of `config.evals.seg`; variants may differ in what follows the encoder (see
     `PaperProtocol`, `StandardProtocol`). Labels count from 1; label 0 is the class background or,
     for benchmarks without it, "no class". Results do not depend on batch size, devices, processes.
+    images: (name, stamp) of each. inputs: stands for the class names and their tokenised prompts.
     """
 
     headline = "miou"
@@ -41,12 +43,16 @@ class SegmentationEvaluator:
         self.background = self.source.background
         if not self.background:
             names, self.class_names = (("background",), *names), ("none", *self.class_names)
-        self.count = len(self.source)
+        # Taken before the files are read: a change in between is seen as one the next time.
+        count = settings.limit or None
+        self.images = [(n, self.source.stamp(i)) for i, n in enumerate(self.source.names[:count])]
+        self.count = len(self.images)
         if not self.count:
             raise UserError(f"The benchmark {settings.data} in {settings.root!r} has no images.")
-        if settings.limit:
-            self.count = min(settings.limit, self.count)
+        self._require_labels()
         self.engine = Engine(graphdef, patch_size, mesh, encoder, variants, names, self.background)
+        prompts = [array.tolist() for array in self.engine.prompts]
+        self.inputs = digest([self.class_names, prompts])
         # The parameters last used and their class embeddings.
         self._embedded: tuple = (None, None)
 
@@ -132,4 +138,13 @@ class SegmentationEvaluator:
             pairs = np.argwhere(confusion)
             counts.append(np.concatenate([pairs, confusion[confusion > 0][:, None]], axis=1))
         scores = [np.where(np.isfinite(s), s, np.nan) for s in scores]
-        return Record(example["index"], example["name"], counts, scores)
+        name, stamp = self.images[example["index"]]
+        return Record(name, stamp, counts, scores)
+
+    def _require_labels(self) -> None:
+        """Mean IoU without a single labelled pixel would be NaN. Mostly reads one mask."""
+        if not any((self.source[index]["mask"] != 255).any() for index in range(self.count)):
+            raise UserError(
+                f"The benchmark {self.settings.data} in {self.settings.root!r} has no labelled "
+                f"pixel: all of its {self.count} masks are 255, which means ignore, everywhere."
+            )

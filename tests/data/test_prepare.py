@@ -12,6 +12,7 @@ from PIL import ExifTags, Image
 
 from simseg_jax.config import data_set
 from simseg_jax.data import assemble, prepare, shards
+from simseg_jax.data import card as card_lib
 from simseg_jax.data.images import decode_image, read_header
 from simseg_jax.data.pairs import open_source
 from simseg_jax.data.text import load_tokenizer
@@ -188,6 +189,104 @@ def test_an_interrupted_job_keeps_its_finished_shards(home, monkeypatch, capsys)
     assert finished.stat().st_mtime_ns == before
     assert len(examples(home / "out")) == 40
     assert not list((home / "out" / "1.0.0").glob("statistics*"))
+
+
+def replace_image(home):
+    (home / "source" / IMAGES / "00007.jpg").write_bytes(make_pairs(1, seed=5)[0][1])
+
+
+def correct_caption(home):
+    path = home / "source" / "captions.csv"
+    path.write_text(path.read_text().replace("seen", "shown"))
+
+
+def remove_image(home):
+    (home / "source" / IMAGES / "00007.jpg").unlink()
+
+
+def write_again(home):
+    write_tar(make_pairs(20, seed=9), home / "source")
+
+
+@pytest.mark.parametrize(
+    ("write", "change"),
+    [
+        (write_csv, replace_image),
+        (write_csv, correct_caption),
+        (write_csv, remove_image),
+        (write_tar, write_again),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_changed_source_is_noticed(home, monkeypatch, capsys, write, change, finished):
+    monkeypatch.setattr(card_lib, "write_picture", lambda *_: None)
+    path = write(make_pairs(20), home / "source")
+    arguments = (path, f"--output={home / 'out'}", f"--images={IMAGES}", "--shards=2")
+    if finished:
+        run(*arguments)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(assemble, "write_shard", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run(*arguments)
+    change(home)
+    assert "The files of the source have changed since" in message(capsys, *arguments)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("*00001-of-00003", cut),
+        ("*00001-of-00003", lambda path: path.unlink()),
+        ("statistics-00001.json", cut),
+        ("hashes-00001.npy", cut),
+    ],
+)
+def test_a_damaged_shard_is_written_again(home, monkeypatch, capsys, pattern, damage):
+    monkeypatch.setattr(card_lib, "write_picture", lambda *_: None)
+    path = write_tar(make_pairs(15), home / "source")
+    options = ("--shards=3", "--name=same")
+    run(path, f"--output={home / 'whole'}", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(path, f"--output={home / 'out'}", *options)
+    work = home / "out" / "1.0.0.incomplete"
+    damage(next(work.glob(pattern)))
+    (work / ".left.over").write_bytes(b"of a killed process")
+    capsys.readouterr()
+    run(path, f"--output={home / 'out'}", *options)
+    assert "Continuing: 2 of 3 shards are there" in capsys.readouterr().out
+    assert records(home / "out") == records(home / "whole")
+    assert not list((home / "out" / "1.0.0").glob(".*"))
+
+
+def test_a_full_disk_is_one_sentence(home, monkeypatch, capsys):
+    class Full(shards.ArrayRecordWriter):
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device")
+
+    path = write_tar(make_pairs(5), home / "source")
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    error = message(capsys, path, f"--output={home / 'out'}", "--processes=1").splitlines()[-1]
+    assert error.startswith("error: Cannot write ")
+    assert "No space left on device. Make room there and run the same command again" in error
+
+
+def test_what_was_done_before_ctrl_c_is_said(home, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    path = write_tar(make_pairs(5), home / "source")
+    monkeypatch.setattr(assemble, "write_shard", stop)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(path, f"--output={home / 'out'}")
+    said = f"Stopped. Finished shards in {home / 'out'} are kept for the same command."
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("runner", ["--processes=2", "--beam=--runner=DirectRunner"])

@@ -70,17 +70,17 @@ def test_records_add_up_and_keep_every_pixel(model, protocol):
     other = tiny_eval(protocol=protocol, window=32, limit=10, m_text=2)
     evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, settings, other)
     records = list(evaluator.records(params))
-    assert sorted(record.index for record in records) == list(range(10))
+    assert sorted(record.name for record in records) == [f"val_{i:05d}" for i in range(10)]
     for record in records:
         assert [counts[:, 2].sum() for counts in record.counts] == [64 * 64] * 2
         assert record.scores[0].shape == (11,)
     scores = dict(evaluator.scores(evaluator.confusion(records)))
     assert scores == evaluate(model, protocol=protocol, window=32, limit=10)
     some = list(evaluator.records(params, [7, 2]))
-    assert {record.index for record in some} == {2, 7}
-    by_index = {record.index: record for record in records}
+    assert {record.name for record in some} == {"val_00002", "val_00007"}
+    by_name = {record.name: record for record in records}
     for record in some:
-        np.testing.assert_array_equal(record.counts[1], by_index[record.index].counts[1])
+        np.testing.assert_array_equal(record.counts[1], by_name[record.name].counts[1])
 
 
 def test_class_embeddings_follow_the_parameters(model):

@@ -18,6 +18,6 @@
 """
 
 from simseg_jax.data.pairs.example import BadExample, Problems
-from simseg_jax.data.pairs.opening import open_source
+from simseg_jax.data.pairs.opening import content, open_source
 
-__all__ = ["BadExample", "Problems", "open_source"]
+__all__ = ["BadExample", "Problems", "content", "open_source"]

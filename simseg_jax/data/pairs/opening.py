@@ -9,6 +9,7 @@ from simseg_jax.data.pairs.records import INFO, RecordSource, tfds_source
 from simseg_jax.data.pairs.tables import TableSource
 from simseg_jax.data.pairs.tars import TarSource
 from simseg_jax.errors import UserError
+from simseg_jax.files import digest, stamp
 
 # How the names of files tell their format. A folder counts as the first one that any of its files
 # has: img2dataset leaves Parquet and JSON with statistics next to its tars.
@@ -52,6 +53,30 @@ def open_source(settings, cache: str = ""):
         return SHARDED[form](path, files, *keys, folder)
     except OSError as error:
         raise UserError(f"Cannot open the training data {path}: {error}.") from error
+
+
+def content(settings, source) -> str:
+    """Stands for the versions of the files of an open source: another one when any has changed.
+
+    By name, size and time of change; of the images of a table only where they lie on this machine.
+    """
+    if settings.format == "shapes":
+        from simseg_jax.data import shapes
+
+        return digest(Path(shapes.__file__).read_bytes())
+    path = remote.local_path(settings.path)
+    files = remote.find(_version(path, required=False) or path)
+    if not isinstance(source, TableSource) or remote.is_remote(source.folder):
+        return digest(files)
+    images = (source.names[int(example)] for example in source.examples)
+    return digest([*files, *((name, _stamp(source.folder, name)) for name in images)])
+
+
+def _stamp(folder: str, name: str) -> str:
+    try:
+        return stamp(remote.join(folder, name))
+    except OSError:
+        return "missing"
 
 
 def _format_of(path: str) -> str:

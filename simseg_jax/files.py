@@ -1,0 +1,64 @@
+"""Files: what tells their versions apart, files that are never half written, errors with names."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from simseg_jax.errors import UserError
+
+
+def stamp(path: str | Path) -> str:
+    """What tells the versions of a file apart: its bytes and the time of its last change in ns."""
+    status = os.stat(path)
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def digest(content) -> str:
+    """16 hexadecimal digits that stand for anything JSON can hold, or for bytes."""
+    data = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives errors of the file system that name no file, such as those of a full disk, this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` if all goes well: no file there is ever incomplete."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with naming(path):
+            yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content) -> None:
+    """Readable JSON that replaces `path` at once."""
+    with appearing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def make_writable(folder: Path) -> Path:
+    """`folder`, made if it is missing; a `UserError` if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b" ")
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror}.") from error
+    return folder
