@@ -94,7 +94,10 @@ def odd_zip(data: bytes, rng: Generator) -> bytes:
 def damage_tree(folder: Path, rng: Generator) -> str:
     """Damages one file below a folder; says which and how."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    file = files[int(rng.integers(len(files)))]
+    # Half of the time any file, half of the time in proportion to their sizes.
+    sizes = np.array([path.stat().st_size for path in files], float)
+    shares = sizes / sizes.sum() if rng.random() < 0.5 and sizes.sum() else None
+    file = files[int(rng.choice(len(files), p=shares))]
     kind = str(rng.choice(["removed", "emptied", "exchanged", *["damaged"] * 5]))
     if kind == "removed":
         file.unlink()

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from unittest import mock
 
 import damage
 import numpy as np
+from PIL import Image
 
 from simseg_jax.errors import UserError
 
@@ -106,9 +108,7 @@ def kills(home: Path) -> Case:
             process.kill()
             process.wait()
         if train(home, workdir).wait():
-            raise WrongError(
-                f"the third start failed: {(place / 'output.txt').read_text()[-2000:]}"
-            )
+            raise WrongError(f"it does not end well: {(place / 'output.txt').read_text()[-2000:]}")
         if not same(load_model(workdir).params, expected):
             raise WrongError("other parameters than those of the undisturbed run")
         if metrics(workdir) != lines:
@@ -225,7 +225,7 @@ def settings(home: Path) -> Case:
 def images(home: Path) -> Case:
     """Damaged images: decoded to the size asked for or refused; segmented or named."""
     from simseg_jax import segment
-    from simseg_jax.data.images import decode_image, read_crop
+    from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image, read_crop
 
     def whole_folder(place: Path) -> None:
         arguments = ["segment", str(place), "--words=red square,blue circle"]
@@ -248,12 +248,20 @@ def images(home: Path) -> Case:
         if missing:
             raise WrongError(f"neither segmented nor named: {missing}")
 
+    # Threads and programs of later calls, before the memory is limited.
+    with tempfile.TemporaryDirectory() as sound:
+        for number in range(8):
+            Image.new("RGB", (30, 20)).save(Path(sound) / f"{number}.png")
+        whole_folder(Path(sound))
+
     def case(rng: np.random.Generator, place: Path) -> None:
         if rng.random() < 0.04:
             for number in range(6):
                 name, data = damage.image(rng)
                 data = damage.damaged(data, rng) if number else data
-                (place / f"{number}{Path(name).suffix}").write_bytes(data)
+                suffix = Path(name).suffix
+                suffix = suffix if suffix in IMAGE_SUFFIXES else ".png"
+                (place / f"{number}{suffix}").write_bytes(data)
             return whole_folder(place)
         name, data = damage.image(rng)
         data = damage.damaged(data, rng)

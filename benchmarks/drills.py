@@ -12,6 +12,7 @@ python benchmarks/drills.py --seed 7 --only images,weights --rounds 1000
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -117,8 +118,6 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, *self.arguments), daemon=True)
-        if self.arguments[0] == "kills":
-            self.process.daemon = False
         self.process.start()
         theirs.close()
         self.connection.recv()
@@ -138,11 +137,15 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """Ends the process."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
-            self.process = None
+        """Ends the process, by force if it does not listen."""
+        if self.process is None:
+            return
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.process.join(5)
+        self.process.kill()
+        self.process.join()
+        self.process = None
 
 
 def drill(name: str, home: Path, seed: int, numbers: range) -> Counter[str]:
@@ -185,9 +188,8 @@ def set_up(home: Path, names: Sequence[str]) -> None:
         sys.exit(f"The undisturbed run fails: {(home / 'output.txt').read_text()[-2000:]}")
     (home / "seconds.txt").write_text(f"{time.monotonic() - began}")
     command = [sys.executable, "-m", "simseg_jax.convert", str(home / "run")]
-    subprocess.run(
-        [*command, str(home / "converted"), "--to=safetensors"], cwd=cases.ROOT, check=True
-    )
+    command += [str(home / "converted"), "--to=safetensors"]
+    subprocess.run(command, cwd=cases.ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:

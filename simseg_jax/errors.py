@@ -62,9 +62,10 @@ def report_user_errors(main):
     def wrapped(*args, **kwargs):
         try:
             with _interruptible():
-                result = main(*args, **kwargs)
-                sys.stdout.flush()  # While a closed pipe can still be told from a mistake.
-                return result
+                try:
+                    return main(*args, **kwargs)
+                finally:
+                    sys.stdout.flush()  # Python's own, at the very end, would complain.
         except KeyboardInterrupt:
             print("Stopped by Ctrl-C.", file=sys.stderr)
             sys.exit(130)

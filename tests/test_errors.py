@@ -92,22 +92,32 @@ def test_an_interrupt_while_a_command_loads_its_libraries():
     assert process.wait(60) == -signal.SIGINT
 
 
-def test_output_that_nobody_reads_ends_the_command_quietly(tmp_path):
+@pytest.mark.parametrize("end", ["while True: print('again and again')", "sys.exit(0)"])
+def test_output_that_nobody_reads_ends_the_command_quietly(tmp_path, end):
     script = tmp_path / "talk.py"
     script.write_text(
+        "import sys\n"
         "from simseg_jax.errors import report_user_errors\n"
         "@report_user_errors\n"
         "def main():\n"
-        "    while True: print('again and again')\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "    print('too late')\n"
+        f"    {end}\n"
         "main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
+    assert process.stdin
     assert process.stdout
     assert process.stderr
     process.stdout.readline()
     process.stdout.close()
+    process.stdin.close()
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) == 141
