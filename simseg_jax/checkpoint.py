@@ -234,8 +234,14 @@ def load_run(path: epath.Path, abstract: dict, record: Record) -> dict:
 def load_arrays(path: epath.Path, abstract: dict) -> dict:
     """The trees of arrays {"params": ...} in an Orbax folder, with the shardings of `abstract`."""
     refuse_unusable(str(path))
+    asyncio_log = logging.getLogger("asyncio")
+    level = asyncio_log.level
     try:
-        return ocp.load_checkpointables(str(path), abstract)
+        # When one read fails the others go on and would bury the message under theirs.
+        asyncio_log.setLevel(logging.CRITICAL)
+        loaded = ocp.load_checkpointables(str(path), abstract)
+        asyncio_log.setLevel(level)
+        return loaded
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
         raise UserError(_damaged(path, error)) from error
 
@@ -306,8 +312,6 @@ def _by_path(tree) -> dict[str, Any]:
 
 
 def _damaged(path: epath.Path, error: Exception) -> str:
-    # Reads of the other arrays go on and would bury the message under theirs.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     return (
         f"The checkpoint {path} cannot be read ({type(error).__name__}: {one_line(error, 100)}). "
         "If it is damaged or incomplete, move it away: the next older one is used then."
