@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -31,6 +30,7 @@ from simseg_jax.errors import UserError, one_line, reading, some
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer"
+METADATA = "_CHECKPOINT_METADATA"
 UNUSABLE = set("[]*?\\\0")
 
 
@@ -39,14 +39,15 @@ class Record:
     """What a checkpoint says of itself.
 
     position: examples of the training stream that led to this state. identity: what tells the
-    vocabulary and the data sets from others, see `resume.identity`. checksums: one per array by its
-    path. Those that older versions wrote have no identity and no checksums: both None.
+    vocabulary and the data sets from others, see `resume.identity`. checksums, shapes: of every
+    array by its path. What older versions wrote has none of the last three.
     """
 
     config: Config
     position: int
     identity: dict[str, Any] | None = None
     checksums: dict[str, str] | None = None
+    shapes: dict[str, list[int]] | None = None
 
 
 class Checkpoints:
@@ -82,7 +83,7 @@ class Checkpoints:
     def save(self, step: int, state: dict, record: Record) -> None:
         """Writes in the background; the arrays are captured before it returns.
 
-        The checksums of `record` are those of `state`, computed here.
+        The checksums and shapes stored are those of `state`, whatever `record` has.
         """
         self.wait()
         trees = {
@@ -94,6 +95,7 @@ class Checkpoints:
             "position": record.position,
             "identity": record.identity,
             "checksums": checksums(trees),
+            "shapes": _shapes(trees),
         }
         with self._writing():
             self._pending = self._checkpointer.save_checkpointables_async(
@@ -174,7 +176,7 @@ def completed_steps(folder: epath.Path) -> list[int]:
 def read_record(path: epath.Path) -> Record:
     """The `Record` stored with a checkpoint; a damaged one is refused."""
     try:
-        content = dict(read_metadata(path).custom_metadata)
+        content = dict(read_metadata(path)["custom_metadata"])
         digest = content.pop("digest", None)
         if digest not in (None, _digest(content)):
             raise ValueError("its description differs from what was written")
@@ -187,17 +189,19 @@ def read_record(path: epath.Path) -> Record:
     return record
 
 
-def read_metadata(path: epath.Path) -> Any:
-    """What Orbax knows of a checkpoint: when it was written, our `custom_metadata`."""
-    verbosity = absl.logging.get_verbosity()
+def read_metadata(path: epath.Path) -> dict[str, Any]:
+    """What Orbax notes of a checkpoint: when it was written, our `custom_metadata`.
+
+    Read as the JSON it is: Orbax's own reader opens every array for it and, where one is damaged,
+    prints tracebacks from its threads.
+    """
     try:
-        # Orbax warns that the iterator's state has no metadata, which nobody asked for.
-        absl.logging.set_verbosity(absl.logging.ERROR)
-        return ocp.checkpointables_metadata(str(path))
-    except Exception as error:
+        content = json.loads((path / METADATA).read_text())
+        if not isinstance(content["init_timestamp_nsecs"], int):
+            raise ValueError("no time at which it was written")
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(_damaged(path, error)) from error
-    finally:
-        absl.logging.set_verbosity(verbosity)
+    return content
 
 
 def with_sharding(shapes, shardings):
@@ -209,7 +213,8 @@ def with_sharding(shapes, shardings):
 
 def load_run(path: epath.Path, abstract: dict, record: Record) -> dict:
     """`load_arrays` of a run's checkpoint, compared with the checksums of its record."""
-    _compare_shapes(path, abstract)
+    if record.shapes is not None:
+        _compare_shapes(path, abstract, record.shapes)
     loaded = load_arrays(path, abstract)
     expected = record.checksums
     if expected is None:
@@ -229,11 +234,15 @@ def load_run(path: epath.Path, abstract: dict, record: Record) -> dict:
 def load_arrays(path: epath.Path, abstract: dict) -> dict:
     """The trees of arrays {"params": ...} in an Orbax folder, with the shardings of `abstract`."""
     refuse_unusable(str(path))
+    asyncio_log = logging.getLogger("asyncio")
+    level = asyncio_log.level
     try:
-        return ocp.load_checkpointables(str(path), abstract)
+        # When one read fails the others go on and would bury the message under theirs.
+        asyncio_log.setLevel(logging.CRITICAL)
+        loaded = ocp.load_checkpointables(str(path), abstract)
+        asyncio_log.setLevel(level)
+        return loaded
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
-        # Reads of the other arrays go on and would bury the message under theirs.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise UserError(_damaged(path, error)) from error
 
 
@@ -275,16 +284,10 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _compare_shapes(path: epath.Path, abstract: dict) -> None:
+def _compare_shapes(path: epath.Path, abstract: dict, saved: dict[str, list[int]]) -> None:
     """Refuses a checkpoint whose arrays are not those of `abstract`, before any is read."""
-    try:
-        metadata = read_metadata(path).metadata
-        saved = {n: list(x.shape) for n, x in _by_path({k: metadata[k] for k in abstract}).items()}
-        if not saved:
-            raise ValueError("no index of its arrays")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_damaged(path, error)) from error
-    wanted = {name: list(x.shape) for name, x in _by_path(abstract).items()}
+    wanted = _shapes(abstract)
+    saved = {name: shape for name, shape in saved.items() if name.split("/")[0] in abstract}
     different = [
         f"{name} is {saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
         for name in sorted({*saved, *wanted})
@@ -296,6 +299,10 @@ def _compare_shapes(path: epath.Path, abstract: dict) -> None:
             "all. The vocabulary, the model and the rules of optim must be those it was trained "
             "with: set them back."
         )
+
+
+def _shapes(trees) -> dict[str, list[int]]:
+    return {name: list(leaf.shape) for name, leaf in _by_path(trees).items()}
 
 
 def _by_path(tree) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
         path, at_step = _checkpoint(folder, step)
         record = read_record(path)
         config = record.config
-        identity = {"step": at_step, "written": read_metadata(path).init_timestamp_nsecs}
+        identity = {"step": at_step, "written": read_metadata(path)["init_timestamp_nsecs"]}
         origin = {"source": str(folder), "format": "training run", "step": at_step}
         trained_with = record.identity and record.identity["vocabulary"]
         read = functools.partial(_read_run, path, record)

@@ -17,8 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import assert_trees_equal, tiny_config
 
 from simseg_jax.checkpoint import (
+    METADATA,
     Checkpoints,
     Record,
+    _by_path,
     checkpoints_folder,
     checksums,
     completed_steps,
@@ -29,7 +31,6 @@ from simseg_jax.checkpoint import (
 from simseg_jax.errors import UserError
 from simseg_jax.sharding import make_mesh
 
-METADATA = "_CHECKPOINT_METADATA"
 # Orbax leaves the reads of the other arrays behind when one of them fails.
 left_behind = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -110,7 +111,8 @@ def test_a_flipped_bit_is_never_loaded(copy):
 
 
 def read_record_of_the_original():
-    return Record(record().config, 80, record().identity, checksums(trees(state())))
+    shapes = {name: list(x.shape) for name, x in _by_path(trees(state())).items()}
+    return Record(record().config, 80, record().identity, checksums(trees(state())), shapes)
 
 
 def test_the_damaged_array_is_named(saved):
@@ -159,7 +161,7 @@ def rewrite(path, change):
 
 def test_checkpoints_without_checksums_are_read_and_said_to_be(copy, capsys):
     def strip(content):
-        for key in ("digest", "checksums", "identity"):
+        for key in ("digest", "checksums", "shapes", "identity"):
             del content[key]
 
     rewrite(copy, strip)

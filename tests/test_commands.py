@@ -170,6 +170,7 @@ def test_segment_command_errors(monkeypatch, capsys, workdir, photos, tmp_path):
 
     assert "at least one word" in error("--words= , ", photos)
     assert "given twice" in error("--words=dog, dog", photos)
+    assert "knows no word of: жук, 虫. Name others" in error("--words=dog, жук, 虫", photos)
     assert 'Leave out "background"' in error("--words=dog,background", photos)
     assert "No image or folder at" in error("--words=dog", photos / "lost.png")
     assert "multiple of the patch size" in error("--words=dog", "--resolution=33", photos)

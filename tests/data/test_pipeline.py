@@ -176,6 +176,38 @@ def test_bombs_count_as_damaged(examples):
         batches(examples(Large(8), max_pixels=100), 1)
 
 
+def test_captions_without_a_known_word_are_counted(examples, capsys):
+    class Foreign(NumberedSource):
+        def __getitem__(self, index):
+            caption = "жук" if index % 4 == 0 else "жук star"
+            return {**super().__getitem__(index), "captions": (caption,)}
+
+    stream = TrainBatches(examples(Foreign(32), edit_rate=0.5), batch_size=8)
+    taken = [next(stream) for _ in range(4)]
+    assert stream.unknown == 8
+    assert set(taken[0]) == {"image", "ids", "mask"}
+    assert capsys.readouterr().out.count("knows no word of some captions") == 1
+
+
+def test_identity_is_that_of_the_content(examples):
+    """Of images and captions, wherever they lie; what cannot be read has none."""
+
+    class Renamed(NumberedSource):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "name": "elsewhere"}
+
+    def identity(*sources, **settings):
+        return examples(*sources, **settings).identity()
+
+    first = identity(NumberedSource(200), NumberedSource(20, offset=9))
+    assert {name: value["examples"] for name, value in first.items()} == {"a": 200, "b": 20}
+    assert [len(set(value["sample"])) for value in first.values()] == [64, 20]
+    assert identity(Renamed(200), Renamed(20, offset=9), threads=1) == first
+    assert identity(NumberedSource(200, offset=1))["a"]["sample"] != first["a"]["sample"]
+    damaged = identity(NumberedSource(200, damaged=(199,)))["a"]["sample"]
+    assert damaged == [*first["a"]["sample"][:-1], ""]
+
+
 def test_a_configuration_without_data_is_explained(examples):
     with pytest.raises(UserError, match="names no data set: add one"):
         examples()

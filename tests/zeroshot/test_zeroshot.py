@@ -11,7 +11,7 @@ from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.sharding import make_mesh
-from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts, unknown_words
 from simseg_jax.zeroshot.engine import Engine
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
@@ -91,3 +91,12 @@ def test_variants_must_share_the_encoder(model):
     variants = [tiny_eval(), tiny_eval(resolution=64)]
     with pytest.raises(ValueError, match="what follows the encoder"):
         Engine(graphdef, 8, make_mesh(), encoder, variants, prompt_names("shapes"))
+
+
+def test_class_names_without_a_known_word_are_named(capsys):
+    encoder = TextEncoder(load_tokenizer("shapes"), 12)
+    assert unknown_words(encoder, ["star", "жук", "жук star", "虫", ""]) == ["жук", "虫", ""]
+    tokenize_prompts(encoder, [("star", "жук"), ("moon",)], ("a {}",))
+    assert "knows no word of these class names: жук. To" in capsys.readouterr().err
+    tokenize_prompts(encoder, [("star",), ("moon",)], ("a {}",))
+    assert not capsys.readouterr().err
