@@ -292,3 +292,18 @@ def test_too_little_room_is_seen_before_orbax_writes(monkeypatch, capsys, orbax,
     error = message(monkeypatch, capsys, convert, orbax, tmp_path / "out")
     assert "bytes are needed, 1,000 are free" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_lost_something_is_told_in_one_sentence(workdir):
+    for change, expected in (
+        (lambda: (workdir / "config.json").write_text("[]"), "Cannot read the run .*its command"),
+        (lambda: (workdir / "config.json").unlink(), "no checkpoint of step 77, only of 2, 4"),
+        (lambda: shutil.rmtree(workdir / "tokenizer"), "has no tokenizer/"),
+        (lambda: shutil.rmtree(workdir / "checkpoints"), "No finished checkpoint"),
+    ):
+        change()
+        with pytest.raises(UserError, match=expected):
+            load_model(workdir, 77 if "77" in expected else None)
+    (workdir / "metrics.jsonl").write_bytes(b"[1]\n\xff")
+    with pytest.raises(UserError, match=r"Cannot read .*metrics\.jsonl"):
+        convert._results(workdir)
