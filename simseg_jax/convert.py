@@ -22,7 +22,7 @@ from simseg_jax.command_line import (
 from simseg_jax.config_keys import HEADS
 from simseg_jax.data.classes import top_k
 from simseg_jax.data.text import load_tokenizer
-from simseg_jax.errors import UserError, report_user_errors, some
+from simseg_jax.errors import UserError, reading, report_user_errors, some
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.models.simseg import SimSegConfig
@@ -229,11 +229,11 @@ def _results(path: Path) -> dict[str, Any]:
     file = path / "metrics.jsonl"
     if not file.is_file():
         return {}
-    for line in reversed(file.read_text(encoding="utf-8").splitlines()):
-        numbers = json.loads(line)
-        found = headlines(numbers)
-        if found:
-            return {"results": ", ".join(found)}
+    with reading(str(file), "Move it away: only the model card quotes it."):
+        for line in reversed(file.read_text(encoding="utf-8").splitlines()):
+            found = headlines(json.loads(line))
+            if found:
+                return {"results": ", ".join(found)}
     return {}
 
 

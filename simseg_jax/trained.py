@@ -160,8 +160,9 @@ def _checkpoint(workdir: Path, step: int | None):
             f"{workdir} is a file: python -m simseg_jax.convert {workdir} FOLDER makes a "
             "checkpoint of it."
         )
-    folder = checkpoints_folder(workdir)
-    steps = completed_steps(folder)
+    with reading(f"the run {workdir}", f"Give its command again, which writes {CONFIG}."):
+        folder = checkpoints_folder(workdir)
+        steps = completed_steps(folder)
     if not steps:
         raise UserError(
             f"No finished checkpoint under {folder}: give the --workdir of a run, or a folder "

@@ -3,9 +3,13 @@
 import json
 import pickle
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -232,3 +236,74 @@ def test_damage_is_noticed_before_use(monkeypatch, capsys, orbax, tmp_path):
     (folder / "manifest.json").write_text('{"format": "simseg_jax 9"}')
     with pytest.raises(UserError, match="install the version that wrote it"):
         load_model(folder)
+
+
+def test_safetensors_alone_know_their_architecture(monkeypatch, capsys, orbax, tmp_path):
+    folder = tmp_path / "folder"
+    run(monkeypatch, capsys, convert, orbax, folder, "--to=safetensors")
+    alone = shutil.copy(folder / "model.safetensors", tmp_path / "alone.safetensors")
+    out = run(monkeypatch, capsys, convert, alone)
+    # Three heads of 16 channels and two: by their width alone it would be one of 64 each.
+    assert "width=48, depth=3, heads=3" in out
+    assert "width=32, depth=2, heads=2" in out
+    assert "Taken: 82 tensors; ignored: none." in out
+
+
+def test_a_manifest_lists_what_is_read(orbax, tmp_path):
+    folder = shutil.copytree(orbax, tmp_path / "copy")
+    whole = json.loads((folder / "manifest.json").read_text())
+    params = next(name for name in whole["sha256"] if name.startswith("params/"))
+    fewer = {k: v for k, v in whole["sha256"].items() if k != params}
+    for change, expected in (
+        ({"sha256": {}}, "lists no files"),
+        ({"sha256": None}, "lists no files"),
+        ({"origin": None}, "lists no files or no origin"),
+        ({"sha256": fewer}, f"holds files that manifest.json does not list .{params}"),
+        (
+            {"sha256": whole["sha256"] | {"/proc/kcore": "0"}},
+            "leads out of its folder: /proc/kcore",
+        ),
+        ({"sha256": whole["sha256"] | {"a/../../b": "0"}}, r"leads out .*: a/\.\./\.\./b"),
+        ({"weights": 3}, "exported programs, not parameters"),
+        ({"origin": {"step": "abc"}}, "says step='abc'"),
+    ):
+        (folder / "manifest.json").write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=expected):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pth"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(monkeypatch, capsys, orbax, tmp_path, to):
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        error = message(monkeypatch, capsys, convert, orbax, tmp_path / "out", f"--to={to}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert f"Cannot write {tmp_path / 'out'}: " in error
+    assert "File too large" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_room_is_seen_before_orbax_writes(monkeypatch, capsys, orbax, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    error = message(monkeypatch, capsys, convert, orbax, tmp_path / "out")
+    assert "bytes are needed, 1,000 are free" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_lost_something_is_told_in_one_sentence(workdir):
+    for change, expected in (
+        (lambda: (workdir / "config.json").write_text("[]"), "Cannot read the run .*its command"),
+        (lambda: (workdir / "config.json").unlink(), "no checkpoint of step 77, only of 2, 4"),
+        (lambda: shutil.rmtree(workdir / "tokenizer"), "has no tokenizer/"),
+        (lambda: shutil.rmtree(workdir / "checkpoints"), "No finished checkpoint"),
+    ):
+        change()
+        with pytest.raises(UserError, match=expected):
+            load_model(workdir, 77 if "77" in expected else None)
+    (workdir / "metrics.jsonl").write_bytes(b"[1]\n\xff")
+    with pytest.raises(UserError, match=r"Cannot read .*metrics\.jsonl"):
+        convert._results(workdir)

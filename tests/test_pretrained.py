@@ -22,6 +22,7 @@ from simseg_jax.pretrained import adopt
 from simseg_jax.train import train
 from simseg_jax.trained import load_model
 from simseg_jax.weights.sources import read_weights
+from simseg_jax.weights.torch_file import save_tensors
 from simseg_jax.weights.towers import read_tower
 
 NEIGHBOURS = GOLDENS / "neighbours"
@@ -95,6 +96,25 @@ def test_a_run_starts_from_a_whole_model(frozen_run, tmp_path):
     config.optim.lr_rules = everything
     train(config, tmp_path)
     assert_trees_equal(load_model(tmp_path).params, load_model(frozen_run).params)
+
+
+def test_a_key_chooses_what_a_run_starts_from(sources, tmp_path):
+    tensors = read_weights(sources / "vit").tensors
+    content = {"model": tensors, "model_ema": {n: np.asarray(2 * x) for n, x in tensors.items()}}
+    save_tensors(tmp_path / "both.pth", content)
+    tokenizer = load_tokenizer("shapes")
+    plain = read_tower(read_weights(sources / "vit"), "image").params
+    cases = (("", 2, "model_ema"), ("#model_ema", 2, "model_ema"), ("#model", 1, "model"))
+    for key, factor, taken in cases:
+        config = starting_config(image=f"{tmp_path}/both.pth{key}")
+        found = adopt(config, tokenizer)
+        scale = found.params["image_encoder"]["norm"]["scale"]
+        np.testing.assert_array_equal(scale, factor * plain["norm"]["scale"])
+        assert f" Taken: 30 tensors under {taken}; ignored: " in found.notes[0]
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    config = starting_config(image=f"{tmp_path}/run#model")
+    with pytest.raises(UserError, match="it has no #model, leave that out"):
+        adopt(config, tokenizer)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ A larger request is refused in one sentence. Together they keep what is read fro
 whatever content, below a few hundred megabytes and a few seconds.
 """
 
-PICKLE = 2 << 20  # Bytes of the pickle in a .pth: some 200 for each tensor, up to 100 in memory.
+PICKLE = 1 << 20  # Bytes of the pickle in a .pth: some 200 for each tensor, up to 100 in memory.
 HEADER = 8 << 20  # Bytes of the header of a .safetensors file.
 JSON = 8 << 20  # Bytes of a JSON file beside the weights or in a model folder.
 TENSORS = 20_000  # In one file; a ViT and a BERT of twelve blocks have 351.
