@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.pairs import BadExample, open_source
@@ -49,6 +50,8 @@ class RetrievalEvaluator:
     ):
         self.settings, self.encoder = settings, encoder
         self.source = open_source(settings, cache)
+        if self.source.problems.count:
+            tqdm.write(f"{settings.path}: {len(self.source):,} images; {self.source.problems}")
         self.count = min(len(self.source), settings.limit or len(self.source))
         self.mesh = local_mesh(mesh)
         self.embed_images = ImageEmbedder(graphdef, mesh, settings)

@@ -10,7 +10,10 @@
 - `source[i]` raises `BadExample` when this one example cannot be used: its file has vanished, its
   record is damaged, its caption turns out to be empty, the network fails for good. Others work.
 - Constructing a source raises `UserError` on mistakes in the settings, when no pair is usable and
-  when the network fails for good; damaged shards are left out instead and counted.
+  when the network fails for good. Every row, member and file is used, or left out and counted with
+  its reason, or belongs to no pair by its name: hidden files (._x.jpg, .DS_Store,
+  .ipynb_checkpoints, __MACOSX), other suffixes, other columns. A bad one costs only itself.
+- No caption is mended: bytes that are not UTF-8 are a reason, not dropped.
 - Sources may be read from several threads, pickle in little space (files are opened anew in every
   process) and keep no Python object per pair: indexes are arrays, mapped from the cache folder.
 - The order of a source is that of its files: shards sorted by name, examples as they come.

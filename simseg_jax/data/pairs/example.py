@@ -95,7 +95,9 @@ def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
             entry = next((entry[key] for key in TEXT_FIELDS if key in entry), entry)
         try:
             text = entry.decode(encoding(entry)) if isinstance(entry, bytes) else entry
-            if isinstance(text, str):
+            if isinstance(text, str) and len(text) > MAX_TEXT:
+                wrong.append(f"a caption of {len(text):,} characters")
+            elif isinstance(text, str):
                 text.encode()  # Half a surrogate pair stands for what could not be decoded.
                 captions += _listed(text) if LIST.fullmatch(text) else [text]
             elif text is not None:

@@ -23,6 +23,7 @@ from simseg_jax.data.pairs.example import (
     group,
     no_pairs,
     read_captions,
+    shorten,
 )
 from simseg_jax.data.pairs.remote import File
 from simseg_jax.errors import UserError, one_line
@@ -239,7 +240,7 @@ def _copy(
                     image = image["bytes"]
                 captions, wrong = _captions([row[key] for key in caption_keys])
                 if name_key:
-                    name += f", {row[name_key]}"
+                    name += f", {shorten(str(row[name_key]))}"
                 for reason in wrong:
                     problems.add(f"{name}: {reason}")
                 if not image or not captions:
@@ -249,11 +250,13 @@ def _copy(
                 owner = None
                 if grouped and row[GROUP_KEY] is not None:
                     # Ids may start again in every file, or all be the same.
-                    owner = f"{row[GROUP_KEY]} {hashlib.blake2b(image, digest_size=16).hexdigest()}"
+                    digest = hashlib.blake2b(image, digest_size=16)
+                    digest.update(str(row[GROUP_KEY]).encode(errors="replace"))
+                    owner = digest.hexdigest()
                 stored = None if owner in seen else image
                 if owner is not None:
                     seen.add(owner)
-                waiting += len(stored or b"")
+                waiting += len(stored or b"") + sum(map(len, captions))
                 _bounded(file, written + waiting)
                 rows.append({"image": stored, "captions": captions, "name": name, "group": owner})
             if len(rows) >= BATCH or waiting >= BATCH_BYTES:

@@ -56,7 +56,7 @@ class RecordSource:
         self.image = choose_key(path, "feature image", image_key, IMAGE_KEYS, example)
         self.caption = choose_key(path, "feature caption", caption_key, CAPTION_KEYS, example)
         self.name = next((key for key in NAME_KEYS if key in example), "")
-        if any(not isinstance(value, bytes) for value in example[self.image]):
+        if not any(isinstance(value, bytes) for value in example[self.image]):
             raise UserError(f"{path}: feature {self.image} holds numbers, not an encoded image.")
 
     def __len__(self) -> int:
@@ -80,16 +80,17 @@ class RecordSource:
         return {"image": image, "captions": captions, "name": name}
 
     def _first(self, shards) -> dict[str, list]:
-        """The features of a few records at the start of every shard, each as the first has it."""
+        """The features of a few records, with their values, of the first shard that has any."""
         start, reason = 0, "they are empty"
         features: dict[str, list] = {}
         for shard in shards:
             for index in range(start, start + min(LOOKED, shard.take)):
                 try:
-                    features = tf_example.parse(self.records[index]) | features
+                    for key, values in tf_example.parse(self.records[index]).items():
+                        features.setdefault(key, []).extend(values)
                 except READ_ERRORS as error:
                     reason = one_line(error)
-            # One of them may be odd, all of a shard hardly.
+            # One of them may be odd; hardly all.
             if features:
                 return features
             start += shard.take

@@ -215,6 +215,8 @@ def _csv_rows(
                 problems.add(f"line {number}: not of the form `image#number`, tab, caption")
         return
     where = f"{table} must start with a header line such as `image,caption`: it"
+    if not first:
+        raise UserError(f"{where} is empty.")
     if "\0" in first or len(first) > LONGEST:
         odd = "NUL bytes" if "\0" in first else f"{len(first):,} characters without a line end"
         raise UserError(f"{where} has {odd}. Save it as UTF-8 text.")
@@ -332,15 +334,15 @@ def _karpathy_rows(table: str, content: dict, split: str, problems: Problems) ->
     """(place, image name, [caption]) of the images in some splits, '' for all."""
     images = [image if isinstance(image, dict) else {} for image in content["images"]]
     known = dict.fromkeys(str(image["split"]) for image in images if "split" in image)
-    wanted = split.split("+") if split else list(known)
+    wanted = split.split("+") if split else []
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise UserError(f"{table} has no split {unknown[0]!r}, only {some(known)}.")
     for number, image in enumerate(images):
         where = f"image {number}"
-        if "split" not in image:
+        if split and "split" not in image:
             problems.add(f"{where}: no split")
-        elif image["split"] in wanted:
+        elif not split or image["split"] in wanted:
             folder, name = image.get("filepath", ""), image.get("filename")
             sentences = image.get("sentences")
             if not isinstance(folder, str) or not isinstance(name, str):

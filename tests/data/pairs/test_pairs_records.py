@@ -69,6 +69,49 @@ def test_bad_records(tmp_path):
             source[index]
 
 
+@pytest.mark.parametrize(
+    "odd", [b"", b"\xffgarbage", tf_example.serialize({"x": 1}), tf_example.serialize({"image": 7})]
+)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_the_same_tolerance_whichever_record_is_odd(tmp_path, odd, place):
+    records = [tf_example.serialize({"image": b"1", "text": "a"})] * 3
+    path = write_records(tmp_path / "a.array_record", [*records[:place], odd, *records[place:]])
+    source = open_source(settings(path))
+    for index in range(4):
+        if index == place:
+            with pytest.raises(BadExample, match=f"record {place}"):
+                source[index]
+        else:
+            assert source[index]["captions"] == ("a",)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"filepathTemplate": "{DATASET:>99999999999}"},
+        {"filepathTemplate": "{0.__class__}"},
+        {"filepathTemplate": "../../etc/{SPLIT}"},
+        {"filepathTemplate": 7},
+        {"shardLengths": "7"},
+        {"shardLengths": [None]},
+        {"shardLengths": 7},
+        {"name": ["train"]},
+    ],
+    ids=str,
+)
+def test_odd_descriptions_of_splits(tmp_path, split):
+    path = Path(write_tfds(PAIRS, tmp_path)) / "1.0.0" / "dataset_info.json"
+    info = json.loads(path.read_text())
+    info["splits"][0] |= split
+    path.write_text(json.dumps(info))
+    with pytest.raises(UserError) as error:
+        open_source(settings(path.parent))
+    assert len(str(error.value)) < 600
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"Cannot read .*dataset_info.json"):
+        open_source(settings(path.parent))
+
+
 def test_damaged_shards(tmp_path):
     random.seed(0)
     pairs = [(name, random.randbytes(20_000), texts) for name, _, texts in PAIRS]

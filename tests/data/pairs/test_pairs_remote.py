@@ -98,6 +98,27 @@ def test_parts_of_files(tmp_path):
     fsspec.filesystem("memory").rm("/part", recursive=True)
 
 
+def test_hidden_and_vanished_files(tmp_path):
+    write_tar(PAIRS, tmp_path)
+    for name in ("._00000.tar", ".DS_Store", ".hidden.tar"):
+        (tmp_path / name).write_bytes(b"what systems add")
+    (tmp_path / "00001.tar").rename(tmp_path / "00001.TAR")
+    for path in (tmp_path, f"{tmp_path}/", f"{tmp_path}/*"):
+        assert read_all(path, tmp_path / "cache") == EXPECTED
+    assert [file.path for file in remote.find(str(tmp_path / ".hidden.tar"))]
+    # A link to nowhere is not left out in silence.
+    (tmp_path / "00002.tar").symlink_to(tmp_path / "nowhere.tar")
+    with pytest.raises(UserError, match=r"No such file or directory: .*00002\.tar"):
+        open_source(settings(tmp_path), str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "\ud800"])
+def test_names_that_no_file_can_have(tmp_path, name):
+    with pytest.raises(OSError, match=r"."):
+        remote.read(f"{tmp_path}/{name}")
+    assert not remote.exists(f"{tmp_path}/{name}")
+
+
 def test_folders_and_names():
     assert remote.join("gs://b/annotations", "../images/a.jpg") == "gs://b/images/a.jpg"
     assert remote.join("gs://b/x", "") == "gs://b/x"

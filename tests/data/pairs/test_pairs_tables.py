@@ -367,7 +367,7 @@ def test_karpathy_splits(folder):
     for split, expected in (("", "abc"), ("test", "b"), ("train+val", "ac")):
         source = open_source(settings(path, split=split))
         assert examples(source) == {f"{letter}.jpg": (letter,) for letter in expected}
-        assert source.problems.first == ["image 0: no split"]
+        assert source.problems.first == [f"image 0: no {'split' if split else 'filename'}"]
     fails("has no split 'dev', only train, test, val", path, split="dev")
 
 
