@@ -104,8 +104,13 @@ def _read_file(path: Path, data: str, count: int) -> list[tuple[str, ...]]:
 def _parse(text: str) -> list[tuple[str, tuple[str, ...]]]:
     """(name, prompt names) of every line that is not blank."""
     classes = []
-    for line in filter(str.strip, text.splitlines()):
-        name, _, rest = line.partition(":")
+    for line in filter(str.strip, text.split("\n")):
+        name, colon, rest = line.partition(":")
+        if "," in name:
+            raise UserError(
+                f"The line {line.strip()!r} of class names has a comma before any colon: write "
+                f"{name.split(',')[0].strip() + ': ' + name.strip()!r} for synonyms."
+            )
         prompts = tuple(word.strip() for word in rest.split(",") if word.strip())
         classes.append((name.strip(), prompts or (name.strip(),)))
     return classes

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
+from simseg_jax.errors import UserError
 from simseg_jax.masks.pamr import pamr
 from simseg_jax.masks.postprocess import label_type
 from simseg_jax.masks.protocols import project
@@ -25,6 +26,7 @@ from simseg_jax.sharding import BATCH, to_global_batch
 
 # Results are padded to multiples of this, so that few programs serve images of all sizes.
 BUCKET = 64
+MAX_PIXELS = 1 << 26  # Of a resized image; those of photographs have less than a hundredth.
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -69,6 +71,11 @@ class StandardProtocol:
         scale = self.settings.resolution / min(image.size)
         unit = 1 if self.settings.window else self.patch
         width, height = (max(int(side * scale / unit + 0.5), 1) * unit for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise UserError(
+                f"An image of {image.width}x{image.height} pixels is too narrow for "
+                f"protocol=standard, which would resize it to {width}x{height}."
+            )
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
         # PAMR refines values of pixels; otherwise a window has values of patches.
         cell = 1 if self.settings.refine == "pamr" else self.patch

@@ -97,6 +97,10 @@ def test_own_names(tmp_path):
     names = prompt_names("cityscapes", str(path))
     assert names[0] == ("class 0",)
     assert names[18] == ("sea", "ocean")
+    path.write_text("sofa, couch\n" * 20)
+    with pytest.raises(UserError, match=r"a comma before any colon: write 'sofa: sofa, couch'"):
+        prompt_names("voc20", str(path))
+    path.write_text("".join(f"class {i}\n" for i in range(19)))
     with pytest.raises(UserError, match=r"names\.txt names 19 classes, but voc20 has 20"):
         prompt_names("voc20", str(path))
     with pytest.raises(UserError, match="original, synonyms or a text file, but synonym is no"):
