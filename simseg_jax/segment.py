@@ -473,10 +473,10 @@ def main() -> None:
         print("Stopped; the same command starts again from the first image.", file=sys.stderr)
         sys.exit(130)
     if failed:
-        reason = one_line(Exception(next(iter(failed.values()))))
+        first, *_ = names = [str(file) for file in files.values() if str(file) in failed]
         sys.exit(
-            f"error: {len(failed)} of {len(files)} images could not be segmented: {some(failed)}. "
-            f"The first: {reason}"
+            f"error: {len(names)} of {len(files)} images could not be segmented: {some(names)}. "
+            f"The first: {one_line(failed[first])}"
         )
 
 

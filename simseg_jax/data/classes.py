@@ -106,9 +106,9 @@ def _parse(text: str) -> list[tuple[str, tuple[str, ...]]]:
     classes = []
     for line in filter(str.strip, text.split("\n")):
         name, colon, rest = line.partition(":")
-        if "," in name:
+        if "," in name and not colon:
             raise UserError(
-                f"The line {line.strip()!r} of class names has a comma before any colon: write "
+                f"The line {line.strip()!r} of class names has a comma but no colon: write "
                 f"{name.split(',')[0].strip() + ': ' + name.strip()!r} for synonyms."
             )
         prompts = tuple(word.strip() for word in rest.split(",") if word.strip())

@@ -98,7 +98,7 @@ def test_own_names(tmp_path):
     assert names[0] == ("class 0",)
     assert names[18] == ("sea", "ocean")
     path.write_text("sofa, couch\n" * 20)
-    with pytest.raises(UserError, match=r"a comma before any colon: write 'sofa: sofa, couch'"):
+    with pytest.raises(UserError, match=r"a comma but no colon: write 'sofa: sofa, couch'"):
         prompt_names("voc20", str(path))
     path.write_text("".join(f"class {i}\n" for i in range(19)))
     with pytest.raises(UserError, match=r"names\.txt names 19 classes, but voc20 has 20"):
