@@ -135,7 +135,7 @@ def _kept(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray]:
     if not path.is_file():
         return {}
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             found = json.loads(str(file["identity"]))
             arrays = {name: file[name] for name in ("features", "labels")}
         old, new = (dict(leaves(content)) for content in (found, json.loads(json.dumps(identity))))

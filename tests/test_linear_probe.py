@@ -1,4 +1,6 @@
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from simseg_jax.config import probe_config
 from simseg_jax.config_checks import validate_probe
 from simseg_jax.data.shapes import scene
 from simseg_jax.errors import UserError
-from simseg_jax.linear_probe import probe, probe_step
+from simseg_jax.linear_probe import features_of, probe, probe_step
 from simseg_jax.optim import cosine_schedule, lars
 
 CONFIG = """
@@ -108,20 +110,31 @@ def test_command_keeps_its_features(monkeypatch, capsys, workdir, config):
             run(monkeypatch, capsys, linear_probe, *arguments, "--config.size=41")
 
 
-def test_features_belong_to_their_images(monkeypatch, capsys, workdir, config, tmp_path):
-    root = tmp_path / "images"
+def test_features_belong_to_their_images(monkeypatch, capsys, tmp_path):
+    root, out = tmp_path / "images", tmp_path / "out"
     for number in range(12):
-        split, kind = ("train", "val")[number % 2], f"kind {number % 3}"
-        path = root / split / kind / f"{number}.png"
+        path = root / ("train", "val")[number % 2] / f"kind {number % 3}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene(number, "val")[0]).save(path)
-    arguments = (f"--checkpoint={workdir}", f"--config={config}", "--config.data=folder")
-    arguments += (f"--config.root={root}", "--config.epochs=1", "--config.warmup_epochs=0")
 
-    def features(output):
-        out = run(monkeypatch, capsys, linear_probe, *arguments, f"--output={tmp_path / output}")
-        arrays = [dict(np.load(tmp_path / output / f"{s}.npz")) for s in ("train", "val")]
-        return out, [a[name].tolist() for a in arrays for name in ("features", "labels")]
+    def embedder(*_):
+        def embed(_params, indices, load, _bar):
+            images, labels = zip(*map(load, indices), strict=True)
+            return np.array([np.asarray(image).mean((0, 1)) for image in images]), list(labels)
+
+        return embed
+
+    monkeypatch.setattr(linear_probe, "ImageEmbedder", embedder)
+    patches = SimpleNamespace(model=SimpleNamespace(image=SimpleNamespace(patch_size=8)))
+    model: Any = SimpleNamespace(
+        identity={"step": 1}, config=patches, graphdef=None, mesh=None, params=None
+    )
+    settings = probe_config(data="folder", root=str(root), crop=32, resize=32)
+
+    def features(folder):
+        folder.mkdir(exist_ok=True)
+        found = [features_of(model, settings, split, folder) for split in ("train", "val")]
+        return [part[name].tolist() for part in found for name in ("features", "labels")]
 
     def replace():
         Image.fromarray(scene(40, "val")[0]).save(root / "train" / "kind 0" / "0.png")
@@ -131,24 +144,27 @@ def test_features_belong_to_their_images(monkeypatch, capsys, workdir, config, t
         Image.fromarray(scene(41, "val")[0]).save(root / "train" / "a kind" / "0.png")
 
     def damage():
-        path = tmp_path / "out" / "train.npz"
-        content = bytearray(path.read_bytes())
+        content = bytearray((out / "train.npz").read_bytes())
         content[len(content) // 3] ^= 1
-        path.write_bytes(content)
+        (out / "train.npz").write_bytes(content)
 
     def cut():
-        path = tmp_path / "out" / "train.npz"
-        path.write_bytes(path.read_bytes()[:100])
+        (out / "train.npz").write_bytes((out / "train.npz").read_bytes()[:100])
 
-    features("out")
-    for number, change in enumerate((replace, insert, damage, cut)):
+    features(out)
+    for change, why in (
+        (replace, "images and classes changed since"),
+        (insert, "images and classes changed since"),
+        (damage, "it is damaged"),
+        (cut, "it is damaged"),
+    ):
         change()
-        out, found = features("out")
-        assert "train.npz are computed anew" in out
-        assert "val.npz are" not in out
-        assert ("changed since" if number < 2 else "it is damaged") in out
-        assert found == features(f"fresh {number}")[1]
-        assert "computed anew" not in features("out")[0]
+        found = features(out)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"The features in {out / 'train.npz'} are computed anew ({why}")
+        assert found == features(tmp_path / change.__name__)
+        assert found == features(out)
+        assert not capsys.readouterr().out
 
 
 def test_mistakes(monkeypatch, capsys, workdir, config):
