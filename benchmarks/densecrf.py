@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from peers import require
 from PIL import Image
 
 from simseg_jax.masks import densecrf, densecrf_jax
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--batch", type=int, default=4, help="images per call of the JAX back end")
     args = parser.parse_args()
-    import_pydensecrf()
+    require("pydensecrf")
     images = photographs(args.root, args.images)
     images = images[: len(images) // args.batch * args.batch]
     figures = {}

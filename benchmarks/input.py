@@ -12,7 +12,10 @@ files: as photographs of 500x375 and re-encoded to a short side of 288 as `prepa
 time with the peer's without its caption. The last line is one JSON object.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -22,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
 from densecrf import photographs
+from peers import require
 from PIL import Image
 
 from simseg_jax.config import data_set, default_config
@@ -33,6 +36,9 @@ from simseg_jax.data.images import draw_crop
 from simseg_jax.data.pairs import Problems
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
+
+with contextlib.suppress(ImportError):  # Said by `require`, once the options are read.
+    import torch  # pyright: ignore[reportMissingImports]
 
 SIZE, LENGTH = 224, 25
 AREA, ASPECT = (0.6, 1.0), (3 / 4, 4 / 3)
@@ -160,6 +166,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    require("torch")
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(args.vocab)
     record: dict[str, Any] = {"benchmark": "input", "hardware": f"{os.cpu_count()} CPU cores"}

@@ -13,7 +13,7 @@ import json
 import os
 import time
 
-import psutil
+from peers import require
 
 from simseg_jax.config import load_config
 from simseg_jax.data.pipeline import Examples, TrainBatches
@@ -22,6 +22,8 @@ from simseg_jax.data.text import TextEncoder, load_tokenizer
 
 def resident() -> float:
     """MiB of this process and its children."""
+    import psutil
+
     process = psutil.Process()
     family = [process, *process.children(recursive=True)]
     return sum(member.memory_info().rss for member in family) / 2**20
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--limit", type=float, default=32, help="MiB it may grow (%(default)s)")
     args, overrides = parser.parse_known_args()
+    require("psutil")
     config = load_config(args.config, overrides)
     tokenizer = load_tokenizer(config.data.vocab)
     examples = Examples(

@@ -13,7 +13,10 @@ random class embeddings. Mean IoU means nothing then, but the number of drawn cl
 sets the cost of a CRF) stays realistic, because the threshold is relative to an image's scores.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import functools
 import json
 import tempfile
@@ -23,8 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
-import torch.nn.functional as F  # noqa: N812  # pyright: ignore[reportMissingImports]
+from peers import require
 from PIL import Image
 
 from simseg_jax.config import default_config, model_config, segmentation_eval
@@ -37,6 +39,10 @@ from simseg_jax.models.simseg import SimSegConfig, init_params, l2_normalize, ma
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.sharding import make_mesh
 from simseg_jax.trained import load_model
+
+with contextlib.suppress(ImportError):  # Said by `require`, once the options are read.
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch.nn.functional as F  # noqa: N812  # pyright: ignore[reportMissingImports]
 
 
 def ours(evaluator, params, indices, confusion) -> list[np.ndarray]:
@@ -99,7 +105,6 @@ class Peer:
             x = x + F.linear(hidden, **block["mlp"]["fc2"])
         return F.linear(norm(x, **self.vit["norm"])[:, 1:], **self.projection)
 
-    @torch.inference_mode()
     def segment(self, name: str, confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(Prediction at the size of the truth, scores) of one image; adds to `confusion`."""
         self.began, settings, size = time.perf_counter(), self.settings, self.settings.resolution
@@ -191,8 +196,9 @@ def compare(args) -> dict:
         embeddings = evaluator.engine.embed(params)
     evaluator.engine.embed = lambda params: embeddings
     peer = Peer(params, architecture, embeddings[settings.m_text], settings)
+    segment = torch.inference_mode()(peer.segment)
     sides = {
-        "pytorch": lambda chunk, sums: [peer.segment(names[i], sums) for i in chunk],
+        "pytorch": lambda chunk, sums: [segment(names[i], sums) for i in chunk],
         "ours": lambda chunk, sums: ours(evaluator, params, chunk, sums),
     }
     confusion = {side: np.zeros((classes, classes), np.int64) for side in sides}
@@ -240,6 +246,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=40, help="images per turn")
     parser.add_argument("--batch", type=int, default=8, help="our batch size")
     args = parser.parse_args()
+    require("torch", "cv2", *(["pydensecrf"] if args.refine == "crf" else []))
     jax.config.update("jax_default_matmul_precision", "highest")  # Float32 on a GPU too.
     with tempfile.TemporaryDirectory() as folder:
         args.root = args.root or generate(Path(folder), args.images)

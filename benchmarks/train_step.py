@@ -28,6 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peers import require
+
 TOKENS = 25
 VOCABULARY = 30522
 SIZES = {
@@ -221,6 +223,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile for the peer")
     parser.add_argument("--json", default="", help="file for all figures")
     args = parser.parse_args()
+    if args.peer and not args.plan:
+        require("torch")
     sides = ["simseg_jax"] + ([args.peer] if args.peer and not args.plan else [])
     rows = []
     print(
