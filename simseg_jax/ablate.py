@@ -11,6 +11,7 @@ from simseg_jax.config_checks import validate
 from simseg_jax.dotted import assign
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import summary
+from simseg_jax.files import write_json
 from simseg_jax.processes import STOPPED
 from simseg_jax.ranges import whole
 from simseg_jax.tables import (
@@ -155,9 +156,7 @@ def run(config: Config, folder: Path) -> dict[str, float]:
     if not results:
         raise UserError("An ablation compares evaluations: the configuration has none in evals.")
     record = {"results": results, "config": json.loads(config.to_json())}
-    partial = folder / "result.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "result.json")
+    write_json(folder / "result.json", record)
     return results
 
 

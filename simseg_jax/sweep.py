@@ -18,6 +18,8 @@ from simseg_jax.dotted import assign
 from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.files import make_writable
+from simseg_jax.processes import keeping
 from simseg_jax.tables import (
     Table,
     add_table_options,
@@ -39,7 +41,7 @@ Tables of the paper: sigma (2), resolution (3), crf (4), responses (11: M^I x M^
 A sweep is of one benchmark: the first one, or the one that --benchmark names.
 --set makes others, over all combinations of values; what differs only after the encoder costs no
 further pass over the images. --output receives table.csv, table.png and one record per image, so
-that the same command continues a sweep that was killed.
+that the same command continues a sweep that was killed and evaluates again what has changed since.
 """
 
 
@@ -106,7 +108,8 @@ def main() -> None:
         table = Table(f"Settings of {name}", parse_values(settings, args.set), {})
     title = args.table or "-".join(table.values)
     folder = Path(args.output or results_folder(args.checkpoint) / f"sweep-{model.step}" / title)
-    rows = sweep(model, settings, table, folder)
+    with keeping(lambda: f"Records are kept in {folder}: the same command goes on from there."):
+        rows = sweep(model, settings, table, folder)
     if jax.process_index() == 0:
         print(format_rows(table, rows))
         write_table(folder, table, rows)
@@ -136,6 +139,7 @@ def sweep(model: TrainedModel, settings, table: Table, folder: Path) -> list[dic
             assign(changed, key, value)
         validate_segmentation(changed, model.config.model.image.patch_size)
         passes.setdefault(before_encoder(changed), []).append((combination, changed))
+    make_writable(folder)
     rows = []
     for number, group in enumerate(passes.values(), 1):
         evaluator = SegmentationEvaluator(*model.parts, *[changed for _, changed in group])

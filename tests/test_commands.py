@@ -199,6 +199,21 @@ def test_a_corrupt_image_is_skipped_and_reported(monkeypatch, capsys, workdir, p
     assert len(json.loads((out / "scores.json").read_text())["images"]) == 3
 
 
+def test_without_a_place_for_programs_it_goes_on(monkeypatch, capsys, tmp_path):
+    home = tmp_path / "home"
+    home.touch()  # No folder can be made below a file, not even by root.
+    monkeypatch.setenv("HOME", str(home))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        cache_programs()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Compiled programs are not kept for the next start: Cannot write into")
+
+
 def test_programs_are_kept_unless_jax_was_told_where(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     before = jax.config.values["jax_compilation_cache_dir"]
