@@ -32,7 +32,10 @@ from typing import NamedTuple
 import drill_cases as cases
 import numpy as np
 
+from simseg_jax.command_line import accepted
+from simseg_jax.config_keys import SEED
 from simseg_jax.errors import UserError
+from simseg_jax.ranges import whole
 
 PROGRAMS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}  # Audit events.
 LIMIT = 2**30
@@ -197,9 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws other cases (%(default)s)")
+    parser.add_argument(
+        "--seed", type=accepted(SEED), default=0, help="draws other cases (%(default)s)"
+    )
     parser.add_argument("--only", default=",".join(KINDS), help="kinds, with commas (%(default)s)")
-    parser.add_argument("--rounds", type=int, help="cases of each kind; default: for some minutes")
+    parser.add_argument(
+        "--rounds", type=accepted(whole(1)), help="cases of each kind; default: for some minutes"
+    )
     args = parser.parse_args()
     names = args.only.split(",")
     if not set(names) <= set(KINDS):
