@@ -58,37 +58,80 @@ def odd_value(rng: Generator):
     nested: list = []
     for _ in range(200):
         nested = [nested]
-    values = [None, True, 0, -1, 7, 2**70, 1e308, "", " ", "\0", "²", "x" * 10_000, [], {}, [7]]
-    values += [["a", 5], {"a": None}, nested, "../../x", "a,b"]
-    return values[int(rng.integers(len(values)))]
+    values = [None, True, 0, -1, 7, 7.5, 10**6, 2**70, 1e308, float("nan"), "", " ", "\0", "²"]
+    values += ["x" * 10_000, "../../x", "/etc/passwd", "a,b", [], {}, [7], ["a", 5], {"a": None}]
+    return [*values, nested][int(rng.integers(len(values) + 1))]
 
 
 def odd_json(content, rng: Generator):
-    """Parsed JSON with one of its values, drawn from all depths, replaced by an odd one."""
+    """Parsed JSON of which one value, drawn from all depths, is odd, lost, or under another key."""
+    if not (isinstance(content, dict | list) and len(content)) or rng.random() < 0.1:
+        return odd_value(rng)
     keys = list(content) if isinstance(content, dict) else range(len(content))
-    if isinstance(content, dict | list) and len(content) and rng.random() < 0.9:
-        key = keys[int(rng.integers(len(keys)))]
-        inner = content[key]
-        value = odd_json(inner, rng) if isinstance(inner, dict | list) else odd_value(rng)
-        if isinstance(content, dict):
-            return {**content, key: value}
-        return [*content[: int(key)], value, *content[int(key) + 1 :]]
-    return odd_value(rng)
+    key, changed = keys[int(rng.integers(len(keys)))], content.copy()
+    if isinstance(content[key], dict | list) and content[key] and rng.random() < 0.8:
+        changed[key] = odd_json(content[key], rng)
+    elif (kind := rng.random()) < 0.2:
+        del changed[key]
+    elif kind < 0.4 and isinstance(changed, dict):
+        names = ["", "x", "a.b", "blocks.99999999.x", "\n" * 9]
+        changed[names[int(rng.integers(len(names)))]] = changed.pop(key)
+    else:
+        changed[key] = odd_value(rng)
+    return changed
+
+
+def odd_text(data: bytes, rng: Generator) -> bytes:
+    """A JSON file with `odd_json` in it, seldom an abyss of brackets or nothing."""
+    if rng.random() < 0.1:
+        return [b"[" * 200_000, b'{"a":' * 200_000, b"", b"7"][int(rng.integers(4))]
+    return json.dumps(odd_json(json.loads(data), rng)).encode()
+
+
+def odd_safetensors(data: bytes, rng: Generator) -> bytes:
+    """Weights with one odd field in the header, whose length is right again."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = odd_text(data[8:end], rng)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def odd_zip(data: bytes, rng: Generator) -> bytes:
-    """An archive (.pth, .npz) one of whose members is damaged, lost or compressed."""
+    """An archive (.pth, .npz) one of whose members is damaged, lost, renamed or compressed.
+
+    Checksums are right again. The pickle of a .pth is as likely as all of its arrays together.
+    """
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(result, "w") as new:
-        chosen, kind = int(rng.integers(len(old.namelist()))), int(rng.integers(4))
-        for index, name in enumerate(old.namelist()):
+        names = old.namelist()
+        pickles = [name for name in names if name.endswith(".pkl")]
+        of = pickles if pickles and rng.random() < 0.5 else names
+        chosen, kind = of[int(rng.integers(len(of)))], int(rng.integers(6))
+        for name in names:
             content = old.read(name)
-            if index == chosen and kind == 0:
-                continue
-            if index == chosen and kind < 3:
-                content = damaged(content, rng)
-            new.writestr(name, content, 8 if index == chosen and kind == 3 else 0)
+            if name != chosen:
+                new.writestr(name, content)
+            elif kind == 1:
+                others = ["/", "x", "../x", "a/data.pkl", name.replace("0", "99999999")]
+                new.writestr(others[int(rng.integers(len(others)))], content)
+            elif kind == 2:
+                new.writestr(name, content + bytes(10**6), zipfile.ZIP_DEFLATED)
+            elif kind > 2:
+                new.writestr(name, damaged(content, rng))
     return result.getvalue()
+
+
+def weights(file: Path, rng: Generator) -> None:
+    """Damages a file of weights or one beside them, by its format or as any file."""
+    data = file.read_bytes()
+    change = damaged
+    if rng.random() < 0.7:
+        if file.suffix == ".json":
+            change = odd_text
+        elif file.suffix == ".safetensors":
+            change = odd_safetensors
+        elif zipfile.is_zipfile(file):
+            change = odd_zip
+    file.write_bytes(change(data, rng))
 
 
 def damage_tree(folder: Path, rng: Generator) -> str:

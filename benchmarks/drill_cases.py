@@ -25,7 +25,7 @@ from PIL import Image
 from simseg_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "tests" / "goldens" / "model.pth"
+GOLDENS = ROOT / "tests" / "goldens"
 CONFIG = """
 from simseg_jax.config import data_set, default_config, segmentation_eval
 
@@ -299,32 +299,40 @@ def captions(_home: Path) -> Case:
 
 def weights(home: Path) -> Case:
     """Damaged weights: whole and finite, or refused; with checksums the very same."""
-    from safetensors.numpy import save
+    from simseg_jax.trained import load_model, open_source
+    from simseg_jax.weights.authors import is_whole_model, read_model
+    from simseg_jax.weights.choice import usual_names
+    from simseg_jax.weights.towers import find_towers, read_tower
 
-    from simseg_jax.trained import load_model
-    from simseg_jax.weights.authors import read_model
-    from simseg_jax.weights.sources import read_weights
+    sources = [*sorted((GOLDENS / "neighbours").glob("*/")), GOLDENS / "model.pth"]
+    converted = home / "converted"
+    expected = load_model(converted).params if converted.is_dir() else None
 
-    tensors = {k: np.array(v, order="C") for k, v in read_weights(GOLDEN).tensors.items()}
-    packed = io.BytesIO()
-    np.savez(packed, allow_pickle=False, **tensors)
-    sound = {"pth": GOLDEN.read_bytes(), "npz": packed.getvalue(), "safetensors": save(tensors)}
-    converted = load_model(home / "converted").params
+    def read(path: Path) -> list:
+        """The parameters that every reader finds in a file or folder of weights."""
+        _, weights = open_source(path)
+        if weights is None:
+            return [load_model(path).params]
+        if is_whole_model(weights):
+            return [read_model(weights)[1]]
+        sides = {form.side for form, _ in find_towers(usual_names(weights.tensors))}
+        return [read_tower(weights, side).params for side in sorted(sides) or ("image",)]
 
     def case(rng: np.random.Generator, place: Path) -> None:
-        form = str(rng.choice([*sound, "folder"]))
-        if form == "folder":
-            shutil.copytree(home / "converted", place / "model")
+        if expected is not None and rng.random() < 0.3:
+            shutil.copytree(converted, place / "model")
             (place / "damage.txt").write_text(damage.damage_tree(place / "model", rng) + "\n")
-            if not same(load_model(place / "model").params, converted):
+            if not same(load_model(place / "model").params, expected):
                 raise WrongError("other parameters than those converted")
             return
-        file = place / f"model.{form}"
-        zipped = form != "safetensors" and rng.random() < 0.6
-        file.write_bytes((damage.odd_zip if zipped else damage.damaged)(sound[form], rng))
-        _, params = read_model(read_weights(file), 3, 2)
-        if not all(np.isfinite(array).all() for array in arrays(params).values()):
-            raise WrongError("parameters that are not finite")
+        source = sources[int(rng.integers(len(sources)))]
+        whole = source.is_file()
+        (shutil.copy if whole else shutil.copytree)(source, place / source.name)
+        files = [place / source.name] if whole else sorted((place / source.name).iterdir())
+        damage.weights(files[int(rng.integers(len(files)))], rng)
+        for params in read(place / source.name):
+            if not all(np.isfinite(array).all() for array in arrays(params).values()):
+                raise WrongError("parameters that are not finite")
 
     return case
 
@@ -333,7 +341,7 @@ def leaks(home: Path) -> Case:
     """200 checkpoints in a row leave no files open."""
     import jax.numpy as jnp
 
-    from simseg_jax.checkpoint import Checkpoints, checkpoints_folder
+    from simseg_jax.checkpoint import Checkpoints, Record, checkpoints_folder
     from simseg_jax.config import load_config
 
     config = load_config(home / "config.py")
@@ -343,7 +351,7 @@ def leaks(home: Path) -> Case:
         counts = []
         with Checkpoints(checkpoints_folder(place), 2) as kept:
             for step in range(200):
-                kept.save(step, state, step, config)
+                kept.save(step, state, Record(config, step))
                 counts.append(len(os.listdir("/proc/self/fd")))
         if max(counts[150:]) > max(counts[:50]) + 10:
             raise WrongError(f"open files grow from {max(counts[:50])} to {max(counts[150:])}")

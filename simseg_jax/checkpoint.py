@@ -127,7 +127,7 @@ class Checkpoints:
         except Exception as error:  # Orbax, TensorStore and the file systems raise many kinds.
             newest = self.latest
             raise UserError(
-                f"Cannot write a checkpoint to {self.folder} ({one_line(error)}). "
+                f"Cannot write a checkpoint to {self.folder} ({one_line(error, 100)}). "
                 + (f"The newest complete one is {newest}" if newest else "None is complete yet")
                 + ": make room or mend the folder, then run again to continue."
             ) from error

@@ -89,10 +89,12 @@ def load_config(
     if not path.is_file():
         raise UserError(f"No configuration file at {path}; see the ones in configs/.")
     config = _run(path)
+    _override(config, overrides)
     try:
-        return apply_overrides(config, overrides, check)
+        check(config)
     except UserError as error:
         raise UserError(f"{path}{' and --config...' if overrides else ''}: {error}") from error
+    return config
 
 
 def _run(path: Path) -> Config:
@@ -129,6 +131,12 @@ def apply_overrides(
     config: Config, overrides: Sequence[str], check: Callable[[Config], None] = validate
 ) -> Config:
     """Sets the keys of `--config.key=value` arguments in `config` and checks the result."""
+    _override(config, overrides)
+    check(config)
+    return config
+
+
+def _override(config: Config, overrides: Sequence[str]) -> None:
     for argument in overrides:
         name, equals, text = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
@@ -136,8 +144,6 @@ def apply_overrides(
                 f"Cannot read {shown(argument)}: overrides look like --config.key=value."
             )
         assign(config, name, text if isinstance(get(config, name), str) else literal(name, text))
-    check(config)
-    return config
 
 
 def resolved(config: Config) -> Config:

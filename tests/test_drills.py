@@ -44,6 +44,7 @@ def test_damage_repeats_itself_and_damages():
     [
         ("captions", (1, 2, 4, 6, 9, 11)),
         ("settings", (0, 1, 3)),
+        ("weights", range(12)),
         pytest.param("settings", (2, 4, 5), marks=pytest.mark.slow),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_checkpoint_loads_alone(finished):
     model = load_model(workdir)
     assert model.step == 4
     assert model.config == config
-    with pytest.raises(UserError, match=r"no checkpoint of step 3, only \[2, 4\]"):
+    with pytest.raises(UserError, match="no checkpoint of step 3, only of 2, 4"):
         load_model(workdir, step=3)
     with pytest.raises(UserError, match="No finished checkpoint"):
         load_model(workdir / "pictures")
@@ -158,11 +158,10 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     assert_trees_equal(load_model(tmp_path / "parts").params, load_model(tmp_path / "whole").params)
 
 
-def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(tmp_path):
+def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(tmp_path, monkeypatch):
     config = tiny_config()
     config.checkpoint.every = 1
-    config.optim.lr = 1e30
-    config.optim.warmup = 0.5
+    monkeypatch.setattr("simseg_jax.train.cosine_schedule", lambda *_: lambda step: 1e30 * step)
     with pytest.raises(UserError, match=r"last good checkpoint is .*/checkpoints/\d"):
         train(config, tmp_path)
     model = load_model(tmp_path)
