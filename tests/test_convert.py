@@ -207,7 +207,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(
     assert "timm ViT, not a whole model: start a run" in error(timm, destination)
     several = error(MODEL, destination, f"--vocab={vocabulary}", "--to=stablehlo", "--words=a,a")
     assert "The same word is given twice" in several
-    known = "--words=word1"
+    known = f"--words={','.join(f'word{i}' for i in range(12))}"
     programs = error(orbax, destination, "--to=stablehlo", known, "--refine=pydensecrf")
     assert "refine=crf" in programs or "paper protocol in JAX" in programs
     other = error(orbax, destination, "--to=stablehlo", known, "--platforms=cpu,abacus")
