@@ -301,8 +301,8 @@ def test_memory_for_a_large_image(trained, tmp_path):
         Image.new("L", (side, side), 90).save(image)
         arguments = ["--words=star", f"--checkpoint={trained}", f"--output={tmp_path / 'out'}"]
         command = [sys.executable, "-m", "simseg_jax.segment", str(image), *arguments]
-        pid = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}).pid
-        _, status, used = os.wait4(pid, 0)
-        assert status == 0
+        process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""})
+        _, process.returncode, used = os.wait4(process.pid, 0)
+        assert process.returncode == 0
         peaks.append(used.ru_maxrss)
     assert peaks[1] - peaks[0] < 1 << 20  # KiB.
