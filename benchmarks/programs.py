@@ -28,7 +28,7 @@ from simseg_jax.data.text import load_tokenizer
 from simseg_jax.model_folder import PARAMS, write_folder, write_orbax
 from simseg_jax.models.simseg import init_params
 from simseg_jax.programs import PLATFORMS, SEGMENTER, SUFFIX, write_programs
-from simseg_jax.segment import Segmenter
+from simseg_jax.segmenter import Segmenter
 from simseg_jax.sharding import place
 from simseg_jax.trained import assemble_model
 
@@ -53,7 +53,7 @@ PACKAGE = """
 import sys, time
 began = time.perf_counter()
 from PIL import Image
-from simseg_jax.segment import Segmenter
+from simseg_jax.segmenter import Segmenter
 from simseg_jax.trained import load_model
 imported = time.perf_counter()
 model = load_model("model")

@@ -27,7 +27,7 @@ from simseg_jax.evaluators.build import headlines
 from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.ranges import whole
-from simseg_jax.segment import Segmenter, split_words, words_of
+from simseg_jax.segmenter import Segmenter, split_words, words_of
 from simseg_jax.sharding import place
 from simseg_jax.trained import TrainedModel, assemble_model, load_model, open_source
 from simseg_jax.weights import authors

@@ -27,7 +27,7 @@ from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gathe
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.evaluators.statistics import class_table, format_table, image_ious, write_csv
 from simseg_jax.files import make_writable, write_json
-from simseg_jax.processes import add_distributed_option, join_processes, keeping
+from simseg_jax.processes import add_distributed_option, join_processes, keeping, only_run
 from simseg_jax.ranges import whole
 from simseg_jax.trained import TrainedModel, load_model
 from simseg_jax.visualize import write_contact_sheet
@@ -83,9 +83,8 @@ def main() -> None:
             evaluators |= make_evaluators({prefix: settings}, *model.parts, config.data.cache)
     record = {"checkpoint": str(args.checkpoint), "step": model.step, "config": config.to_dict()}
     results = {}
-    with keeping(
-        lambda: f"What was done is kept in {folder}: the same command goes on from there."
-    ):
+    kept = f"What was done is kept in {folder}: the same command goes on from there."
+    with only_run(folder), keeping(lambda: kept):
         for prefix, evaluator in evaluators.items():
             kind, name = prefix.split("/")
             with failed.set_aside(prefix):

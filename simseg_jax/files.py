@@ -38,7 +38,7 @@ def naming(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` if all goes well: no file there is ever incomplete."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # A long name would not fit twice.
     try:
         with naming(path):
             yield partial

@@ -161,7 +161,7 @@ def _locked(path: Path) -> int:
                 os.close(file)
                 raise UserError(
                     f"{path.parent} belongs to another run{holder and ', '}{holder}: wait for its "
-                    "end, stop it or choose another --workdir."
+                    "end, stop it or choose another folder."
                 ) from error
             print(f"{path.parent} allows no locks: let only one run use it.", file=sys.stderr)
             break

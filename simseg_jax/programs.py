@@ -19,7 +19,7 @@ from simseg_jax.masks.postprocess import closing, compose, min_max
 from simseg_jax.masks.protocols import respond
 from simseg_jax.masks.refine import refine_image
 from simseg_jax.models.simseg import bind, make_model
-from simseg_jax.segment import Segmenter
+from simseg_jax.segmenter import Segmenter
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 IMAGE, TEXT, SEGMENTER = "image_encoder", "text_encoder", "segmenter"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from simseg_jax.cost import peak_flops
 from simseg_jax.errors import UserError, one_line
+from simseg_jax.files import appearing
 
 
 class Reporter:
@@ -204,10 +205,7 @@ class Profile:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines beyond `step`, those that are no metrics and those out of order.
-
-    The file is replaced as a whole: it is never half written.
-    """
+    """Drops the lines beyond `step`, those that are no metrics and those out of order."""
     if not path.is_file():
         return
     kept, newest = [], -1
@@ -220,6 +218,5 @@ def _keep_until(path: Path, step: int) -> None:
         # What a killed process left half written, or what is no line of ours.
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)
+    with appearing(path) as partial:
+        partial.write_bytes(b"".join(kept))

@@ -23,6 +23,7 @@ from simseg_jax.evaluate import evaluation_config
 from simseg_jax.evaluators.records import Kept, RecordStore
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.masks.protocols import PaperProtocol
+from simseg_jax.processes import only_run
 from simseg_jax.trained import load_model
 from simseg_jax.zeroshot import engine
 
@@ -288,6 +289,13 @@ def test_what_was_done_before_a_signal_is_kept(monkeypatch, capsys, home, evalua
     again, printed = evaluated()
     assert again == expected
     assert "2 of 4 images are done already (2 new)" in printed
+
+
+def test_a_folder_of_results_belongs_to_one_job_at_a_time(capsys, home, evaluated):
+    with only_run(home / "out"), pytest.raises(SystemExit) as stop:
+        evaluated()
+    assert stop.value.code == 2
+    assert "out belongs to another run, process " in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_sentence(monkeypatch, capsys, home, evaluated):

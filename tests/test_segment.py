@@ -15,7 +15,8 @@ from support import message, run
 from simseg_jax import segment
 from simseg_jax.data.shapes import CATEGORIES, scene
 from simseg_jax.errors import UserError
-from simseg_jax.segment import Segmenter, check_words, find_images, split_words
+from simseg_jax.segment import find_images
+from simseg_jax.segmenter import Segmenter, check_words, split_words
 from simseg_jax.trained import load_model
 
 PHOTO = Image.fromarray(scene(0, "val")[0]).resize((90, 70))
@@ -119,6 +120,16 @@ def test_words_of_the_command_line():
     assert split_words(undecoded) == ["café", "猫"]
     with pytest.raises(UserError, match=r"no text in UTF-8: set LC_ALL=C\.UTF-8"):
         split_words("caf\udce9")
+    for text in ("apple;leaf", "apple\nleaf", "apple\uff0cleaf", '"red, apple", leaf', "a\tb"):
+        with pytest.raises(UserError, match="may belong to a word or stand between two"):
+            split_words(text)
+
+
+def test_words_may_come_from_a_generator():
+    assert check_words(word for word in ("dog", "cat")) == ("dog", "cat")
+    for words in (None, 5, ["a\udcff"]):
+        with pytest.raises(UserError, match="words are texts that are not empty, not "):
+            check_words(words)
 
 
 def test_words_that_are_one_to_the_model(model):
@@ -133,7 +144,7 @@ def test_words_that_are_one_to_the_model(model):
         (["star", "Background"], None),
         (["star"], ["BACKGROUND"]),
     ):
-        with pytest.raises(UserError, match="are the same to this model's vocabulary"):
+        with pytest.raises(UserError, match=r"are the same to this model|is in words and in"):
             Segmenter(model, words, contrast)
     with pytest.raises(UserError, match='Leave out "background"'):
         Segmenter(model, ["star"], ["background"])

@@ -69,6 +69,11 @@ def read_model(
             config = _from_json(described)
         else:
             config = _from_shapes(tensors, image_heads, text_heads)
+            if not (image_heads and text_heads):
+                note += (
+                    f" The file does not tell the attention heads: {config.image.heads} (image) "
+                    f"and {config.text.heads} (text) were taken, one per 64 channels unless given."
+                )
         return WholeModel(config, fit(tensors, config), note)
 
 

@@ -134,7 +134,9 @@ def test_whole_models_are_found_as_encoders_are(prefix, golden_model, tmp_path):
     assert authors.is_whole_model(weights)
     found = authors.read_model(weights, 3, 2)
     assert_trees_equal(found.params, jax.tree.map(lambda x: 2 * x, golden_model[2]))
-    assert found.note == "Taken: 82 tensors under ema; ignored: state_dict (82)."
+    assert found.note.startswith("Taken: 82 tensors under ema; ignored: state_dict (82).")
+    assert "one per 64 channels" not in found.note
+    assert "1 (image) and 1 (text) were taken" in authors.read_model(weights).note
     raw = authors.read_model(read_weights(path, "state_dict"), 3, 2)
     assert_trees_equal(raw.params, golden_model[2])
     assert read_weights(path, "state_dict").origin["key"] == "state_dict"

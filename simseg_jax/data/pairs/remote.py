@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from simseg_jax.data.pairs.example import Problems
 from simseg_jax.errors import UserError, one_line
+from simseg_jax.files import write_json
 
 VERSION = 2  # Of the files in the cache folder: to be raised with any change of their content.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -153,7 +154,6 @@ def cached(
     if (problems := _noted(path, notes)) is not None:
         return path, problems
     partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-    notes_partial = partial.with_suffix(".notes")
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         partial.touch()
@@ -165,12 +165,10 @@ def cached(
                 digest = hashlib.file_digest(file, "blake2b").hexdigest()
             status = partial.stat()
             told = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
-            notes_partial.write_text(json.dumps({"problems": asdict(problems), **told}))
-            notes_partial.replace(notes)
+            write_json(notes, {"problems": asdict(problems), **told})
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-        notes_partial.unlink(missing_ok=True)
     return path, problems
 
 
