@@ -1,9 +1,9 @@
 """Orbax checkpoints of a run: saving, restoring, what is there.
 
 WORKDIR/checkpoints/<step> holds `params` and `optimizer` (moments and step). Its metadata is a
-`Record`: the resolved configuration, the position in the training stream, what tells the vocabulary
-and the data from others, and a checksum per array. WORKDIR/tokenizer holds the vocabulary.
-`checkpoint.directory` takes the place of WORKDIR/checkpoints, on object storage for example.
+`Record`: the resolved configuration, the position in the training stream, the identity of the
+vocabulary and the data, and a checksum per array. WORKDIR/tokenizer holds the vocabulary.
+`checkpoint.directory` replaces WORKDIR/checkpoints, for example by a folder on object storage.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ UNUSABLE = set("[]*?\\\0")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint says of itself.
+    """The metadata of a checkpoint.
 
-    position: examples of the training stream that led to this state. identity: what tells the
-    vocabulary and the data sets from others, see `resume.identity`. checksums, shapes: of every
-    array by its path. What older versions wrote has none of the last three.
+    position: examples of the training stream that led to this state. identity: identifies the
+    vocabulary and the data sets, see `resume.identity`. checksums, shapes: of every array by its
+    path. Checkpoints of older versions lack the last three.
     """
 
     config: Config
@@ -68,7 +68,7 @@ class Checkpoints:
         try:
             self.wait()
         except UserError:
-            if kind is None:  # Otherwise what went wrong first is what counts.
+            if kind is None:  # An earlier error counts more.
                 raise
         finally:
             with contextlib.suppress(Exception):  # It raises again what `wait` has raised.
@@ -111,9 +111,9 @@ class Checkpoints:
                 pending.result()
 
     def read_back(self, shapes: dict) -> None:
-        """Reads the newest parameters as every later user will: what cannot be read is said now.
+        """Reads the newest parameters back, so that an unreadable checkpoint is found now.
 
-        shapes: of the parameters, with shardings. They are in memory twice for this moment.
+        shapes: of the parameters, with shardings. Memory holds the parameters twice meanwhile.
         """
         self.wait()
         newest = self.latest
@@ -190,7 +190,7 @@ def read_record(path: epath.Path) -> Record:
 
 
 def read_metadata(path: epath.Path) -> dict[str, Any]:
-    """What Orbax notes of a checkpoint: when it was written, our `custom_metadata`.
+    """The metadata that Orbax stores: when it was written, our `custom_metadata`.
 
     Read as the JSON it is: Orbax's own reader opens every array for it and, where one is damaged,
     prints tracebacks from its threads.
@@ -247,7 +247,7 @@ def load_arrays(path: epath.Path, abstract: dict) -> dict:
 
 
 def refuse_unusable(path: str) -> None:
-    """Raises a `UserError` if nothing that Orbax writes below this path could be read again."""
+    """Raises a `UserError` for a path below which Orbax cannot read what it writes."""
     if UNUSABLE & set(path):
         raise UserError(
             f"Checkpoints cannot be kept under {path!r}: the library that reads them takes [ ] * ? "

@@ -23,6 +23,7 @@ from simseg_jax.ranges import (
     several,
     whole,
 )
+from simseg_jax.weights import bounds
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
 FEATURES = ("embedding", "cls", "mean")  # See `evaluators.embedding`.
@@ -32,7 +33,7 @@ SEED = whole(0, 2**32 - 1)  # What both NumPy and JAX take.
 BATCH = whole(1, 2**20)
 SIDE = whole(1, 4096)
 WIDTH = whole(1, 2**16)
-DEPTH = whole(1, 128)
+DEPTH = whole(1, bounds.BLOCKS)
 HEADS = whole(1, 1024)
 RESPONSES = whole(1, 256)
 THREADS = whole(0, 256)

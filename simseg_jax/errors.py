@@ -1,4 +1,4 @@
-"""The exception for mistakes a user can mend, how it is worded, how the command lines report it."""
+"""Mistakes that the user can mend: their exception, its wording, how commands report it."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-NAMED = 5  # So many things a message names; of more it gives the number.
+NAMED = 5  # The most things that a message names; it counts the others.
 
 
 class UserError(Exception):
@@ -25,17 +25,17 @@ def some(names: Iterable) -> str:
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
-    """What an error or a text says in one line of at most `limit` characters, else its type."""
+    """An error or text in one line of at most `limit` characters; an empty one gives its type."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextlib.contextmanager
 def reading(what: str, advice: str = "") -> Iterator[None]:
-    """Turns whatever a library raises while it reads a file of others into one `UserError`.
+    """Turns every error of a library that reads an untrusted file into one `UserError`.
 
-    what: names the file, "the vocabulary vocab.txt". advice: what to do, a sentence. An error of
-    the file system that names the file passes, as a command reports it by itself.
+    what: names the file, "the vocabulary vocab.txt". advice: what to do, a sentence. A file-system
+    error that names its file passes: commands report it as it is.
     """
     try:
         yield
@@ -50,12 +50,11 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
 
 
 def report_user_errors(main):
-    """Wraps a command's main function: what a user can mend ends it with one line, no traceback.
+    """Wraps a command's main function: what the user can mend ends it in one line, no traceback.
 
-    That is a `UserError`, an error of the file system, too little memory, Ctrl-C (status 130) and
-    output that nobody reads any longer (141, silent, as of any program). The exit status of the
-    others is 2, as for a wrong option: starting again would not help, which launchers use.
-    Everything else is a mistake in this program and keeps its traceback.
+    These are a `UserError`, an error of the file system and too little memory, with the exit status
+    2 of a wrong option: launchers need not try again. Ctrl-C ends with 130, output that nobody
+    reads any longer with 141 and no message. Anything else is a bug and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -95,7 +94,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _mendable(error: BaseException) -> str | None:
-    """What to tell the user about an error, None if it is a mistake in this program."""
+    """The message for the user; None if the error is a bug of this program."""
     if isinstance(error, UserError):
         return str(error)
     # Libraries wrap what the system said, and closing files after it may fail once more.
@@ -124,7 +123,7 @@ def _mendable(error: BaseException) -> str | None:
 
 
 def _unread_output() -> bool:
-    """Whether the reader of our output is gone, as after `| head`; then nothing more goes there."""
+    """Whether nobody reads the output any longer, as after `| head`; if so it is discarded."""
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)

@@ -102,7 +102,7 @@ def main() -> None:
 
 
 class Failures:
-    """Benchmarks of a job of `count` that cannot be evaluated: the others are, before it fails."""
+    """Errors of single benchmarks among `count`, kept until the others are evaluated."""
 
     def __init__(self, count: int):
         self.count = count
@@ -110,7 +110,7 @@ class Failures:
 
     @contextlib.contextmanager
     def set_aside(self, prefix: str) -> Iterator[None]:
-        """Keeps a `UserError` for later; alone, or among several processes, it passes."""
+        """Keeps a `UserError` for `report`; with one benchmark or several processes it passes."""
         try:
             yield
         except UserError as error:
@@ -121,7 +121,7 @@ class Failures:
             tqdm.write(f"Left out: {self.messages[-1]}", file=sys.stderr)
 
     def report(self) -> None:
-        """Raises the first one."""
+        """Raises a `UserError` with the number of errors and the first one, if there are any."""
         if self.messages:
             raise UserError(
                 f"{len(self.messages)} of {self.count} benchmarks could not be evaluated, the "

@@ -1,4 +1,4 @@
-"""Files: what tells their versions apart, files that are never half written, errors with names."""
+"""Files: their versions, writing them completely or not at all, errors that name them."""
 
 import contextlib
 import hashlib
@@ -13,20 +13,20 @@ from simseg_jax.errors import UserError
 
 
 def stamp(path: str | Path) -> str:
-    """What tells the versions of a file apart: its bytes and the time of its last change in ns."""
+    """SIZE:TIME of a file, in bytes and in ns of its last change; tells its versions apart."""
     status = os.stat(path)
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def digest(content) -> str:
-    """16 hexadecimal digits that stand for anything JSON can hold, or for bytes."""
+    """16 hexadecimal digits of the SHA-256 of bytes, or of the JSON of anything else."""
     data = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives errors of the file system that name no file, such as those of a full disk, this one."""
+    """Adds `path` to file-system errors without a name, such as those of a full disk."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` if all goes well: no file there is ever incomplete."""
+    """A file to write, renamed to `path` on success: no file there is ever incomplete."""
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # A long name would not fit twice.
     try:
         with naming(path):
@@ -48,13 +48,13 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content) -> None:
-    """Readable JSON that replaces `path` at once."""
+    """Writes indented JSON that replaces `path` at once."""
     with appearing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def make_writable(folder: Path) -> Path:
-    """`folder`, made if it is missing; a `UserError` if nothing can be written there."""
+    """Returns `folder`, created if needed; a `UserError` if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -23,7 +23,7 @@ CONTENT = re.compile(r"data\.train\.[^.]+\.(?!weight$)[^.]+")
 
 
 def identity(tokenizer, examples: Examples) -> dict[str, Any]:
-    """What tells vocabulary and training data from others: goes into every checkpoint."""
+    """Identifies vocabulary and training data by content; every checkpoint stores it."""
     return {"vocabulary": vocabulary_identity(tokenizer), "data": examples.identity()}
 
 

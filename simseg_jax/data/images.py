@@ -113,7 +113,7 @@ def from_array(array: np.ndarray) -> Image.Image:
 
 
 def open_image(image: Encoded, max_pixels: int | None = None) -> Image.Image:
-    """An image of one of FORMATS of which only the header is read; close it, or use `with`.
+    """Opens an image of one of FORMATS and reads its header only; close it, or use `with`.
 
     Raises a ValueError with the reason, or whatever Pillow raises for damaged files.
     """
@@ -144,8 +144,8 @@ _quiet_lock = threading.Lock()
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of Pillow: damaged EXIF says nothing about the pixels, large images are ours."""
-    # Filters belong to the process: two threads that come and go would leave them changed.
+    """Silences Pillow: damaged EXIF does not concern the pixels, and we bound sizes ourselves."""
+    # Filters are global: two threads that overlap could leave them changed.
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -222,11 +222,11 @@ def orientation(image: Image.Image) -> int:
 
 
 def turned(image: Image.Image, stored: int) -> Image.Image:
-    """The upright image of one whose `orientation` was `stored`."""
+    """The image turned upright; stored: its `orientation`."""
     if stored not in TURNS:
         return image
     image = image.transpose(TURNS[stored])
-    image.info.clear()  # Nobody shall turn it again.
+    image.info.clear()  # Otherwise it could be turned a second time.
     return image
 
 

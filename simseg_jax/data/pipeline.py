@@ -26,15 +26,14 @@ from simseg_jax.data.images import (
 from simseg_jax.data.mixture import Mixture
 from simseg_jax.data.pairs import BadExample, open_source
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.errors import UserError
+from simseg_jax.errors import NAMED, UserError
 
 # Examples that a thread or worker prepares at a time: enough to make the bookkeeping cheap.
 CHUNK = 32
 # Bad examples are replaced by others of their data set, at most so many times in a row.
 ATTEMPTS = 20
-NAMED = 5
 NAME_BYTES = 200
-SAMPLE = 64  # So many examples of a data set tell it from others.
+SAMPLE = 64  # Examples that identify a data set.
 
 
 def on_device(data) -> bool:
@@ -75,7 +74,7 @@ class Examples:
         return lines
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """What tells every data set from others, wherever it lies.
+        """Identifies every data set by its content, wherever it is.
 
         {name: {"examples": int, "sample": digests of image and captions of `SAMPLE` examples}}; the
         digest of an example that cannot be read is "".
@@ -246,7 +245,7 @@ class TrainBatches:
 
 
 def _spread(source) -> list[int]:
-    """Indices of the examples that stand for a source, the first and the last among them."""
+    """Indices of examples spread evenly over a source, its first and last included."""
     return np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int).tolist()
 
 

@@ -18,7 +18,7 @@ from simseg_jax.models.bert import PAD
 
 MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the touched pieces; the remaining 40 % are deleted
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-LARGEST = 64 << 20  # Bytes of a vocabulary's file; real ones have a tenth of it.
+LARGEST = 64 << 20  # Bytes of a vocabulary file; real ones have a tenth of that.
 HUB_SECONDS = 5
 # Upper case, an accent, Chinese and punctuation: how they are split tells normalisations apart.
 PROBE = "A Photo of the Café, 中文 dogs' Été!"
@@ -27,9 +27,9 @@ PROBE = "A Photo of the Café, 中文 dogs' Été!"
 def load_tokenizer(vocab: str):
     """A fast BERT tokenizer from "shapes", a vocab.txt, a saved tokenizer folder or a hub name.
 
-    A vocab.txt has one token per line, which ends at \\n or \\r\\n only, in UTF-8. Whether it is
-    cased says do_lower_case in a tokenizer_config.json beside it; without one it is cased if any of
-    its tokens has a capital letter. What the hub has given once is taken from its local cache.
+    A vocab.txt is UTF-8 with one token per line; only \\n and \\r\\n end lines. do_lower_case in a
+    tokenizer_config.json beside it says whether it is cased; without one it is cased if any token
+    has a capital letter. Downloads from the hub are kept in its local cache and taken from there.
     """
     with _quiet():  # Slow to import, and not needed by the model itself.
         from transformers import AutoTokenizer, BertTokenizer
@@ -58,7 +58,7 @@ def load_tokenizer(vocab: str):
 
 
 def vocabulary_identity(tokenizer) -> dict[str, Any]:
-    """{"tokens": how many, "digest": hexadecimal}: equal if texts become the same ids."""
+    """{"tokens": count, "digest": 16 hexadecimal digits}: equal if texts get the same ids."""
     probe = tokenizer.backend_tokenizer.encode(PROBE, add_special_tokens=False).ids
     content = [sorted(tokenizer.get_vocab().items()), probe]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()

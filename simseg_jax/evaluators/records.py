@@ -1,4 +1,4 @@
-"""What an evaluation keeps of every image, on disk, so that a killed job goes on where it was."""
+"""Records of evaluated images on disk: a killed job continues where it stopped."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from simseg_jax.errors import UserError
 from simseg_jax.files import digest, naming
 from simseg_jax.sharding import gather_bytes
 
-FORMAT = 2  # Of the lines. Records of another one are computed again.
+FORMAT = 2  # Of the lines. Records in another format are computed again.
 # Settings that do not change the record of an image.
 IMMATERIAL = ("limit", "batch_size", "threads")
 
@@ -32,7 +32,7 @@ class Record(NamedTuple):
     scores: list[np.ndarray]
 
     def to_list(self) -> list:
-        """What JSON can hold."""
+        """The record as lists that JSON can hold."""
         scores = [[None if np.isnan(x) else round(float(x), 6) for x in s] for s in self.scores]
         return [self.name, self.stamp, [c.tolist() for c in self.counts], scores]
 
@@ -54,17 +54,17 @@ def total_confusion(records: Iterable[Record], classes: int, variant: int = 0) -
 
 
 class Kept(NamedTuple):
-    """What a `RecordStore` holds: records by name and stamp, and lines that do not count by why."""
+    """The content of a `RecordStore`: records by name and stamp, unusable lines by reason."""
 
     records: dict[tuple[str, str], Record]
     unusable: Counter[str]
 
     def of(self, images: Iterable[tuple[str, str]]) -> dict[str, Record]:
-        """The records of images (name, stamp) by name, as far as there are any."""
+        """The records found for images (name, stamp), by name."""
         return {image[0]: self.records[image] for image in images if image in self.records}
 
     def describe(self, done: int, remaining: Sequence[str], listed: Sequence[str]) -> str:
-        """What of an evaluation of `done` and `remaining` names is there, and why the rest is not.
+        """A sentence: how many images have records, and why the `remaining` ones have none.
 
         listed: all names of the benchmark, also those beyond the limit.
         """
@@ -79,22 +79,21 @@ class Kept(NamedTuple):
 
 
 class RecordStore:
-    """A folder of JSON lines, one file per process; headers say what the records were made with.
+    """A folder of JSON lines, one file per process; headers identify the evaluation.
 
-    identity: of the evaluation, without its images. `inputs` is what it reads besides them: records
-    made with another one are not used. A store with any other difference, such as another
-    checkpoint or settings, belongs to another evaluation and is refused with a `UserError`.
-    Every line is sealed, so that a damaged one is noticed, and holds for its identity alone.
+    identity: checkpoint, settings and whatever else must agree: a `UserError` refuses a store with
+    another one. inputs: identifies what is read besides the images; records with other inputs are
+    not used. Every line carries a digest of itself and its header, so that damage is noticed.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], inputs: str = ""):
         self.folder = folder
-        # As it reads when it comes back from JSON.
+        # As JSON returns it: tuples become lists.
         self.identity = json.loads(json.dumps({"format": FORMAT, **identity, "inputs": inputs}))
         self.key = digest(self.identity)
 
     def read(self) -> Kept:
-        """Everything that is finished."""
+        """All finished records."""
         kept = Kept({}, Counter())
         for path in sorted(self.folder.glob("records-*.jsonl")):
             reason = "damaged"
@@ -115,7 +114,7 @@ class RecordStore:
         path = self.folder / f"records-{jax.process_index():05d}.jsonl"
         with naming(path), path.open("a", encoding="utf-8") as file:
             if file.tell():
-                file.write("\n")  # In case that the last line was cut off.
+                file.write("\n")  # The last line may be cut off.
             file.write(json.dumps({**self.identity, "seal": self.key}) + "\n")
             file.flush()  # A full disk is found before the work.
             for record in records:

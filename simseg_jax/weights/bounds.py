@@ -1,7 +1,7 @@
-"""The most that a weights file of others may ask for; every reader checks before it allocates.
+"""Limits on the weights files of others; every reader checks them before it allocates.
 
-A larger request is refused in one sentence. Together they keep what is read from a small file, of
-whatever content, below a few hundred megabytes and a few seconds.
+A file that exceeds one is refused in one sentence. Together they keep the reading of a small file,
+whatever its content, below a few hundred megabytes and a few seconds.
 """
 
 PICKLE = 1 << 20  # Bytes of the pickle in a .pth: some 200 for each tensor, up to 100 in memory.
@@ -10,7 +10,7 @@ JSON = 8 << 20  # Bytes of a JSON file beside the weights or in a model folder.
 TENSORS = 20_000  # In one file; a ViT and a BERT of twelve blocks have 351.
 NAME = 500  # Characters of a tensor's name.
 DIMENSIONS = 8  # Of a tensor.
-BLOCKS = 256  # Of an encoder; the deepest published ViTs have 48.
+BLOCKS = 128  # Of an encoder; the deepest published ViTs have 48.
 
 
 def inflated(size: int) -> int:

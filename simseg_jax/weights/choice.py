@@ -1,4 +1,4 @@
-"""Which of the models in a file is taken: wrappers of training code, prefixes, averages, the key.
+"""Choosing one of the models in a file: wrappers of training code, prefixes, averages, the key.
 
 A checkpoint may hold a model several times: raw and averaged, student and teacher. What precedes
 the names of a model's tensors, the prefix, tells them apart.
@@ -17,13 +17,13 @@ Tensors = Mapping[str, np.ndarray]
 
 # Wrappers of training code, which leave a part of their own in the names.
 WRAPPER = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-# Averages of the parameters, which are what their authors evaluate where there are others too.
+# Averages of the parameters: where a file has them, their authors evaluate these.
 AVERAGED = r"(^|[._/])(ema|teacher)([._/]|$)"
 OPTIMIZER = r"(^|[./])opt(im|imizer|imizer_state|_state)?[./]"
 
 
 def usual_names(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Without what differs between releases of the same code base or comes from wrappers."""
+    """Tensors under the current names of their code base, without the parts of wrappers."""
     usual: dict[str, np.ndarray] = {}
     for old, tensor in tensors.items():
         name = re.sub(WRAPPER, "", old)
@@ -102,7 +102,7 @@ def label(prefix: str) -> str:
 
 
 def _group(name: str, prefix: str) -> str:
-    """As much of a name as tells it from those with the prefix."""
+    """The shortest start of a name that no name with the prefix has."""
     parts, others = re.split(r"[./]", name), re.split(r"[./]", prefix)
     common = 0
     while common < min(len(parts), len(others)) and parts[common] == others[common]:

@@ -1,6 +1,6 @@
-"""The formats of encoders: what tells them, and what their files say of the architecture.
+"""The formats of encoders: how to recognise them and read the architecture from their files.
 
-A format is told by the names of the tensors. What their shapes do not say (heads, activation,
+The names of the tensors tell the format. What their shapes do not say (heads, activation,
 normalisation of the images) comes from the JSON files beside the weights.
 """
 
@@ -38,7 +38,7 @@ class Format(NamedTuple):
     signature: str  # A tensor that every such file has; what precedes it there is a prefix.
     describe: Callable[[Tensors, Settings, int | None], dict[str, Any]]
     table: Callable[..., list[Entry]]
-    unused: str  # Tensors that the method has no use for: heads, poolers, buffers.
+    unused: str  # Pattern of tensors that the method does not need: heads, poolers, buffers.
 
 
 def _shape(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ def _count(tensors: Tensors, pattern: str) -> int:
     """The number of blocks: one more than the largest that a pattern with one group finds."""
     numbers = [m[1] for m in (re.match(pattern, name) for name in tensors) if m]
     largest = max(numbers, key=lambda number: (len(number), number), default="-1")
-    # Before anything is built for them.
+    # Checked before anything is built for them.
     if len(largest) > 3 or int(largest) >= bounds.BLOCKS:
         raise UserError(
             f"The weights number a block {largest[:20]}: at most {bounds.BLOCKS} are read."

@@ -22,9 +22,9 @@ from simseg_jax.weights.torch_file import load_tensors
 
 CACHE = Path("~/.cache/simseg_jax/weights")
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
-# What describes a model beside its weights, in the words of timm, transformers and open_clip.
+# Files beside the weights that describe the model: of timm, transformers and open_clip.
 SETTINGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
-# The usual names, the safest first: those of a folder that holds the same weights several times.
+# Of a folder that holds the same weights several times the first of these is taken: the safest.
 USUAL = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 GET_AGAIN = "Get the file again, or save its state dict alone with PyTorch."
 # Under this name our files describe the architecture, which the tensors alone do not tell.

@@ -43,8 +43,8 @@ PLAIN = (
 def load_tensors(path: Path) -> Any:
     """The object stored in `path` with every tensor as a NumPy array (float32, int64, ...).
 
-    Tensors are read-only views of their storages, as they share them in the file. Whatever the
-    parsers raise for a damaged file passes: call it within `errors.reading`.
+    Tensors are read-only views of their storages, which they may share. Errors of the parsers for
+    damaged files pass: call it within `errors.reading`.
     """
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -68,7 +68,7 @@ def load_tensors(path: Path) -> Any:
 
 
 class _Entries:
-    """Reads entries of an archive that are stored as they are, together no more than it holds."""
+    """Reads uncompressed entries of an archive, in total at most the bytes of its file."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int):
         self.archive, self.size, self.left = archive, size, size
@@ -90,8 +90,8 @@ class _Ignored:
     """Stands for an object that is no tensor."""
 
 
-# What a pickle may name, and what becomes of it. Training loops keep their options and numbers of
-# NumPy beside the weights.
+# What a pickle may name, and what it becomes. Training loops keep options and NumPy scalars beside
+# the weights.
 MADE: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): "dictionary",
     ("torch._utils", "_rebuild_tensor_v2"): "tensor",

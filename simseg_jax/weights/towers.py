@@ -17,7 +17,6 @@ from simseg_jax.errors import UserError, one_line, reading, some
 from simseg_jax.models.bert import Bert, BertConfig
 from simseg_jax.models.simseg import params_of, path_string
 from simseg_jax.models.vit import ViT, ViTConfig
-from simseg_jax.weights import bounds
 from simseg_jax.weights.choice import Tensors, choose, prefixes, take, usual_names
 from simseg_jax.weights.formats import FORMATS, Format
 from simseg_jax.weights.layouts import Entry, kinds
@@ -101,11 +100,9 @@ def check_settings(sides: Mapping[str, Mapping[str, Any]], **model: Any) -> None
     try:
         for side, settings in sides.items():
             for key, value in settings.items():
-                if type(value) is int and value < 1:
-                    raise UserError(f"{key}={value} must be at least 1.")
+                if key == "vocab_size" and value == 0:  # In a configuration: not known yet.
+                    raise UserError("vocab_size=0 must be at least 1.")
                 assign(config, f"model.{side}.{key}", value)
-            if settings["depth"] > bounds.BLOCKS:
-                raise UserError(f"depth={settings['depth']} is more than {bounds.BLOCKS} blocks.")
         for key, value in model.items():
             assign(config, f"model.{key}", value)
         validate(config)
@@ -134,8 +131,8 @@ def assemble(
 ) -> dict:
     """Nested float32 parameters from the tensors that a table names; it has to name all of them.
 
-    All missing, unexpected and mis-shaped names are reported together, so are those of tensors with
-    values that are not finite.
+    One `UserError` reports all missing, unexpected and mis-shaped names, another all parameters
+    with values that are not finite.
     """
     found, problems = {}, []
     for entry in table:

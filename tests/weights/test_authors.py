@@ -151,6 +151,7 @@ def test_the_description_beside_a_state_dict_decides(tensors, golden_model):
         ("text", "width", "32"),
         ("image", "mean", [1.0]),
         ("text", "mlp_width", -1),
+        ("text", "vocab_size", 0),
     ):
         text = json.dumps(described | {side: described[side] | {key: value}})
         with pytest.raises(UserError, match=f"describe an impossible model: .*{key}"):

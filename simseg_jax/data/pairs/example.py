@@ -1,4 +1,4 @@
-"""What all sources share: bad examples, problems, the usual names of keys, readable captions."""
+"""Shared by all sources: bad examples, problems, usual names of keys, reading captions."""
 
 import codecs
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from simseg_jax.errors import UserError, one_line, some
+from simseg_jax.errors import NAMED, UserError, one_line, some
 
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "imbytes", "bytes")
 CAPTION_KEYS = (
@@ -19,7 +19,6 @@ TEXT_FIELDS = ("caption", "raw", "text")  # Of captions that are records.
 NUMBERED = re.compile(r"(captions?|sentences?|texts?|raw)_?\d+", re.IGNORECASE)
 LIST = re.compile(r"""\s*\[\s*(["'].*)?\]\s*""", re.DOTALL)  # Written as text.
 NAME_KEYS = ("name", "image/filename", "key", "__key__", "image_id", "id")
-NAMED = 5  # Problems that are described; the others are only counted.
 SHORT = 240  # Characters of a description.
 ROOM = 300  # Characters of all descriptions in a message.
 MAX_TEXT = 1 << 20  # Bytes of the text, or the JSON, of one example.
@@ -70,24 +69,24 @@ class Problems:
 
 
 def shorten(text: str, limit: int = SHORT) -> str:
-    """`text` in one line, without its middle if it is long: the ends hold the name and reason."""
+    """`text` in one line; a long one loses its middle, as the ends hold the name and the reason."""
     text = " ".join(text.encode(errors="backslashreplace").decode().split())
     half = limit // 2 - 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
 
 def encoding(data: bytes) -> str:
-    """How the text that starts with `data` is encoded: what its byte order mark says, or UTF-8."""
+    """The encoding of a text that starts with `data`: that of its byte order mark, else UTF-8."""
     return next((name for mark, name in BOMS if data.startswith(mark)), "utf-8")
 
 
 def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
-    """(captions, what is wrong with the others) of one example, in whatever form data have them.
+    """(captions, reasons why others are unusable) of one example.
 
     value: a str, bytes (UTF-8, or with a byte order mark), a record with the text in one of
     `TEXT_FIELDS`, a list of these, or the JSON of a list of str. Captions are stripped. Empty and
-    missing ones are no captions and nothing wrong. No text is guessed: what cannot be decoded is
-    named, not mended.
+    missing ones are dropped without a reason. Text that cannot be decoded is reported, never
+    guessed.
     """
     captions, wrong = [], []
     for entry in value if isinstance(value, list | tuple) else [value]:
@@ -98,7 +97,7 @@ def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
             if isinstance(text, str) and len(text) > MAX_TEXT:
                 wrong.append(f"a caption of {len(text):,} characters")
             elif isinstance(text, str):
-                text.encode()  # Half a surrogate pair stands for what could not be decoded.
+                text.encode()  # A lone surrogate stands for a byte that could not be decoded.
                 captions += _listed(text) if LIST.fullmatch(text) else [text]
             elif text is not None:
                 wrong.append(f"a caption that is no text but {type(text).__name__}")
@@ -110,7 +109,7 @@ def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _listed(text: str) -> list[str]:
-    """The captions of a list that is written as text: some tables keep several in one column."""
+    """The captions of a JSON list: some tables keep several captions in one column."""
     try:
         captions = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -11,8 +11,8 @@ from simseg_jax.data.pairs.tars import TarSource
 from simseg_jax.errors import UserError
 from simseg_jax.files import digest, stamp
 
-# How the names of files tell their format. A folder counts as the first one that any of its files
-# has: img2dataset leaves Parquet and JSON with statistics next to its tars.
+# File names that tell a format. A folder has the first format that any of its files has:
+# img2dataset leaves Parquet and JSON with statistics beside its tars.
 NAMES = {
     "webdataset": r"\.(tar(\.(gz|bz2|xz|zst))?|tgz)$",
     "array_record": r"\.array_?record",
@@ -56,9 +56,9 @@ def open_source(settings, cache: str = ""):
 
 
 def content(settings, source) -> str:
-    """Stands for the versions of the files of an open source: another one when any has changed.
+    """A digest of the files of an open source; it changes when any of them does.
 
-    By name, size and time of change; of the images of a table only where they lie on this machine.
+    It covers names, sizes and times of change. Images of a table count only if they are local.
     """
     if settings.format == "shapes":
         from simseg_jax.data import shapes
@@ -80,7 +80,7 @@ def _stamp(folder: str, name: str) -> str:
 
 
 def _format_of(path: str) -> str:
-    """The format of what `path` names or, as a folder or pattern, holds."""
+    """The format of the file `path`, or of the files that a folder or pattern holds."""
     for form, pattern in {**TABLES, **NAMES}.items():
         if re.search(pattern, path, re.I):
             return form

@@ -8,6 +8,7 @@ size, what one may hold is bounded by its size on disk: see `_check_size`.
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,14 +30,14 @@ from simseg_jax.data.pairs.remote import File
 from simseg_jax.errors import UserError, one_line
 
 BATCH = 64  # Rows in memory at a time, at most.
-BATCH_BYTES = 64 << 20  # And as many as certainly fit into this, but at least one.
-# Bytes that a file may unfold to: so many, or so many for each of its own.
+BATCH_BYTES = 64 << 20  # Memory for these rows; one row is always read.
+# A file may unfold to SMALL bytes, or to RATIO times its size if that is more.
 SMALL, RATIO = 64 << 20, 32
-GROUP_KEY = "image_id"  # Rows with the same one and equal images form one example.
+GROUP_KEY = "image_id"  # Rows that share it and have equal images form one example.
 
 
 class UnfitError(UserError):
-    """A file whose columns are not those of pairs; others in its folder may be."""
+    """The columns of a file hold no pairs; other files of its folder may."""
 
 
 class ParquetSource:
@@ -65,7 +66,7 @@ class ParquetSource:
             except UnfitError as error:
                 refusal = refusal or error
                 self.problems.add(str(error))
-            # Its parser meets damage with errors of several kinds.
+            # pyarrow raises errors of several kinds for damage.
             except Exception as error:
                 if not remote.is_damage(error):
                     raise
@@ -247,12 +248,7 @@ def _copy(
                     if not wrong:
                         problems.add(f"{name}: {'empty caption' if image else 'no image'}")
                     continue
-                owner = None
-                if grouped and row[GROUP_KEY] is not None:
-                    # Ids may start again in every file, or all be the same.
-                    digest = hashlib.blake2b(image, digest_size=16)
-                    digest.update(str(row[GROUP_KEY]).encode(errors="replace"))
-                    owner = digest.hexdigest()
+                owner = _owner(row[GROUP_KEY], image) if grouped else None
                 stored = None if owner in seen else image
                 if owner is not None:
                     seen.add(owner)
@@ -271,8 +267,17 @@ def _copy(
     return problems
 
 
+def _owner(identity: Any, image: bytes) -> str | None:
+    """What the rows of one example share: ids may start again in every file, or all be the same."""
+    if identity is None:
+        return None
+    digest = hashlib.blake2b(image, digest_size=16)
+    digest.update(str(identity).encode(errors="replace"))
+    return digest.hexdigest()
+
+
 def _captions(values: list) -> tuple[list[str], list[str]]:
-    """What `read_captions` finds in several columns."""
+    """`read_captions` of several columns together."""
     found = [read_captions(value) for value in values]
     return [c for captions, _ in found for c in captions], [w for _, wrong in found for w in wrong]
 

@@ -58,7 +58,7 @@ def local_path(path: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether systems keep it beside the data: .DS_Store, ._x.jpg, .ipynb_checkpoints, __MACOSX."""
+    """Whether a name is that of system files: .DS_Store, ._x.jpg, .ipynb_checkpoints, __MACOSX."""
     return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
 
 
@@ -142,11 +142,11 @@ def listing(folder: str) -> tuple[list[File], list[str]]:
 def cached(
     folder: Path, identity: tuple, suffix: str, build: Callable[[Path], Problems]
 ) -> tuple[Path, Problems]:
-    """(file, problems) that `build` wrote and returned, now or in an earlier run.
+    """The cached file and its problems, from an earlier run or written by `build` now.
 
-    identity: everything the content depends on but this program, whose `VERSION` is added. Several
-    processes may build the same file at once: it appears under its name only when it is complete.
-    One that was damaged since is built again. A `UserError` says where there is no room for it.
+    identity: all that the content depends on besides `VERSION`. Several processes may build the
+    same file at once: it appears under its name only when it is complete. A damaged file is built
+    again. A `UserError` says that the folder has no room or cannot be written.
     """
     key = hashlib.sha256(repr((VERSION, *identity)).encode(errors="backslashreplace")).hexdigest()
     path = folder / (key[:24] + suffix)
@@ -161,9 +161,7 @@ def cached(
         with _writing(folder, *FULL):
             problems = build(partial)
         with _writing(folder):
-            with partial.open("rb") as file:
-                digest = hashlib.file_digest(file, "blake2b").hexdigest()
-            status = partial.stat()
+            status, digest = partial.stat(), _digest(partial)
             told = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
             write_json(notes, {"problems": asdict(problems), **told})
             partial.replace(path)
@@ -179,13 +177,17 @@ def _noted(path: Path, notes: Path) -> Problems | None:
         problems = Problems(**told["problems"])
         if status.st_size != told["size"]:
             return None
-        if status.st_mtime_ns != told["mtime"]:  # Copied with its folder, or changed.
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "blake2b").hexdigest() != told["digest"]:
-                    return None
+        # Another time alone may be that of a copy of the folder.
+        if status.st_mtime_ns != told["mtime"] and _digest(path) != told["digest"]:
+            return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return problems
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 @contextlib.contextmanager

@@ -36,9 +36,9 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "title", "comment", "captions", "sentence", "sentences", "raw")
 SEPARATORS = "\t,;|"
-QUOTING = ",;"  # Separators of tables with quoted fields; beside others a quote is text.
-SPAN = 64  # Lines that one quoted field may fill.
-LONGEST = 1 << 17  # Characters of a line, as of a field in Python's csv.
+QUOTING = ",;"  # Separators of tables with quoted fields; with others a quote is text.
+SPAN = 64  # The most lines of a quoted row.
+LONGEST = 1 << 17  # Characters of a line: the limit of Python's csv for a field.
 TOKEN = re.compile(r"([^\t]+)#\d+\t")  # Flickr8k.token.txt: image#number, caption; no header.
 TRIED = 20  # Images looked for before their folder counts as the wrong one.
 
@@ -48,8 +48,8 @@ class TableSource:
 
     table, form: the file and its format. csv: one row per caption under a header (see `_csv_rows`)
     or Flickr8k's token file; coco: the JSON of COCO captions or of Karpathy's splits
-    (dataset_flickr30k.json, dataset_coco.json). images: the folder of the images, of which names
-    in the table are part; none may lead out of it. split: a text file that lists the images to use,
+    (dataset_flickr30k.json, dataset_coco.json). images: the image folder; the names in the table
+    are relative to it and may not lead out of it. split: a text file that lists the images to use,
     one per line, '' for all; of Karpathy's the name of a split, such as test, or several joined by
     +. Both are relative to the table.
     """
@@ -113,7 +113,7 @@ class TableSource:
             self.captions.append(caption)
 
     def _inside(self, name) -> str:
-        """The name of an image relative to the folder of the images, in one of its spellings."""
+        """The normalised name of an image relative to the image folder; a ValueError refuses it."""
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             raise ValueError(f"{shorten(repr(name), 60)} is no name of an image")
         try:
@@ -129,7 +129,7 @@ class TableSource:
         return path
 
     def _chosen(self, numbers: dict[str, int], listing: str) -> np.ndarray:
-        """The examples that a text file lists by the names of their images, int64 [N]."""
+        """The examples whose images a text file lists, int64 [N], in its order."""
         data = _read(listing, "The list of images")
         with reading(f"the list of images {listing}", "Save it as UTF-8."):
             lines = re.split(r"\r\n|\n|\r", data.decode(encoding(data)))
@@ -195,12 +195,12 @@ def _csv_rows(
 ) -> Iterator:
     """(line, image name, captions) of every row.
 
-    The header tells the separator: the one of tab, comma, semicolon and | it has most of. Beside
-    commas and semicolons fields may be quoted (RFC 4180) and a quoted field may hold line ends;
-    beside tabs and | a quote is text, unless the header itself is quoted. Case and spaces around
-    the columns' names do not matter. What has no single reading costs its own line only and is
-    counted: a quote without its partner, more or fewer columns than the header, bytes that are not
-    UTF-8. UTF-16 and UTF-32 need their byte order mark.
+    The separator is the most frequent of tab, comma, semicolon and | in the header. In tables with
+    commas or semicolons fields may be quoted (RFC 4180) and quoted fields may hold line ends; in
+    others a quote is text, unless the header itself is quoted. Column names are compared without
+    case and outer spaces. A row that is ambiguous costs only its own line and is counted: an
+    unpaired quote, more or fewer columns than the header, bytes that are not UTF-8. UTF-16 and
+    UTF-32 need their byte order mark.
     """
     # A file of an old Mac has no line feed; in others a lone carriage return is text.
     ending = "\n" if b"\n" in data else "\r"
@@ -231,16 +231,10 @@ def _csv_rows(
             raise UserError(f"{table} has two columns {key}: rename the one that is not meant.")
         return names.index(key)
 
-    def wanted(key: str) -> str:
-        return key.strip().casefold()
-
-    image = column(choose_key(where, "column image", wanted(image_key), IMAGE_COLUMNS, names))
-    captions = [
-        column(key)
-        for key in choose_captions(
-            where, "column caption", wanted(caption_key), CAPTION_COLUMNS, names
-        )
-    ]
+    image_key, caption_key = (key.strip().casefold() for key in (image_key, caption_key))
+    image = column(choose_key(where, "column image", image_key, IMAGE_COLUMNS, names))
+    keys = choose_captions(where, "column caption", caption_key, CAPTION_COLUMNS, names)
+    captions = [column(key) for key in keys]
     rows = _records(lines, separator, len(names), image, quoting, spaces)
     next(rows, None)
     for number, fields in rows:
@@ -260,8 +254,8 @@ def _records(
 ) -> Iterator[tuple[int, list[str] | str]]:
     """(number of its first line, its fields or what is wrong with it) of every row.
 
-    columns: fields that a row has. image: the one with the name of the image. spaces: whether a
-    space before a quote is none of the field's.
+    columns: number of fields in a row. image: index of the field with the image's name. spaces:
+    whether to drop spaces before a field.
     """
     ahead, number = deque(islice(lines, 1)), 1
     while ahead:
@@ -309,7 +303,7 @@ def _quoted(
 
 
 def _plain(field: str) -> str:
-    """A field of a table without quoting, unless its writer must have quoted it: "a ""b"" c"."""
+    """A field of a table without quoting, unquoted where doubled quotes ask for it: "a ""b"" c"."""
     inner = field[1:-1]
     quoted = field[:1] == field[-1:] == '"' and '""' in inner
     return inner.replace('""', '"') if quoted and '"' not in inner.replace('""', "") else field
@@ -383,7 +377,7 @@ def _coco_rows(content: dict, problems: Problems) -> Iterator:
 
 
 def _fields(entry, identity: str, other: str) -> tuple:
-    """(entry[identity], entry[other]) of what may be anything; None for what is missing."""
+    """(entry[identity], entry[other]); None for what is missing. `entry` may be anything."""
     if not isinstance(entry, dict) or not isinstance(entry.get(identity), str | int):
         return None, None
     return entry[identity], entry.get(other)

@@ -1,6 +1,6 @@
 """WebDataset tar shards, read in place: KEY.jpg with KEY.txt or KEY.json, as img2dataset writes.
 
-Names of members are only names: nothing is unpacked, so that they may be absolute or lead upwards.
+Nothing is unpacked, so members may have any name: absolute, or with "..".
 """
 
 import contextlib
@@ -31,12 +31,12 @@ IMAGES = (*USUAL, *sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - {*USUAL}))
 CAPTIONS = (("txt", ()), ("json", ("caption", "captions")))  # Suffix, fields of its JSON.
 NONE = (0, 0)  # Offset and size of what is missing.
 HEADER = tarfile.BLOCKSIZE  # Bytes of the header right before the content of a member.
-MAGIC = 257  # Where a header says that it is one.
+MAGIC = 257  # Offset of the magic "ustar" in a header.
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-TRIES = 10_000  # Blocks that may look like a header and be none, before a search ends.
-DAMAGES = 20  # Places of a shard after which the rest of it is left out.
-LOOKED = 8  # Documents of JSON of a shard that are searched for a caption while indexing.
-GAP = 1 << 16  # Members of a pair at most so many bytes apart are fetched together.
+TRIES = 10_000  # False headers after which a search ends.
+DAMAGES = 20  # Damaged places of a shard after which its rest is left out.
+LOOKED = 8  # JSON documents of a shard that indexing searches for a caption.
+GAP = 1 << 16  # Bytes between the members of a pair up to which they are read together.
 ROW = np.dtype(
     [
         ("shard", np.uint32),
@@ -119,7 +119,7 @@ class TarSource:
         self.__dict__ = {**state, "rows": np.load(state["index"], mmap_mode="r")}
 
     def _index(self, path: str, target: Path) -> Problems:
-        """Writes the rows of one shard, none if it is no archive at all."""
+        """Writes the rows of one shard; a file that is no archive has none."""
         problems, suffixes = Problems(), set()
         wanted = [suffix for suffix, _ in self.captions]
         rows, alone, complete = [], {}, set()
@@ -148,7 +148,7 @@ class TarSource:
         return problems
 
     def _with_fields(self, path: str, rows: np.ndarray, problems: Problems) -> np.ndarray:
-        """`rows` without those of JSON, if several documents have no caption."""
+        """`rows` without those of JSON, if none of the documents looked at has a caption field."""
         kind = next((k for k, (_, fields) in enumerate(self.captions) if fields), None)
         mine = rows[rows["kind"] == kind]
         if not mine.size:
@@ -165,9 +165,10 @@ class TarSource:
 
 
 def _scan(path: str, wanted: set[str], suffixes: set[str], problems: Problems) -> dict:
-    """{(archive, key): {suffix: (offset, size)}} of the wanted suffixes; all go to `suffixes`.
+    """{(archive, key): {suffix: (offset, size)}} of the wanted suffixes.
 
-    A name is a key and the longest wanted suffix: the key may have dots of its own.
+    A name consists of a key, which may have dots, and the longest wanted suffix. `suffixes`
+    receives all suffixes of the shard.
     """
     pairs: dict[tuple[int, str], dict] = {}
     with remote.open_file(path) as file:
@@ -192,7 +193,7 @@ def _scan(path: str, wanted: set[str], suffixes: set[str], problems: Problems) -
 
 
 def _shorter(key: tuple[int, str]) -> list[tuple[int, str]]:
-    """What a key may be, with fields of several dots: of a.b.c also a.b and a."""
+    """The keys that remain if dots belong to the suffix: a.b and a for a.b.c."""
     archive, name = key
     folder, slash, base = name.rpartition("/")
     parts = base.split(".")
@@ -200,9 +201,9 @@ def _shorter(key: tuple[int, str]) -> list[tuple[int, str]]:
 
 
 def _members(file: BinaryIO, path: str, problems: Problems) -> Iterator[tuple]:
-    """(number of the archive, member) of all archives that follow each other in a file.
+    """(number of its archive, member) for the concatenated archives of a file.
 
-    After damage it goes on with the next header. The numbers tell apart the keys of archives.
+    After damage it continues with the next header. Keys are unique within an archive only.
     """
     start, number, damages, end = 0, 0, 0, file.seek(0, 2)
     while start < end and damages < DAMAGES:
@@ -211,7 +212,7 @@ def _members(file: BinaryIO, path: str, problems: Problems) -> Iterator[tuple]:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    # It would keep them all.
+                    # tarfile would keep all members in memory.
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     if member.size < 0 or tar.offset <= start:
                         break
@@ -221,8 +222,7 @@ def _members(file: BinaryIO, path: str, problems: Problems) -> Iterator[tuple]:
                     start = tar.offset
                     rest = start + HEADER
                     yield number, member
-        # tarfile meets hostile headers with errors of many kinds, but only the system's have a
-        # number.
+        # tarfile raises errors of many kinds for hostile headers.
         except Exception as error:
             if not remote.is_damage(error):
                 raise
@@ -258,7 +258,7 @@ def _next_header(file: BinaryIO, start: int, end: int) -> tuple[int, bool]:
 
 
 def _write(target: Path, count: int, parts: Iterable[np.ndarray]) -> None:
-    """A .npy file of rows; not NumPy's own, which hides a full disk."""
+    """Writes rows as a .npy file; `np.save` would hide a full disk."""
     header = {"descr": ROW.descr, "fortran_order": False, "shape": (count,)}
     with target.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -284,13 +284,13 @@ def _read_members(path: str, spans: list[tuple[int, int]]) -> list[tuple[str, by
 
 
 def _suffix_and_fields(key: str) -> tuple[str, tuple[str, ...]]:
-    """("json", (FIELD,)) of json.FIELD; other keys are suffixes without a field."""
+    """("json", (FIELD,)) for json.FIELD; any other key is a suffix without fields."""
     suffix, _, field = key.partition(".")
     return (suffix, (field,)) if suffix == "json" and field else (key.lower(), ())
 
 
 def _captions(text: bytes, fields: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """What `read_captions` finds in a text, or in the first of the fields of a JSON with any."""
+    """`read_captions` of a text, or of the first field of a JSON that has any."""
     if not fields:
         return read_captions(text)
     content = json.loads(text)
