@@ -201,8 +201,8 @@ def captions(folder: Path, rng: Generator) -> Path:
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
     else:
-        import pyarrow as pa
-        from pyarrow import parquet
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]
+        from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
         names, texts = zip(*rows, strict=True)
         images = [{"bytes": picture.getvalue(), "path": name} for name in names]

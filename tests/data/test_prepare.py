@@ -173,7 +173,7 @@ def test_an_interrupted_job_keeps_its_finished_shards(home, monkeypatch, capsys)
         original(job, folder, index)
 
     monkeypatch.setattr(assemble, "write_shard", die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(*arguments)
     monkeypatch.setattr(assemble, "write_shard", original)
     work = home / "out" / "1.0.0.incomplete"
