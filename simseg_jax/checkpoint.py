@@ -234,16 +234,24 @@ def load_run(path: epath.Path, abstract: dict, record: Record) -> dict:
 def load_arrays(path: epath.Path, abstract: dict) -> dict:
     """The trees of arrays {"params": ...} in an Orbax folder, with the shardings of `abstract`."""
     refuse_unusable(str(path))
-    asyncio_log = logging.getLogger("asyncio")
-    level = asyncio_log.level
     try:
-        # When one read fails the others go on and would bury the message under theirs.
-        asyncio_log.setLevel(logging.CRITICAL)
-        loaded = ocp.load_checkpointables(str(path), abstract)
-        asyncio_log.setLevel(level)
-        return loaded
+        with first_error_only():
+            return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
         raise UserError(_damaged(path, error)) from error
+
+
+@contextlib.contextmanager
+def first_error_only() -> Iterator[None]:
+    """Silences asyncio's log, and after an error for good.
+
+    When one array fails, Orbax goes on with the others, whose errors would bury the first one.
+    """
+    log = logging.getLogger("asyncio")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    yield
+    log.setLevel(level)
 
 
 def refuse_unusable(path: str) -> None:

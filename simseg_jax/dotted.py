@@ -21,6 +21,15 @@ def leaves(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, value
 
 
+def first_difference(old: dict, new: dict) -> tuple[str, Any, Any] | None:
+    """(dotted key, old value, new value) of the first leaf that differs; None for equal ones."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    for key in {**after, **before}:
+        if before.get(key) != after.get(key):
+            return key, before.get(key), after.get(key)
+    return None
+
+
 def get(config: ConfigDict, name: str) -> Any:
     """The value or group at a dotted name; a `UserError` with the nearest name if there is none."""
     node = config

@@ -24,6 +24,12 @@ def digest(content) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def sha256(path: Path) -> str:
+    """The checksum of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Adds `path` to file-system errors without a name, such as those of a full disk."""

@@ -21,7 +21,7 @@ from simseg_jax.command_line import (
 from simseg_jax.config import PROBE, Config, describe, load_config
 from simseg_jax.config_checks import validate_crop, validate_probe
 from simseg_jax.data.labelled import labelled_source, loader
-from simseg_jax.dotted import leaves
+from simseg_jax.dotted import first_difference
 from simseg_jax.errors import UserError, one_line, report_user_errors
 from simseg_jax.evaluators.embedding import ImageEmbedder
 from simseg_jax.files import appearing, make_writable, write_json
@@ -138,10 +138,8 @@ def _kept(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray]:
         with path.open("rb") as opened, np.load(opened) as file:
             found = json.loads(str(file["identity"]))
             arrays = {name: file[name] for name in ("features", "labels")}
-        old, new = (dict(leaves(content)) for content in (found, json.loads(json.dumps(identity))))
-        reason = next(
-            (f"{k} changed since" for k in {**new, **old} if old.get(k) != new.get(k)), ""
-        )
+        difference = first_difference(found, json.loads(json.dumps(identity)))
+        reason = f"{difference[0]} changed since" if difference else ""
     # NumPy and zipfile meet damaged files with errors of any kind.
     except Exception as error:
         arrays, reason = {}, f"it is damaged: {one_line(error)}"

@@ -11,7 +11,6 @@ It is complete or not there at all: written under another name, then renamed.
 
 import contextlib
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -26,13 +25,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from simseg_jax import config as config_lib
-from simseg_jax.checkpoint import CONFIG, TOKENIZER, load_arrays, refuse_unusable
+from simseg_jax.checkpoint import CONFIG, TOKENIZER, first_error_only, load_arrays, refuse_unusable
 from simseg_jax.config import Config
 from simseg_jax.errors import UserError, one_line, some
+from simseg_jax.files import sha256
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.sharding import place
 from simseg_jax.weights import authors
-from simseg_jax.weights.sources import META, read_json, read_weights, sha256
+from simseg_jax.weights.sources import META, read_json, read_weights
 
 MANIFEST, CARD = "manifest.json", "README.md"
 PARAMS, SAFETENSORS = "params", "model.safetensors"
@@ -164,10 +164,9 @@ def write_orbax(folder: Path, params: dict) -> None:
     if free < needed:
         raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
     try:
-        ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
+        with first_error_only():
+            ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
     except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
-        # Writes of the other arrays go on and would bury the message under theirs.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise OSError(one_line(error)) from error
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from simseg_jax.config import Config
 from simseg_jax.config_checks import validate
 from simseg_jax.data.text import load_tokenizer
-from simseg_jax.errors import UserError, reading
+from simseg_jax.errors import UserError
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.trained import load_model, open_source
 from simseg_jax.weights import authors
@@ -107,8 +107,7 @@ def _trained(path: Path):
 def _tokenizer_beside(path: Path):
     folder = path if path.is_dir() else path.parent
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file():
-        with reading(f"the tokenizer {folder}", "Get its files again, or move them away."):
-            return load_tokenizer(str(folder))
+        return load_tokenizer(str(folder))
     return None
 
 

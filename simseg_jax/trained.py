@@ -25,11 +25,11 @@ from simseg_jax.checkpoint import (
 from simseg_jax.config import Config
 from simseg_jax.data.text import TextEncoder, load_tokenizer, vocabulary_identity
 from simseg_jax.errors import UserError, reading, some
+from simseg_jax.files import sha256
 from simseg_jax.model_folder import MANIFEST, is_model_folder, read_manifest, read_params
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.sharding import make_mesh, state_sharding
-from simseg_jax.weights import bounds
-from simseg_jax.weights.sources import Weights, fetch, read_weights, sha256, split_key
+from simseg_jax.weights.sources import Weights, fetch, read_weights, split_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,7 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
 
     if not (folder / TOKENIZER).is_dir():
         raise UserError(f"{folder} has no {TOKENIZER}/, which every run and converted model has.")
-    with reading(f"the tokenizer {folder / TOKENIZER}", "Get the folder again."):
-        tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
     if trained_with not in (None, vocabulary_identity(tokenizer)):
         raise UserError(
             f"{folder / TOKENIZER} is not the vocabulary that the model was trained with: words "
@@ -127,10 +126,6 @@ def assemble_model(
 ) -> TrainedModel:
     """A `TrainedModel`; read(architecture, shape structs with shardings) gives its parameters."""
     architecture = config_lib.model_config(config, len(tokenizer))
-    if max(architecture.image.depth, architecture.text.depth) > bounds.BLOCKS:
-        raise UserError(
-            f"The model has more than {bounds.BLOCKS} blocks: get its config.json again."
-        )
     mesh = make_mesh()
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
     params = read(architecture, with_sharding(shapes, state_sharding(shapes, mesh)))

@@ -8,11 +8,13 @@ ground. Scene `i` of a split is always the same.
 """
 
 import functools
+from pathlib import Path
 
 import numpy as np
 
 from simseg_jax.data.pairs.example import Problems
 from simseg_jax.errors import UserError
+from simseg_jax.files import digest
 
 CATEGORIES = ("apple", "leaf", "brick", "star", "heart", "ring", "cross", "moon", "kite", "wheel")
 GROUNDS = {
@@ -67,6 +69,11 @@ class ShapesSource:
     def __getitem__(self, index: int) -> dict:
         image, _, caption = scene(int(index), self.split)
         return {"image": image, "captions": (caption,), "name": f"scene {index} of {self.split}"}
+
+
+def version() -> str:
+    """Stands for the code that draws the scenes, as sizes and times do for files."""
+    return digest(Path(__file__).read_bytes())
 
 
 def check_split(split: str) -> str:

@@ -23,11 +23,10 @@ from PIL import Image
 from simseg_jax.config import data_set
 from simseg_jax.data.images import decode_image, open_image
 from simseg_jax.data.pairs import BadExample, open_source, tf_example
-from simseg_jax.errors import UserError, one_line
+from simseg_jax.errors import NAMED, UserError, one_line
 from simseg_jax.files import appearing
 
 DROPPED = "dropped.npy"  # In the folder of a job that drops duplicates: positions, sorted.
-NAMED = 5  # Examples of every kind of problem that are named.
 THREADS = 16  # Per process: remote files answer slowly, and PIL works outside Python's lock.
 AHEAD = 64  # Examples in memory per process.
 KEPT_FORMATS, KEPT_MODES = ("JPEG", "PNG"), ("RGB", "L")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from simseg_jax.dotted import leaves
+from simseg_jax.dotted import first_difference
 from simseg_jax.errors import UserError
 from simseg_jax.files import digest, naming
 from simseg_jax.sharding import gather_bytes
@@ -132,14 +132,16 @@ class RecordStore:
             return "of an earlier version" if "settings" in header else "damaged"
         if header.pop("seal", None) != digest(header):
             return "damaged"
-        old, new = (dict(leaves(x)) for x in (header, self.identity))
-        key = next((k for k in {**new, **old} if old.get(k) != new.get(k)), None)
-        if key not in (None, "inputs"):
+        difference = first_difference(header, self.identity)
+        if difference is None:
+            return "damaged"
+        key, old, new = difference
+        if key != "inputs":
             raise UserError(
-                f"{path} holds results with {key}={old.get(key)!r}, not {new.get(key)!r}: "
-                "choose another --output, or delete that folder to start again."
+                f"{path} holds results with {key}={old!r}, not {new!r}: choose another --output, "
+                "or delete that folder to start again."
             )
-        return "of other class names or prompts" if key else "damaged"
+        return "of other class names or prompts"
 
 
 def _parse(line: bytes) -> list | dict | None:

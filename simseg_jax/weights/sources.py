@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from simseg_jax.data.pairs import remote
 from simseg_jax.errors import UserError, one_line, reading, some
+from simseg_jax.files import sha256
 from simseg_jax.weights import bounds
 from simseg_jax.weights.torch_file import load_tensors
 
@@ -101,12 +102,6 @@ def read_weights(path: Path, key: str = "") -> Weights:
     folder = files[0].parent
     settings = {name: read_json(folder / name) for name in SETTINGS if (folder / name).is_file()}
     return Weights(tensors, settings, meta, files, key)
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict:

@@ -63,7 +63,7 @@ def content(settings, source) -> str:
     if settings.format == "shapes":
         from simseg_jax.data import shapes
 
-        return digest(Path(shapes.__file__).read_bytes())
+        return shapes.version()
     path = remote.local_path(settings.path)
     files = remote.find(_version(path, required=False) or path)
     if not isinstance(source, TableSource) or remote.is_remote(source.folder):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from simseg_jax.data.pairs.example import Problems
 from simseg_jax.errors import UserError, one_line
-from simseg_jax.files import write_json
+from simseg_jax.files import sha256, write_json
 
 VERSION = 2  # Of the files in the cache folder: to be raised with any change of their content.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -161,7 +161,7 @@ def cached(
         with _writing(folder, *FULL):
             problems = build(partial)
         with _writing(folder):
-            status, digest = partial.stat(), _digest(partial)
+            status, digest = partial.stat(), sha256(partial)
             told = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
             write_json(notes, {"problems": asdict(problems), **told})
             partial.replace(path)
@@ -178,16 +178,11 @@ def _noted(path: Path, notes: Path) -> Problems | None:
         if status.st_size != told["size"]:
             return None
         # Another time alone may be that of a copy of the folder.
-        if status.st_mtime_ns != told["mtime"] and _digest(path) != told["digest"]:
+        if status.st_mtime_ns != told["mtime"] and sha256(path) != told["digest"]:
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return problems
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 @contextlib.contextmanager
