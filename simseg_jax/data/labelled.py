@@ -111,7 +111,7 @@ class LabelledRecords:
         self.records: Any = ArrayRecordDataSource(shards)
         with reading(f"the first record of {folder}", "Prepare the data again."):
             first = tf_example.parse(self.records[0])
-        self.image = choose_key(str(folder), "feature image", "", IMAGE_KEYS, first)
+        self.image = choose_key(str(folder), "feature image", "", IMAGE_KEYS, first, problems)
         names = folder / "label.labels.txt"
         if "label" not in first or not names.is_file():
             raise UserError(f"{folder} has no feature `label` with its {names.name}.")

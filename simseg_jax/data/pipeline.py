@@ -68,7 +68,7 @@ class Examples:
         lines = []
         for name, source in zip(self.data.train, self.sources, strict=True):
             line = f"data.train.{name}: {len(source):,} examples"
-            if source.problems.count:
+            if source.problems:
                 line += f"; {source.problems}"
             lines.append(line)
         return lines

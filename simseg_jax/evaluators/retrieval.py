@@ -50,7 +50,7 @@ class RetrievalEvaluator:
     ):
         self.settings, self.encoder = settings, encoder
         self.source = open_source(settings, cache)
-        if self.source.problems.count:
+        if self.source.problems:
             tqdm.write(f"{settings.path}: {len(self.source):,} images; {self.source.problems}")
         self.count = min(len(self.source), settings.limit or len(self.source))
         self.mesh = local_mesh(mesh)

@@ -17,9 +17,11 @@ CAPTION_KEYS = (
 )
 TEXT_FIELDS = ("caption", "raw", "text")  # Of captions that are records.
 NUMBERED = re.compile(r"(captions?|sentences?|texts?|raw)_?\d+", re.IGNORECASE)
+MISSING = ("nan", "None", "NULL", "N/A", "<NA>")  # What is written for a missing value.
 LIST = re.compile(r"""\s*\[\s*(["'].*)?\]\s*""", re.DOTALL)  # Written as text.
 NAME_KEYS = ("name", "image/filename", "key", "__key__", "image_id", "id")
 SHORT = 240  # Characters of a description.
+NOTE = 80  # Characters of a note.
 ROOM = 300  # Characters of all descriptions in a message.
 MAX_TEXT = 1 << 20  # Bytes of the text, or the JSON, of one example.
 BOMS = (
@@ -44,10 +46,14 @@ class BadExample(Exception):  # noqa: N818
 
 @dataclass
 class Problems:
-    """Entries left out while indexing: how many, and the first few in words."""
+    """Entries left out while indexing: how many, and the first few in words.
+
+    notes: what was chosen, or left out because of its name, and how often; not in `count`.
+    """
 
     count: int = 0
     first: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, description: str) -> None:
         """Counts one entry."""
@@ -57,15 +63,26 @@ class Problems:
         """Counts the entries of `other` after those of this one."""
         self.count += other.count
         self.first = (self.first + other.first)[:NAMED]
+        for text, times in other.notes.items():
+            self.note(text, times)
+
+    def note(self, text: str, times: int = 1) -> None:
+        """Counts one choice."""
+        text = shorten(text, NOTE)
+        text = text if text in self.notes or len(self.notes) < NAMED else "others"
+        self.notes[text] = self.notes.get(text, 0) + times
+
+    def __bool__(self) -> bool:
+        return bool(self.count or self.notes)
 
     def __str__(self) -> str:
-        if not self.count:
-            return "Nothing was left out"
         named = self.first[:1]
         for description in self.first[1:]:
             if sum(map(len, named)) + len(description) <= ROOM:
                 named.append(description)
-        return f"Left out: {self.count}, first {'; '.join(named)}"
+        left_out = f"Left out: {self.count}, first {'; '.join(named)}"
+        notes = [f"{text} ({times:,})" for text, times in self.notes.items()]
+        return "; ".join([left_out if self.count else "Nothing was left out", *notes])
 
 
 def shorten(text: str, limit: int = SHORT) -> str:
@@ -84,9 +101,8 @@ def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
     """(captions, reasons why others are unusable) of one example.
 
     value: a str, bytes (UTF-8, or with a byte order mark), a record with the text in one of
-    `TEXT_FIELDS`, a list of these, or the JSON of a list of str. Captions are stripped. Empty and
-    missing ones are dropped without a reason. Text that cannot be decoded is reported, never
-    guessed.
+    `TEXT_FIELDS`, a list of these, or the JSON of a list of str. Captions are stripped. Empty ones
+    and None are dropped without a reason. Text that cannot be decoded is reported, never guessed.
     """
     captions, wrong = [], []
     for entry in value if isinstance(value, list | tuple) else [value]:
@@ -96,6 +112,10 @@ def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
             text = entry.decode(encoding(entry)) if isinstance(entry, bytes) else entry
             if isinstance(text, str) and len(text) > MAX_TEXT:
                 wrong.append(f"a caption of {len(text):,} characters")
+            elif isinstance(text, str) and "\0" in text:
+                wrong.append("a caption with NUL characters")
+            elif isinstance(text, str) and text.strip() in MISSING:
+                wrong.append(f"caption missing, written {text.strip()}")
             elif isinstance(text, str):
                 text.encode()  # A lone surrogate stands for a byte that could not be decoded.
                 captions += _listed(text) if LIST.fullmatch(text) else [text]
@@ -119,26 +139,43 @@ def _listed(text: str) -> list[str]:
     return captions
 
 
-def choose_key(where: str, what: str, wanted: str, usual: Iterable[str], keys) -> str:
-    """The key of the image or the captions: `wanted`, or else the first usual one in `keys`."""
-    for key in (wanted,) if wanted else usual:
-        if key in keys:
-            return key
-    names = wanted or " or ".join(list(usual)[:NAMED])
+def choose_key(
+    where: str, what: str, wanted: str, usual: Sequence[str], keys: Iterable, problems: Problems
+) -> str:
+    """The key of the image or the captions: `wanted`, or else the first usual one in `keys`.
+
+    what: such as "column image". Case counts only between keys that differ in nothing else. Other
+    usual keys are noted.
+    """
+    keys, (kind, role) = list(keys), what.split()
+    for name in (wanted,) if wanted else usual:
+        found = [key for key in keys if key.casefold() == name.casefold()]
+        found = [wanted] * found.count(wanted) or found
+        if len(found) > 1:
+            raise UserError(f"{where} has several {kind}s {name}: rename all but the one meant.")
+        if found:
+            able = {*usual, *(_numbered(keys) if role == "caption" else ())}
+            others = [key for key in keys if {key, key.casefold()} & able and key != found[0]]
+            if others and not wanted:
+                problems.note(f"{role}: {found[0]} taken, {some(others)} left out")
+            return found[0]
     raise UserError(
-        f"{where} has no {what} {shorten(names)}: set {what.split()[-1]}_key to one of "
-        f"{shorten(some(keys))}."
+        f"{where} has no {what} named {wanted or some(usual)}, only {shorten(some(keys), 120)}: "
+        f"rename the one meant, or set {role}_key."
     )
 
 
 def choose_captions(
-    where: str, what: str, wanted: str, usual: Iterable[str], keys: Sequence[str]
+    where: str, what: str, wanted: str, usual: Sequence[str], keys: list[str], problems: Problems
 ) -> list[str]:
     """The keys of the captions: as `choose_key` finds it, or all of caption_0, caption_1, ..."""
-    numbered = [key for key in keys if NUMBERED.fullmatch(key)]
-    if numbered and not wanted and not set(usual) & set(keys):
-        return numbered
-    return [choose_key(where, what, wanted, usual, keys)]
+    if not wanted and not set(usual) & {key.casefold() for key in keys} and _numbered(keys):
+        return _numbered(keys)
+    return [choose_key(where, what, wanted, usual, keys, problems)]
+
+
+def _numbered(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if NUMBERED.fullmatch(key)]
 
 
 def group(owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ NAMES = {
     "parquet": r"\.parquet$",
 }
 SHARDED = {"webdataset": TarSource, "array_record": RecordSource, "parquet": ParquetSource}
-TABLES = {"csv": r"\.(csv|tsv|txt|token)$", "coco": r"\.json$"}
+TABLES = {"csv": r"\.(csv|tsv|txt|token)$", "coco": r"\.jsonl?$"}
 
 
 def open_source(settings, cache: str = ""):

@@ -33,6 +33,8 @@ BATCH = 64  # Rows in memory at a time, at most.
 BATCH_BYTES = 64 << 20  # Memory for these rows; one row is always read.
 # A file may unfold to SMALL bytes, or to RATIO times its size if that is more.
 SMALL, RATIO = 64 << 20, 32
+BINARY = ("binary", "large_binary", "binary_view")  # Names of Arrow's types.
+TEXT = (*BINARY, "string", "large_string", "string_view", "null")
 GROUP_KEY = "image_id"  # Rows that share it and have equal images form one example.
 
 
@@ -56,7 +58,9 @@ class ParquetSource:
             try:
                 with remote.open_file(file.path) as opened:
                     table = pq.ParquetFile(opened, buffer_size=1 << 20)
-                    keys = _choose_keys(file.path, table.schema_arrow, image_key, caption_key)
+                    keys = _choose_keys(
+                        file.path, table.schema_arrow, image_key, caption_key, self.problems
+                    )
                     copy, problems = remote.cached(
                         cache,
                         ("parquet", *file, *keys),
@@ -132,20 +136,23 @@ def _schema(pa):
 
 
 def _choose_keys(
-    path: str, schema, image_key: str, caption_key: str
-) -> tuple[str, tuple[str, ...], str, bool]:
-    """(image, captions, name or '', whether to group) of the columns of a file."""
+    path: str, schema, image_key: str, caption_key: str, problems: Problems
+) -> tuple[str, tuple[str, ...], str, str]:
+    """(image, captions, name or '', what to group by or '') of the columns of a file."""
     pa, _ = _pyarrow()
     names = schema.names
     try:
-        image = choose_key(path, "column image", image_key, IMAGE_KEYS, names)
-        captions = choose_captions(path, "column caption", caption_key, CAPTION_KEYS, names)
+        keys = names, problems
+        image = choose_key(path, "column image", image_key, IMAGE_KEYS, *keys)
+        captions = choose_captions(path, "column caption", caption_key, CAPTION_KEYS, *keys)
     except UserError as error:
         raise UnfitError(str(error)) from error
     kind = schema.field(image).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not _is_binary(kind):
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if str(kind) not in BINARY:
         raise UnfitError(
             f"{path}: column {image} is of type {kind}, not the bytes of images; download the "
             "images first, for example with img2dataset."
@@ -156,15 +163,10 @@ def _choose_keys(
                 f"{path}: column {caption} is of type {schema.field(caption).type}, not text, a "
                 f"list of it or of records with {' or '.join(TEXT_FIELDS)}: set caption_key."
             )
-    name = next((key for key in NAME_KEYS if key in names), "")
-    return image, tuple(captions), name, GROUP_KEY in names
-
-
-def _is_binary(kind) -> bool:
-    types = _pyarrow()[0].types
-    if types.is_dictionary(kind):
-        return _is_binary(kind.value_type)
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    # Of two columns with one name neither can be read.
+    others = {key.casefold(): key for key in names if names.count(key) == 1}
+    name = next((others[key] for key in NAME_KEYS if key in others), "")
+    return image, tuple(captions), name, others.get(GROUP_KEY, "")
 
 
 def _holds_text(kind) -> bool:
@@ -174,8 +176,7 @@ def _holds_text(kind) -> bool:
         return _holds_text(kind.value_type)
     if types.is_struct(kind):
         return any(_holds_text(kind.field(key).type) for key in TEXT_FIELDS if key in kind.names)
-    texts = types.is_string(kind), types.is_large_string(kind), types.is_string_view(kind)
-    return any(texts) or _is_binary(kind) or types.is_null(kind)
+    return str(kind) in TEXT
 
 
 def _check_size(file: File, metadata, columns: set[str]) -> int:
@@ -216,14 +217,11 @@ def _rows(batch) -> list[dict | None]:
         return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
 
 
-def _copy(
-    file: File, table, keys: tuple[str, tuple[str, ...], str, bool], target: Path
-) -> Problems:
+def _copy(file: File, table, keys: tuple[str, tuple[str, ...], str, str], target: Path) -> Problems:
     """Writes the usable rows of a Parquet file in the layout of `_schema`."""
     pa, _ = _pyarrow()
-    image_key, caption_keys, name_key, grouped = keys
-    columns = {image_key, *caption_keys, *([name_key] if name_key else [])}
-    columns |= {GROUP_KEY} if grouped else set()
+    image_key, caption_keys, name_key, group_key = keys
+    columns = {image_key, *caption_keys, name_key, group_key} - {""}
     batch_size = _check_size(file, table.metadata, columns)
     problems, seen, number, addresses, written, waiting = Problems(), set(), 0, 0, 0, 0
     rows = []
@@ -239,7 +237,10 @@ def _copy(
                 if isinstance(image, dict):
                     addresses += bool(not image["bytes"] and image.get("path"))
                     image = image["bytes"]
-                captions, wrong = _captions([row[key] for key in caption_keys])
+                values = [row[key] for key in caption_keys]
+                captions, wrong = read_captions(
+                    [v for value in values for v in (value if isinstance(value, list) else [value])]
+                )
                 if name_key:
                     name += f", {shorten(str(row[name_key]))}"
                 for reason in wrong:
@@ -248,7 +249,7 @@ def _copy(
                     if not wrong:
                         problems.add(f"{name}: {'empty caption' if image else 'no image'}")
                     continue
-                owner = _owner(row[GROUP_KEY], image) if grouped else None
+                owner = _owner(row[group_key], image) if group_key else None
                 stored = None if owner in seen else image
                 if owner is not None:
                     seen.add(owner)
@@ -274,12 +275,6 @@ def _owner(identity: Any, image: bytes) -> str | None:
     digest = hashlib.blake2b(image, digest_size=16)
     digest.update(str(identity).encode(errors="replace"))
     return digest.hexdigest()
-
-
-def _captions(values: list) -> tuple[list[str], list[str]]:
-    """`read_captions` of several columns together."""
-    found = [read_captions(value) for value in values]
-    return [c for captions, _ in found for c in captions], [w for _, wrong in found for w in wrong]
 
 
 def _open(copies: list[Path]):

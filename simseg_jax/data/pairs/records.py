@@ -53,8 +53,9 @@ class RecordSource:
             raise no_pairs(path, self.problems)
         self.records: Any = ArrayRecordDataSource(shards)
         example = self._first(shards)
-        self.image = choose_key(path, "feature image", image_key, IMAGE_KEYS, example)
-        self.caption = choose_key(path, "feature caption", caption_key, CAPTION_KEYS, example)
+        keys = example, self.problems
+        self.image = choose_key(path, "feature image", image_key, IMAGE_KEYS, *keys)
+        self.caption = choose_key(path, "feature caption", caption_key, CAPTION_KEYS, *keys)
         self.name = next((key for key in NAME_KEYS if key in example), "")
         if not any(isinstance(value, bytes) for value in example[self.image]):
             raise UserError(f"{path}: feature {self.image} holds numbers, not an encoded image.")

@@ -30,7 +30,7 @@ from simseg_jax.data.pairs.example import Problems
 from simseg_jax.errors import UserError, one_line
 from simseg_jax.files import sha256, write_json
 
-VERSION = 2  # Of the files in the cache folder: to be raised with any change of their content.
+VERSION = 3  # Of the files in the cache folder: to be raised with any change of their content.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WAITS = (0.5, 1, 2)  # Seconds before a second, third and fourth attempt.
 BUFFER = 8 << 20  # Bytes fetched at once where a remote file is read from start to end.

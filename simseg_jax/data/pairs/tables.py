@@ -36,7 +36,12 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "title", "comment", "captions", "sentence", "sentences", "raw")
 SEPARATORS = "\t,;|"
-QUOTING = ",;"  # Separators of tables with quoted fields; with others a quote is text.
+QUOTING = ",;"  # Separators of tables where quotes enclose fields; for others it is found out.
+# What puts a field between tabs in quotes, besides a tab: only what must (pandas), also commas
+# (Excel) or spaces, or all but numbers.
+WRITERS = (r'["\n]', r'[",\n]', r'[",\s]', r"[^\d.]")
+UNPAIRED = "a quote without its partner"
+TEXT_AFTER = "text after the closing quote of a field: double quotes that are text"
 SPAN = 64  # The most lines of a quoted row.
 LONGEST = 1 << 17  # Characters of a line: the limit of Python's csv for a field.
 TOKEN = re.compile(r"([^\t]+)#\d+\t")  # Flickr8k.token.txt: image#number, caption; no header.
@@ -195,12 +200,11 @@ def _csv_rows(
 ) -> Iterator:
     """(line, image name, captions) of every row.
 
-    The separator is the most frequent of tab, comma, semicolon and | in the header. In tables with
-    commas or semicolons fields may be quoted (RFC 4180) and quoted fields may hold line ends; in
-    others a quote is text, unless the header itself is quoted. Column names are compared without
-    case and outer spaces. A row that is ambiguous costs only its own line and is counted: an
-    unpaired quote, more or fewer columns than the header, bytes that are not UTF-8. UTF-16 and
-    UTF-32 need their byte order mark.
+    The separator is the most frequent of tab, comma, semicolon and | in the header. Between commas
+    and semicolons fields may be quoted (RFC 4180), and quoted fields may hold line ends; otherwise
+    see `_quotes_enclose`. Column names are compared without case and outer spaces. A row that is
+    ambiguous costs only its own line and is counted: a misplaced quote, more or fewer columns than
+    the header, bytes that are not UTF-8. UTF-16 and UTF-32 need their byte order mark.
     """
     # A file of an old Mac has no line feed; in others a lone carriage return is text.
     ending = "\n" if b"\n" in data else "\r"
@@ -208,40 +212,74 @@ def _csv_rows(
     first = next((line for line in lines if line.strip()), "")
     lines.seek(0)
     if TOKEN.match(first):
-        for number, fields in _records(lines, "\t", 2, 0, quoting=False):
-            if fields and (match := TOKEN.match(f"{fields[0]}\t")):
+        for number, fields, _ in _records(lines, "\t", 2, 0, quoting=False):
+            if match := TOKEN.match(f"{fields[0]}\t"):
                 yield f"line {number}", match[1], fields[1]
             else:
                 problems.add(f"line {number}: not of the form `image#number`, tab, caption")
         return
-    where = f"{table} must start with a header line such as `image,caption`: it"
-    if not first:
-        raise UserError(f"{where} is empty.")
-    if "\0" in first or len(first) > LONGEST:
+    where = f"{table} must start with a header line such as `image,caption`: its first line"
+    if not first or "\0" in first or len(first) > LONGEST:
         odd = "NUL bytes" if "\0" in first else f"{len(first):,} characters without a line end"
-        raise UserError(f"{where} has {odd}. Save it as UTF-8 text.")
+        raise UserError(f"{where} has {odd if first else 'no text'}. Save it as UTF-8 text.")
     separator = max(SEPARATORS, key=first.count)
-    quoting = separator in QUOTING or first.startswith('"')
     spaces = f"{separator} " in first
     header = next(csv.reader([first], delimiter=separator, skipinitialspace=spaces), [])
-    names = [name.strip().casefold() for name in header]
-
-    def column(key: str) -> int:
-        if names.count(key) > 1:
-            raise UserError(f"{table} has two columns {key}: rename the one that is not meant.")
-        return names.index(key)
-
-    image_key, caption_key = (key.strip().casefold() for key in (image_key, caption_key))
-    image = column(choose_key(where, "column image", image_key, IMAGE_COLUMNS, names))
-    keys = choose_captions(where, "column caption", caption_key, CAPTION_COLUMNS, names)
-    captions = [column(key) for key in keys]
-    rows = _records(lines, separator, len(names), image, quoting, spaces)
+    names = [name.strip() for name in header]
+    if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
+        raise UserError(f"{where} is a row: {shorten(some(names), 120)}. Add the header above it.")
+    keys = names, problems
+    image_key, caption_key = image_key.strip(), caption_key.strip()
+    image = names.index(choose_key(where, "column image", image_key, IMAGE_COLUMNS, *keys))
+    chosen = choose_captions(where, "column caption", caption_key, CAPTION_COLUMNS, *keys)
+    captions = [names.index(key) for key in chosen]
+    layout = lines, separator, len(names), image
+    quoting = separator in QUOTING or first.startswith('"')
+    if not quoting and b'"' in data:
+        rows = _records(*layout, True, spaces)
+        quoting = _quotes_enclose(table, rows, separator, len(names))
+        lines.seek(0)
+    rows = _records(*layout, quoting, spaces)
     next(rows, None)
-    for number, fields in rows:
-        if not isinstance(fields, list):
+    for number, fields, _ in rows:
+        if isinstance(fields, str):
             problems.add(f"line {number}: {fields}")
         else:
             yield f"line {number}", fields[image], [fields[key] for key in captions]
+
+
+def _quotes_enclose(table: str, rows: Iterator, separator: str, columns: int) -> bool:
+    """Whether quotes enclose fields between tabs or |, as `WRITERS` use them, or are text.
+
+    A `UserError` names a line of each kind if a table has both.
+    """
+    shown: list[dict[bool, int]] = [{} for _ in WRITERS]  # The first line that shows an answer.
+    for number, fields, lines in islice(rows, 1, None):
+        text = "".join(lines).rstrip("\r\n")
+        as_text = all(line.count(separator) == columns - 1 for line in lines)
+        for seen, special in zip(shown, WRITERS, strict=True):
+            # Of the first both answers count, of the others whether they are wrong.
+            if False in seen and (seen is not shown[0] or '"' not in text):
+                continue
+            written = isinstance(fields, list) and separator.join(
+                '"' + field.replace('"', '""') + '"'
+                if separator in field or re.search(special, field)
+                else field
+                for field in fields
+            )
+            # Several lines that are rows as well are no field.
+            enclosed = text == written and not (as_text and lines[1:])
+            # A row that fits neither way tells nothing.
+            if '"' in text if enclosed else as_text:
+                seen.setdefault(enclosed, number)
+    if any(list(seen) == [True] for seen in shown):
+        return True
+    if True in shown[0]:
+        raise UserError(
+            f"{table} can be read in two ways: quotes enclose a field in line {shown[0][True]} but "
+            f"are text in line {shown[0][False]}. Save it as CSV, or with all fields in quotes."
+        )
+    return False
 
 
 def _records(
@@ -251,8 +289,8 @@ def _records(
     image: int,
     quoting: bool,
     spaces: bool = False,
-) -> Iterator[tuple[int, list[str] | str]]:
-    """(number of its first line, its fields or what is wrong with it) of every row.
+) -> Iterator[tuple[int, list[str] | str, list[str]]]:
+    """(number of its first line, its fields or what is wrong with it, its lines) of every row.
 
     columns: number of fields in a row. image: index of the field with the image's name. spaces:
     whether to drop spaces before a field.
@@ -267,19 +305,17 @@ def _records(
             ahead.extend(islice(lines, SPAN - len(ahead)))
             row, used = _quoted(ahead, separator, columns, image, spaces)
         elif line.strip():
-            row = [_plain(field) for field in line.rstrip("\r\n").split(separator)]
+            row = line.rstrip("\r\n").split(separator)
         if isinstance(row, list) and row:
             while len(row) > columns and not row[-1].strip():
                 row.pop()
             if len(row) != columns:
                 row = f"{len(row)} columns, not {columns} as the header has"
+        own = [ahead.popleft() for _ in range(used)]
         if row:
-            yield number, row
-        for _ in range(used):
-            ahead.popleft()
+            yield number, row, own
         number += used
-        if not ahead:
-            ahead.extend(islice(lines, 1))
+        ahead = ahead or deque(islice(lines, 1))
 
 
 def _quoted(
@@ -289,8 +325,10 @@ def _quoted(
     rows = csv.reader(ahead, strict=True, delimiter=separator, skipinitialspace=spaces)
     try:
         row = next(rows)
-    except csv.Error:
-        return "a quote without its partner", 1
+    except csv.Error as error:
+        after = "expected after" in str(error)
+        # Later lines may belong to other rows.
+        return TEXT_AFTER if after and rows.line_num == 1 else UNPAIRED, 1
     if rows.line_num > 1:
         # Two quotes without partners look like one field over many lines, with rows in it.
         suffixes = {PurePosixPath(row[min(image, len(row) - 1)]).suffix.lower(), *IMAGE_SUFFIXES}
@@ -298,20 +336,16 @@ def _quoted(
             fields = [field.strip(' "\r\n') for field in line.split(separator)]
             inside = len(fields) >= columns and PurePosixPath(fields[image]).suffix.lower()
             if len(row) != columns or inside in suffixes:
-                return "a quote without its partner", 1
+                return UNPAIRED, 1
     return row, rows.line_num
-
-
-def _plain(field: str) -> str:
-    """A field of a table without quoting, unquoted where doubled quotes ask for it: "a ""b"" c"."""
-    inner = field[1:-1]
-    quoted = field[:1] == field[-1:] == '"' and '""' in inner
-    return inner.replace('""', '"') if quoted and '"' not in inner.replace('""', "") else field
 
 
 def _parsed(table: str, data: bytes) -> dict:
     """The content of a JSON with a list `images`."""
-    with reading(f"the caption table {table}"):
+    with reading(
+        f"the caption table {table}",
+        "JSON Lines are not read: save their images and captions as CSV with a header.",
+    ):
         text = data.decode(
             encoding(data), "surrogateescape" if encoding(data) == "utf-8" else "strict"
         )

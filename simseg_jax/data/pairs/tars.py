@@ -125,11 +125,13 @@ class TarSource:
         rows, alone, complete = [], {}, set()
         for key, found in _scan(path, {*self.images, *wanted}, suffixes, problems).items():
             image, *others = [found[s] for s in self.images if found.get(s, NONE)[1]] or [NONE]
-            kind = next((k for k, suffix in enumerate(wanted) if found.get(suffix, NONE)[1]), 0)
+            kind, *unread = [k for k, s in enumerate(wanted) if found.get(s, NONE)[1]] or [0]
             caption = found.get(wanted[kind], NONE)
             if image[1] and 0 < caption[1] <= MAX_TEXT:
                 rows.append((0, *image, *caption, kind))
                 complete.add(key)
+                for other in unread:
+                    problems.note(f"caption: {wanted[kind]} taken, {wanted[other]} left out")
             elif caption[1] > MAX_TEXT:
                 alone[key] = f"a caption of {caption[1]:,} bytes"
             else:
@@ -157,7 +159,9 @@ class TarSource:
         for row in mine[:: len(mine) // LOOKED + 1]:
             with contextlib.suppress(ValueError, TypeError, RecursionError):
                 seen |= json.loads(remote.read(path, int(row["caption"]), int(row["caption_size"])))
-            if any(field in seen for field in fields):
+            if present := [field for field in fields if field in seen]:
+                if present[1:]:
+                    problems.note(f"caption: {present[0]} of JSON taken, {present[1]} left out")
                 return rows
         reason = f"{path}: {_no_field(fields, seen)}; set caption_key to json.FIELD"
         problems.extend(Problems(len(mine), [shorten(reason)]))
@@ -174,7 +178,10 @@ def _scan(path: str, wanted: set[str], suffixes: set[str], problems: Problems) -
     with remote.open_file(path) as file:
         for archive, member in _members(file, path, problems):
             name = PurePosixPath(member.name)
-            if member.isdir() or any(remote.is_hidden(part) for part in name.parts):
+            if member.isdir():
+                continue
+            if hidden := next(filter(remote.is_hidden, name.parts), ""):
+                problems.note(f"hidden {'._*' if hidden.startswith('._') else hidden} left out")
                 continue
             if not member.isreg() or member.issparse():
                 problems.add(f"{path}: the member {member.name!r} is not a regular file")

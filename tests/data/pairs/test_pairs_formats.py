@@ -108,9 +108,11 @@ def test_mistakes_are_named(tmp_path):
     fails("is no TFDS data set", tmp_path / "notes", "tfds")
     fails("nothere: Protocol not known|Cannot open nothere", "nothere://a/b.tar")
     fails(
-        "no feature image pixels: set image_key to one of .*captions", tmp_path, image_key="pixels"
+        "no feature image named pixels, only .*: .*set image_key",
+        tmp_path,
+        image_key="pixels",
     )
-    fails("no feature caption label", tmp_path, caption_key="label")
+    fails("no feature caption named label", tmp_path, caption_key="label")
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("s3fs")), reason="the driver s3fs is installed")

@@ -193,8 +193,34 @@ def test_columns_of_any_name(tmp_path, cache):
     assert examples(open_source(settings(path, image_key="pic", caption_key="words"), cache)) == (
         EXPECTED
     )
-    with pytest.raises(UserError, match=r"no column image .*set image_key to one of pic, words"):
+    with pytest.raises(
+        UserError, match=r"no column image named image, .*only pic, words: .*set image_key"
+    ):
         open_source(settings(path), cache)
+
+
+def test_names_of_columns(tmp_path, cache):
+    path = write(tmp_path / "a.parquet", Image=[b"1", b"2"], TEXT=["a", "NULL"], Image_ID=[1, 2],
+                 Caption=["b", "c\0d"])  # fmt: skip
+    source = open_source(settings(path), cache)
+    assert examples(source) == [(b"1", ("b",))]
+    assert source.problems.notes == {"caption: Caption taken, TEXT left out": 1}
+    assert source.problems.first == [f"{path}, row 1, 2: a caption with NUL characters"]
+    source = open_source(settings(path, caption_key="text"), cache)
+    assert examples(source) == [(b"1", ("a",))]
+    assert source.problems.first == [f"{path}, row 1, 2: caption missing, written NULL"]
+    assert not source.problems.notes
+
+
+@pytest.mark.parametrize("names", [("caption", "caption"), ("caption", "Caption"), ("url", "url")])
+def test_columns_of_one_name(tmp_path, cache, names):
+    table = pa.table([[b"1"], ["a"], ["b"], ["c"]], names=["image", *names, "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    if names[0] == "url":
+        assert examples(open_source(settings(tmp_path), cache)) == [(b"1", ("c",))]
+        return
+    with pytest.raises(UserError, match="has several columns caption: rename all but the one"):
+        open_source(settings(tmp_path), cache)
 
 
 def test_what_is_left_out(tmp_path, cache):

@@ -47,6 +47,14 @@ def test_same_as_tensorflow_datasets(tmp_path):
         assert ours["name"].endswith(f"record {index}, {theirs[index]['name'].decode()}")
 
 
+def test_the_feature_that_was_taken_is_said(tmp_path):
+    values = {"Image": b"1", "text": "a", "raw": "b", "name": "n"}
+    path = write_records(tmp_path / "a.array_record", [tf_example.serialize(values)])
+    source = open_source(settings(path))
+    assert source[0]["captions"] == ("a",)
+    assert source.problems.notes == {"caption: text taken, raw left out": 1}
+
+
 def test_bad_records(tmp_path):
     good = tf_example.serialize({"jpg": b"1", "txt": "a", "key": "k1"})
     path = write_records(
@@ -154,4 +162,4 @@ def test_mistakes_are_named(tmp_path):
     numbers = tf_example.serialize({"image": [1, 2], "text": "a"})
     fails("holds numbers", write_records(tmp_path / "b.array_record", [numbers]))
     (tmp_path / "c").mkdir()
-    fails("set caption_key to one of", write_array_record(PAIRS, tmp_path / "c"), caption_key="z")
+    fails("set caption_key", write_array_record(PAIRS, tmp_path / "c"), caption_key="z")

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from conftest import SHARED
@@ -53,7 +54,7 @@ def test_layouts(folder, header, row):
 def test_columns_of_any_name(folder):
     (folder / "captions.csv").write_text("file,text\na.jpg,A dog\n")
     assert captions(folder, image_key="file", caption_key="text") == [("A dog",)]
-    fails("no column image pic: set image_key to one of file, text", folder / "captions.csv",
+    fails("no column image named pic, only file, text: .* set image_key", folder / "captions.csv",
           image_key="pic")  # fmt: skip
 
 
@@ -170,6 +171,16 @@ def test_no_row_ends_up_in_a_caption(folder):
     assert source.problems.first == ["line 2: a quote without its partner"]
 
 
+def test_what_is_wrong_with_a_quote(folder):
+    rows = ['c.jpg,"one" and more', 'c.jpg,"none', 'c.jpg,x "y"']
+    source = write_table(folder, "\n".join(["image,caption", *rows]))
+    assert examples(source) == {"c.jpg": ('x "y"',)}
+    assert source.problems.first == [
+        "line 2: text after the closing quote of a field: double quotes that are text",
+        "line 3: a quote without its partner",
+    ]
+
+
 @pytest.mark.parametrize("name", ["captions.tsv", "captions.csv"])
 @pytest.mark.parametrize(
     ("caption", "expected"),
@@ -178,7 +189,8 @@ def test_no_row_ends_up_in_a_caption(folder):
         ('best dog"', 'best dog"'),
         ('"best" dog', '"best" dog'),
         ('"a whole one"', '"a whole one"'),
-        ('"say ""hi"" to it"', 'say "hi" to it'),  # Nobody else doubles them.
+        ('the "old" dog', 'the "old" dog'),
+        ('"two\nlines', None),  # Unpaired, and a row of one column.
         ("a, b; c | d", "a, b; c | d"),
         ("don't\rstop", "don't\rstop"),
         ("a\tb", None),
@@ -188,8 +200,84 @@ def test_quotes_beside_tabs_are_text(folder, name, caption, expected):
     rows = ["\t".join(row) for row in (("filepath", "title"), *ROWS, ("c.jpg", caption), *ROWS)]
     source = write_table(folder, "\n".join(rows), name)
     others = {} if expected is None else {"c.jpg": (expected,)}
+    if caption.startswith('"two'):
+        others = {"c.jpg": ('"two',)}
     assert examples(source) == {key: 2 * texts for key, texts in TWO.items()} | others
     assert source.problems.count == (expected is None)
+
+
+FIELDS = ("a\tb", "a | b", "two\nlines", "two\r\nlines", 'say "hi"', '"', '"all"', "a, b", '5" x')
+
+
+@pytest.mark.parametrize("separator", ["\t", "|"])
+@pytest.mark.parametrize("writer", ["pandas", "excel", "spaces", "texts"])
+@pytest.mark.parametrize("count", [1, len(FIELDS)])
+def test_quotes_that_enclose_what_needs_it(folder, separator, writer, count):
+    """Fields are quoted below a header that is not: read back as they were written."""
+    special = {"excel": f'[",\n{separator}]', "spaces": r'[",\s|]', "texts": r"\D"}.get(
+        writer, f'["\n{separator}]'
+    )
+
+    def quoted(text):
+        doubled = text.replace('"', '""')
+        return f'"{doubled}"' if re.search(special, text) else text
+
+    for start in range(len(FIELDS) if count == 1 else 1):
+        texts = FIELDS[start : start + count]
+        rows = [*ROWS, *(("c.jpg", text) for text in texts)]
+        lines = [separator.join(map(quoted, row)) for row in rows]
+        source = write_table(folder, "\n".join([separator.join(("image", "caption")), *lines]))
+        assert examples(source) == TWO | {"c.jpg": texts}
+        assert source.problems.count == 0
+
+
+@pytest.mark.parametrize("stray", ['"best dog', 'the "old" dog', '"best" dog', '"a whole one"'])
+def test_quotes_of_both_kinds_are_refused(folder, stray):
+    rows = "".join(f"{name}\t{text}\n" for name, text in ROWS)
+    (folder / "a.tsv").write_text(f'image\tcaption\n{rows}c.jpg\t{stray}\nc.jpg\t"a\tb"\n{rows}')
+    fails(r"read in two ways: quotes enclose a field in line 6 but are text in line 5",
+          folder / "a.tsv")  # fmt: skip
+
+
+def test_rows_between_stray_quotes_stay_rows(folder):
+    """Whatever the suffixes of the images are."""
+    for name in "123":
+        (folder / "Images" / f"x.{name}").write_bytes(b"1")
+    (folder / "a.tsv").write_text('image\tcaption\nx.1\t"first\nx.2\tA dog\nx.3\tlast"\n')
+    source = open_source(settings(folder / "a.tsv"))
+    assert examples(source) == {"x.1": ('"first',), "x.2": ("A dog",), "x.3": ('last"',)}
+
+
+def test_the_column_that_was_taken_is_said(folder):
+    text = "path,title,IMAGE,Caption\nx.jpg,no,a.jpg,A dog\n"
+    source = write_table(folder, text)
+    assert examples(source) == {"a.jpg": ("A dog",)}
+    assert str(source.problems) == (
+        "Nothing was left out; image: IMAGE taken, path left out (1); "
+        "caption: Caption taken, title left out (1)"
+    )
+    keys = {"image_key": "Image", "caption_key": "title"}
+    assert not open_source(settings(folder / "captions.csv", **keys)).problems
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "token", "coco"])
+def test_missing_values_are_no_captions(folder, form):
+    missing = ["nan", "None", "NULL", "N/A", " <NA> "]
+    texts = [*missing, "b\0d", "nan bread", "Null"]
+    if form == "coco":
+        path = folder / "captions.json"
+        annotations = [{"image_id": 1, "caption": text} for text in texts]
+        images = [{"id": 1, "file_name": "a.jpg"}]
+        path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    else:
+        row = {"csv": "a.jpg,{}\n", "tsv": "a.jpg\t{}\n", "token": "a.jpg#0\t{}\n"}[form]
+        header = "" if form == "token" else row.format("caption").replace("a.jpg", "image")
+        path = folder / "a.csv"
+        path.write_text(header + "".join(map(row.format, texts)))
+    source = open_source(settings(path))
+    assert examples(source) == {"a.jpg": ("nan bread", "Null")}
+    assert source.problems.count == 6
+    assert source.problems.first[0].endswith("a.jpg: caption missing, written nan")
 
 
 def test_a_quoted_header_tells_of_quoted_tabs(folder):
@@ -273,9 +361,13 @@ def test_mistakes_are_named(folder):
     (folder / "train.txt").write_text("c.jpg\n")
     fails(r"no usable pair .*'c.jpg' has no caption", table, split="train.txt")
     table.write_text("words;text\n")
-    fails(r"header line such as `image,caption`: it has no column image .*words, text", table)
+    fails(r"header line .*: its first line has no column image named image, .*words, text", table)
+    table.write_text("a.jpg,A dog\nb.jpg,A cat\n")
+    for key in ("", "a.jpg"):  # It would lose the first row.
+        fails("must start with a header .* is a row: a.jpg, A dog. Add the header", table,
+              image_key=key)  # fmt: skip
     table.write_text("image,caption,Caption\n")
-    fails("has two columns caption: rename", table)
+    fails("has several columns caption: rename", table)
     table.write_text("image,caption\na.jpg, \n")
     fails("no usable pair .* Left out: 1, first line 2, a.jpg: empty caption", table)
     for content in ("", "\n\n", "a.jpg,A dog\n", "sep=;\n", "x" * 200_000):
@@ -298,6 +390,10 @@ def test_coco(folder):
     for text in ("[]", "7", '{"images": 7}', "{}"):
         (folder / "captions.json").write_text(text)
         fails("is no JSON of COCO captions", path)
+    lines = '{"image": "a.jpg", "caption": "A dog"}\n' * 2
+    for name in ("captions.json", "captions.jsonl"):
+        (folder / name).write_text(lines)
+        fails("JSON Lines are not read: save .* as CSV", folder / name)
     for text in ("", "{", "[" * 200_000, "\xff"):
         (folder / "captions.json").write_text(text)
         fails("Cannot read the caption table", path)

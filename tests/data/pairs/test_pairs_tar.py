@@ -65,7 +65,14 @@ def test_keys_and_captions(tmp_path, cache):
     assert captions(source) == [("from txt",), ("from json",), ("from json",), ("café",)]
     assert [source[i]["image"] for i in range(4)] == [b"1", b"2", b"3", b"4"]
     assert source[1]["name"] == f"{path}/b/1.png"
-    assert source.problems.count == 0
+    assert source.problems == Problems(
+        notes={
+            "caption: txt taken, json left out": 1,
+            "hidden ._* left out": 1,
+            "hidden __MACOSX left out": 1,
+            "hidden .ipynb_checkpoints left out": 1,
+        }
+    )
     other = open_source(settings(path, caption_key="json.alt", image_key="seg.png"), cache)
     assert captions(other) == [("other",)]
     assert other[0]["image"] == b"not the image"
@@ -73,6 +80,20 @@ def test_keys_and_captions(tmp_path, cache):
         open_source(settings(path, caption_key="json.nix"), cache)
     with pytest.raises(UserError, match=r"no pair; its files end in jpg, json, png, seg.png"):
         open_source(settings(path, caption_key="cls"), cache)
+
+
+def test_hidden_members_are_counted_by_name(tmp_path, cache):
+    names = [f"{k}/._{k}.jpg" for k in "abc"] + [".DS_Store", "d/.DS_Store", ".git/e/f.txt"]
+    names += [f".{k}/x.jpg" for k in "ghijk"]
+    for shard in range(2):
+        members = [*pair_of(f"k{shard}"), *((name, b"1") for name in names)]
+        write_members(tmp_path / f"{shard}.tar", members)
+    source = open_source(settings(tmp_path), cache)
+    assert len(source) == 2
+    assert str(source.problems) == (
+        "Nothing was left out; hidden ._* left out (6); hidden .DS_Store left out (4); hidden .git "
+        "left out (2); hidden .g left out (2); hidden .h left out (2); others (6)"
+    )
 
 
 def pair_of(key, text="x"):
@@ -190,6 +211,8 @@ DOCUMENTS = {
     '{"caption": {"x": 1}}': "no text but dict",
     '{"caption": "\\ud800"}': "not UTF-8",
     '{"caption": ""}': "empty caption",
+    '{"caption": "None"}': "caption missing, written None",
+    '{"caption": "a\\u0000b"}': "a caption with NUL characters",
     '{"url": "x"}': "its JSON has no caption or captions, only url",
     "[1]": "its JSON has no caption or captions",
     "7": "its JSON has no caption or captions",
@@ -210,6 +233,9 @@ def test_documents(tmp_path, cache, document):
     assert source[1]["captions"] == ("good",)
     if isinstance(expected, tuple):
         assert source[0]["captions"] == expected
+        notes = {"caption: caption of JSON taken, captions left out": 1}
+        several = len(json.loads(document.removeprefix("\ufeff"))) > 1
+        assert source.problems.notes == (notes if several else {})
         return
     with pytest.raises(BadExample, match=expected):
         source[0]
