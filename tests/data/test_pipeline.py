@@ -109,7 +109,11 @@ def test_debiased_batches(examples):
     owners = [set(batch["image"][:, 0, 0, 0] >= 100) for batch in batches(made, 15)]
     assert sorted(map(tuple, owners)) == [(False,)] * 5 + [(True,)] * 10
     assert len(made) == 120
-    assert made.describe() == ["data.train.a: 40 examples", "data.train.b: 80 examples"]
+    sources[1].problems.note("caption: title taken, raw left out")
+    assert made.describe() == [
+        "data.train.a: 40 examples",
+        "data.train.b: 80 examples; Nothing was left out; caption: title taken, raw left out (1)",
+    ]
 
 
 def test_the_hosts_augmentation(examples):

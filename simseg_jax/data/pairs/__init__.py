@@ -11,9 +11,12 @@
   record is damaged, its caption turns out to be empty, the network fails for good. Others work.
 - Constructing a source raises `UserError` on mistakes in the settings, when no pair is usable and
   when the network fails for good. Every row, member and file is used, or left out and counted with
-  its reason, or belongs to no pair by its name: hidden files (._x.jpg, .DS_Store,
-  .ipynb_checkpoints, __MACOSX), other suffixes, other columns. A bad one costs only itself.
-- No caption is mended: bytes that are not UTF-8 are a reason, not dropped.
+  its reason, or belongs to no pair by its name: other suffixes, other columns, hidden files
+  (._x.jpg, .DS_Store, .ipynb_checkpoints, __MACOSX). A bad one costs only itself. The notes of
+  `problems` count hidden members of tar files and say which of several possible columns, features,
+  fields or texts was taken.
+- No caption is mended: bytes that are not UTF-8 or NUL are a reason, not dropped. nan, None, NULL,
+  N/A and <NA> as a whole caption stand for a missing one.
 - Sources may be read from several threads, pickle in little space (files are opened anew in every
   process) and keep no Python object per pair: indexes are arrays, mapped from the cache folder.
 - The order of a source is that of its files: shards sorted by name, examples as they come.

@@ -258,8 +258,8 @@ def _quotes_enclose(table: str, rows: Iterator, separator: str, columns: int) ->
         text = "".join(lines).rstrip("\r\n")
         as_text = all(line.count(separator) == columns - 1 for line in lines)
         for seen, special in zip(shown, WRITERS, strict=True):
-            # Of the first both answers count, of the others whether they are wrong.
-            if False in seen and (seen is not shown[0] or '"' not in text):
+            # Of the first both answers count, of the others whether they are ever wrong.
+            if '"' not in text if seen is shown[0] else False in seen:
                 continue
             written = isinstance(fields, list) and separator.join(
                 '"' + field.replace('"', '""') + '"'
