@@ -12,7 +12,7 @@ from simseg_jax.errors import NAMED, UserError, one_line, some
 
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "imbytes", "bytes")
 CAPTION_KEYS = (
-    *("captions", "caption", "captions/text", "text", "txt"),
+    *("caption", "captions", "captions/text", "title", "text", "txt", "comment"),
     *("sentences", "sentences_raw", "sentence", "raw"),
 )
 TEXT_FIELDS = ("caption", "raw", "text")  # Of captions that are records.

@@ -17,6 +17,7 @@ import numpy as np
 from simseg_jax.data.images import IMAGE_SUFFIXES
 from simseg_jax.data.pairs import remote
 from simseg_jax.data.pairs.example import (
+    CAPTION_KEYS,
     BadExample,
     Problems,
     choose_captions,
@@ -34,7 +35,6 @@ IMAGE_COLUMNS = (
     *("image", "filepath", "image_name", "filename", "file_name"),
     *("image_path", "image_file", "path", "file"),
 )
-CAPTION_COLUMNS = ("caption", "title", "comment", "captions", "sentence", "sentences", "raw")
 SEPARATORS = "\t,;|"
 QUOTING = ",;"  # Separators of tables where quotes enclose fields; for others it is found out.
 # What puts a field between tabs in quotes, besides a tab: only what must (pandas), also commas
@@ -231,7 +231,7 @@ def _csv_rows(
     keys = names, problems
     image_key, caption_key = image_key.strip(), caption_key.strip()
     image = names.index(choose_key(where, "column image", image_key, IMAGE_COLUMNS, *keys))
-    chosen = choose_captions(where, "column caption", caption_key, CAPTION_COLUMNS, *keys)
+    chosen = choose_captions(where, "column caption", caption_key, CAPTION_KEYS, *keys)
     captions = [names.index(key) for key in chosen]
     layout = lines, separator, len(names), image
     quoting = separator in QUOTING or first.startswith('"')
