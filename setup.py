@@ -9,7 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["simseg_jax", "simseg_jax.*"]),
-    package_data={"simseg_jax.data": ["label_sets/*.txt"]},
+    package_data={"simseg_jax.data.testsets": ["label_sets/*.txt"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array-record>=0.8,<0.9",

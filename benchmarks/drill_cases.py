@@ -22,7 +22,7 @@ import damage
 import numpy as np
 from PIL import Image
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -94,7 +94,7 @@ def same(first: Any, second: Any) -> bool:
 
 def kills(home: Path) -> Case:
     """Kill -9 somewhere, then the same command again: the result of an undisturbed run."""
-    from simseg_jax.trained import load_model
+    from simseg_jax.weights.load import load_model
 
     expected, lines = load_model(home / "run").params, metrics(home / "run")
     seconds = float((home / "seconds.txt").read_text())
@@ -299,9 +299,9 @@ def captions(_home: Path) -> Case:
 
 def weights(home: Path) -> Case:
     """Damaged weights: whole and finite, or refused; with checksums the very same."""
-    from simseg_jax.trained import load_model, open_source
     from simseg_jax.weights.authors import is_whole_model, read_model
     from simseg_jax.weights.choice import usual_names
+    from simseg_jax.weights.load import load_model, open_source
     from simseg_jax.weights.towers import find_towers, read_tower
 
     sources = [*sorted((GOLDENS / "neighbours").glob("*/")), GOLDENS / "model.pth"]
@@ -341,8 +341,8 @@ def leaks(home: Path) -> Case:
     """200 checkpoints in a row leave no files open."""
     import jax.numpy as jnp
 
-    from simseg_jax.checkpoint import Checkpoints, Record, checkpoints_folder
     from simseg_jax.config import load_config
+    from simseg_jax.training.checkpoint import Checkpoints, Record, checkpoints_folder
 
     config = load_config(home / "config.py")
 

@@ -25,12 +25,12 @@ from PIL import Image
 
 from simseg_jax.config import load_config, model_config
 from simseg_jax.data.text import load_tokenizer
-from simseg_jax.model_folder import PARAMS, write_folder, write_orbax
 from simseg_jax.models.simseg import init_params
-from simseg_jax.programs import PLATFORMS, SEGMENTER, SUFFIX, write_programs
-from simseg_jax.segmenter import Segmenter
-from simseg_jax.sharding import place
-from simseg_jax.trained import assemble_model
+from simseg_jax.runtime.sharding import place
+from simseg_jax.weights.export import PLATFORMS, SEGMENTER, SUFFIX, write_programs
+from simseg_jax.weights.folder import PARAMS, write_folder, write_orbax
+from simseg_jax.weights.load import assemble_model
+from simseg_jax.zeroshot.segmenter import Segmenter
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -53,8 +53,8 @@ PACKAGE = """
 import sys, time
 began = time.perf_counter()
 from PIL import Image
-from simseg_jax.segmenter import Segmenter
-from simseg_jax.trained import load_model
+from simseg_jax.zeroshot.segmenter import Segmenter
+from simseg_jax.weights.load import load_model
 imported = time.perf_counter()
 model = load_model("model")
 segmenter = Segmenter(model, sys.argv[3].split(","), [], refine=sys.argv[2], prompts="plain")

@@ -38,8 +38,8 @@ def embeddings(images: int, texts: int, width: int) -> tuple[np.ndarray, np.ndar
 
 def ours(pictures: np.ndarray, words: np.ndarray, owners: np.ndarray) -> list[float]:
     """R@1, R@5, R@10 of both directions."""
+    from simseg_jax.evaluators.metrics import recall_at
     from simseg_jax.evaluators.ranking import nearest
-    from simseg_jax.metrics import recall_at
 
     pairs = nearest(pictures, words, max(KS))
     return [recall for k in KS for recall in recall_at(pairs, owners, k)]

@@ -31,14 +31,14 @@ from PIL import Image
 
 from simseg_jax.config import default_config, model_config, segmentation_eval
 from simseg_jax.data import shapes
-from simseg_jax.data.classes import top_k
+from simseg_jax.data.testsets.classes import top_k
 from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.evaluators.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.models.simseg import SimSegConfig, init_params, l2_normalize, make_model
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from simseg_jax.sharding import make_mesh
-from simseg_jax.trained import load_model
+from simseg_jax.runtime.sharding import make_mesh
+from simseg_jax.weights.load import load_model
 
 with contextlib.suppress(ImportError):  # Said by `require`, once the options are read.
     import torch  # pyright: ignore[reportMissingImports]

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from simseg_jax.config import segmentation_eval
-from simseg_jax.data.classes import class_names
+from simseg_jax.data.testsets.classes import class_names
+from simseg_jax.evaluators.metrics import class_iou, confusion_matrix
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.masks.postprocess import closing, compose, min_max, resize_nearest, upsample
-from simseg_jax.metrics import class_iou, confusion_matrix
-from simseg_jax.trained import load_model
+from simseg_jax.weights.load import load_model
 
 ORACLES = ("grid", "foreground given", "classes given")
 

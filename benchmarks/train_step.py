@@ -61,13 +61,13 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from simseg_jax.cost import peak_flops, step_flops
         from simseg_jax.models.bert import BertConfig
         from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
         from simseg_jax.models.vit import ViTConfig
-        from simseg_jax.optim import adamw
-        from simseg_jax.sharding import make_mesh, state_sharding, to_global_batch
-        from simseg_jax.step import initial_state, jit_update, make_update
+        from simseg_jax.runtime.sharding import make_mesh, state_sharding, to_global_batch
+        from simseg_jax.training.cost import peak_flops, step_flops
+        from simseg_jax.training.optim import adamw
+        from simseg_jax.training.step import initial_state, jit_update, make_update
 
         s = SIZES[size]
         config = SimSegConfig(

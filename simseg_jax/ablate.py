@@ -5,16 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-from simseg_jax.command_line import accepted, cache_programs, make_parser
 from simseg_jax.config import Config, load_config
 from simseg_jax.config_checks import validate
-from simseg_jax.dotted import assign
-from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluators.build import summary
-from simseg_jax.files import write_json
-from simseg_jax.processes import STOPPED
-from simseg_jax.ranges import whole
-from simseg_jax.tables import (
+from simseg_jax.reports.tables import (
     Table,
     add_table_options,
     check_table_options,
@@ -24,6 +18,12 @@ from simseg_jax.tables import (
     parse_values,
     write_table,
 )
+from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
+from simseg_jax.runtime.dotted import assign
+from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.files import write_json
+from simseg_jax.runtime.processes import STOPPED
+from simseg_jax.runtime.ranges import whole
 from simseg_jax.train import train
 
 EPILOG = """examples:

@@ -27,13 +27,13 @@ from simseg_jax.config_keys import (
     RETRIEVAL_KEYS,
     SEGMENTATION_KEYS,
 )
-from simseg_jax.data.classes import top_k
-from simseg_jax.dotted import assign, get, literal, unknown_key
-from simseg_jax.errors import UserError, one_line, reading
+from simseg_jax.data.testsets.classes import top_k
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.models.vit import ViTConfig
-from simseg_jax.ranges import Key, shown
+from simseg_jax.runtime.dotted import assign, get, literal, unknown_key
+from simseg_jax.runtime.errors import UserError, one_line, reading
+from simseg_jax.runtime.ranges import Key, shown
 
 # An `ml_collections.ConfigDict` whose keys are those of KEYS; its attributes have no static types.
 Config = Any

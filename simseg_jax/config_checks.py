@@ -6,9 +6,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from simseg_jax.config_keys import DATA_SET_KEYS, ENTRIES, KEYS, PROBE_KEYS, SEGMENTATION_KEYS
-from simseg_jax.dotted import get, unknown_key
-from simseg_jax.errors import UserError, some
-from simseg_jax.ranges import Key, shown
+from simseg_jax.runtime.dotted import get, unknown_key
+from simseg_jax.runtime.errors import UserError, some
+from simseg_jax.runtime.ranges import Key, shown
 
 
 def validate(config: Any) -> None:

@@ -4,13 +4,13 @@ The upper ends of ranges lie far above sensible values: they keep slips (a digit
 meant for another key) from taking hours or all of the memory.
 """
 
-from simseg_jax.data.classes import BENCHMARKS
+from simseg_jax.data.testsets.classes import BENCHMARKS
 from simseg_jax.masks.densecrf import PAPER
 from simseg_jax.masks.pamr import DILATIONS
 from simseg_jax.models.layers import ACTIVATIONS, REMAT
 from simseg_jax.models.simseg import POOLS
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from simseg_jax.ranges import (
+from simseg_jax.runtime.ranges import (
     FLAG,
     RULES,
     SHARE,

@@ -10,31 +10,30 @@ from typing import Any
 import jax.numpy as jnp
 
 from simseg_jax import config as config_lib
-from simseg_jax import model_folder as folder
-from simseg_jax import programs
-from simseg_jax.command_line import (
+from simseg_jax.config_keys import HEADS
+from simseg_jax.data.testsets.classes import top_k
+from simseg_jax.data.text import load_tokenizer
+from simseg_jax.evaluators.build import headlines
+from simseg_jax.models.simseg import SimSegConfig
+from simseg_jax.runtime.command_line import (
     accepted,
     add_protocol_options,
     cache_programs,
     make_parser,
     protocol_settings,
 )
-from simseg_jax.config_keys import HEADS
-from simseg_jax.data.classes import top_k
-from simseg_jax.data.text import load_tokenizer
-from simseg_jax.errors import UserError, reading, report_user_errors, some
-from simseg_jax.evaluators.build import headlines
-from simseg_jax.model_card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
-from simseg_jax.models.simseg import SimSegConfig
-from simseg_jax.ranges import whole
-from simseg_jax.segmenter import Segmenter, split_words, words_of
-from simseg_jax.sharding import place
-from simseg_jax.trained import TrainedModel, assemble_model, load_model, open_source
-from simseg_jax.weights import authors
+from simseg_jax.runtime.errors import UserError, reading, report_user_errors, some
+from simseg_jax.runtime.ranges import whole
+from simseg_jax.runtime.sharding import place
+from simseg_jax.weights import authors, folder
+from simseg_jax.weights import export as programs
+from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.weights.choice import usual_names
+from simseg_jax.weights.load import TrainedModel, assemble_model, load_model, open_source
 from simseg_jax.weights.sources import ARCHITECTURE, META
 from simseg_jax.weights.torch_file import save_tensors
 from simseg_jax.weights.towers import find_towers, read_tower, refuse_infinite
+from simseg_jax.zeroshot.segmenter import Segmenter, split_words, words_of
 
 FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
 EPILOG = """examples:

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from simseg_jax.command_line import (
+from simseg_jax.config import Config, apply_overrides, load_config, resolved
+from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
+from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
+from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.reports.statistics import class_table, format_table, image_ious, write_csv
+from simseg_jax.reports.visualize import write_contact_sheet
+from simseg_jax.runtime.command_line import (
     accepted,
     add_checkpoint_options,
     add_evals_options,
@@ -20,17 +26,11 @@ from simseg_jax.command_line import (
     make_parser,
     results_folder,
 )
-from simseg_jax.config import Config, apply_overrides, load_config, resolved
-from simseg_jax.errors import UserError, report_user_errors
-from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
-from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
-from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.evaluators.statistics import class_table, format_table, image_ious, write_csv
-from simseg_jax.files import make_writable, write_json
-from simseg_jax.processes import add_distributed_option, join_processes, keeping, only_run
-from simseg_jax.ranges import whole
-from simseg_jax.trained import TrainedModel, load_model
-from simseg_jax.visualize import write_contact_sheet
+from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.files import make_writable, write_json
+from simseg_jax.runtime.processes import add_distributed_option, join_processes, keeping, only_run
+from simseg_jax.runtime.ranges import whole
+from simseg_jax.weights.load import TrainedModel, load_model
 
 EPILOG = """examples:
   python -m simseg_jax.evaluate --checkpoint=runs/shapes

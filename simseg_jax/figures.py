@@ -11,8 +11,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from simseg_jax.class_figures import draw_classes, draw_scores, read_table
-from simseg_jax.command_line import (
+from simseg_jax.config import Config, first_segmentation, segmentation_eval
+from simseg_jax.config_checks import validate_segmentation
+from simseg_jax.data.images import decode_image, resize
+from simseg_jax.evaluate import choose, evaluation_config
+from simseg_jax.evaluators.retrieval import RetrievalEvaluator
+from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.models.simseg import bind, l2_normalize
+from simseg_jax.reports.class_figures import draw_classes, draw_scores, read_table
+from simseg_jax.reports.visualize import overlay, palette
+from simseg_jax.runtime.command_line import (
     accepted,
     add_checkpoint_options,
     add_evals_options,
@@ -20,17 +28,9 @@ from simseg_jax.command_line import (
     cache_programs,
     make_parser,
 )
-from simseg_jax.config import Config, first_segmentation, segmentation_eval
-from simseg_jax.config_checks import validate_segmentation
-from simseg_jax.data.images import decode_image, resize
-from simseg_jax.errors import UserError, report_user_errors, require_file
-from simseg_jax.evaluate import choose, evaluation_config
-from simseg_jax.evaluators.retrieval import RetrievalEvaluator
-from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.models.simseg import bind, l2_normalize
-from simseg_jax.ranges import whole
-from simseg_jax.trained import TrainedModel, load_model
-from simseg_jax.visualize import overlay, palette
+from simseg_jax.runtime.errors import UserError, report_user_errors, require_file
+from simseg_jax.runtime.ranges import whole
+from simseg_jax.weights.load import TrainedModel, load_model
 
 EPILOG = """examples:
   figures 3 and 10, where an image answers to itself and to captions, the first one its own:

@@ -11,32 +11,32 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from simseg_jax.command_line import (
+from simseg_jax.config import PROBE, Config, describe, load_config
+from simseg_jax.config_checks import validate_crop, validate_probe
+from simseg_jax.data.testsets.labelled import labelled_source, loader
+from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.evaluators.metrics import top_accuracy
+from simseg_jax.models.layers import torch_bias_init, torch_linear_init
+from simseg_jax.runtime.command_line import (
     add_checkpoint_options,
     cache_programs,
     image_bar,
     make_parser,
     results_folder,
 )
-from simseg_jax.config import PROBE, Config, describe, load_config
-from simseg_jax.config_checks import validate_crop, validate_probe
-from simseg_jax.data.labelled import labelled_source, loader
-from simseg_jax.dotted import first_difference
-from simseg_jax.errors import UserError, one_line, report_user_errors
-from simseg_jax.evaluators.embedding import ImageEmbedder
-from simseg_jax.files import appearing, make_writable, write_json
-from simseg_jax.metrics import top_accuracy
-from simseg_jax.models.layers import torch_bias_init, torch_linear_init
-from simseg_jax.optim import cosine_schedule, lars
-from simseg_jax.processes import add_distributed_option, join_processes, keeping
-from simseg_jax.sharding import (
+from simseg_jax.runtime.dotted import first_difference
+from simseg_jax.runtime.errors import UserError, one_line, report_user_errors
+from simseg_jax.runtime.files import appearing, make_writable, write_json
+from simseg_jax.runtime.processes import add_distributed_option, join_processes, keeping
+from simseg_jax.runtime.sharding import (
     batch_sharding,
     gather_bytes,
     make_mesh,
     replicated,
     to_global_batch,
 )
-from simseg_jax.trained import TrainedModel, load_model
+from simseg_jax.training.optim import cosine_schedule, lars
+from simseg_jax.weights.load import TrainedModel, load_model
 
 EPILOG = """examples:
   python -m simseg_jax.linear_probe --checkpoint=runs/shapes --config=configs/linear_probe.py \\

@@ -5,12 +5,12 @@ import time
 
 import jax
 
-from simseg_jax.command_line import accepted, cache_programs, make_parser
 from simseg_jax.config import describe, load_config
-from simseg_jax.errors import report_user_errors
 from simseg_jax.evaluators.build import headlines
-from simseg_jax.processes import STOPPED, add_distributed_option, join_processes
-from simseg_jax.ranges import whole
+from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.processes import STOPPED, add_distributed_option, join_processes
+from simseg_jax.runtime.ranges import whole
 from simseg_jax.train import train
 
 EPILOG = """examples:

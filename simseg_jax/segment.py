@@ -12,7 +12,9 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from simseg_jax.command_line import (
+from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image, open_image
+from simseg_jax.reports.visualize import index_png, labels_in, legend, overlaid
+from simseg_jax.runtime.command_line import (
     accepted,
     add_checkpoint_options,
     add_key_option,
@@ -21,12 +23,16 @@ from simseg_jax.command_line import (
     make_parser,
     protocol_settings,
 )
-from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image, open_image
-from simseg_jax.errors import UserError, one_line, report_user_errors, some
-from simseg_jax.files import appearing, make_writable, write_json
-from simseg_jax.segmenter import MAX_PIXELS, Segmentation, Segmenter, check_words, split_words
-from simseg_jax.trained import load_model
-from simseg_jax.visualize import index_png, labels_in, legend, overlaid
+from simseg_jax.runtime.errors import UserError, one_line, report_user_errors, some
+from simseg_jax.runtime.files import appearing, make_writable, write_json
+from simseg_jax.weights.load import load_model
+from simseg_jax.zeroshot.segmenter import (
+    MAX_PIXELS,
+    Segmentation,
+    Segmenter,
+    check_words,
+    split_words,
+)
 
 EPILOG = """examples:
   python -m simseg_jax.segment --checkpoint=runs/shapes --words="apple, leaf" --output=out \\

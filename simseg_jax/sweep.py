@@ -5,22 +5,11 @@ from pathlib import Path
 
 import jax
 
-from simseg_jax.command_line import (
-    add_checkpoint_options,
-    add_evals_options,
-    cache_programs,
-    make_parser,
-    results_folder,
-)
 from simseg_jax.config import segmentation_eval
 from simseg_jax.config_checks import validate_segmentation
-from simseg_jax.dotted import assign
-from simseg_jax.errors import UserError, report_user_errors
 from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.files import make_writable
-from simseg_jax.processes import keeping
-from simseg_jax.tables import (
+from simseg_jax.reports.tables import (
     Table,
     add_table_options,
     check_table_options,
@@ -30,7 +19,18 @@ from simseg_jax.tables import (
     parse_values,
     write_table,
 )
-from simseg_jax.trained import TrainedModel, load_model
+from simseg_jax.runtime.command_line import (
+    add_checkpoint_options,
+    add_evals_options,
+    cache_programs,
+    make_parser,
+    results_folder,
+)
+from simseg_jax.runtime.dotted import assign
+from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.files import make_writable
+from simseg_jax.runtime.processes import keeping
+from simseg_jax.weights.load import TrainedModel, load_model
 from simseg_jax.zeroshot.engine import before_encoder
 
 EPILOG = """examples:

@@ -10,8 +10,18 @@ import jax.numpy as jnp
 from etils import epath
 
 from simseg_jax import config as config_lib
-from simseg_jax import resume
-from simseg_jax.checkpoint import (
+from simseg_jax.config import Config
+from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
+from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
+from simseg_jax.models.simseg import init_params, make_model
+from simseg_jax.reports.visualize import write_contact_sheet
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.processes import StopSignal, only_run
+from simseg_jax.runtime.remote import is_remote
+from simseg_jax.runtime.sharding import make_mesh, place, state_sharding, to_global_batch
+from simseg_jax.training import resume
+from simseg_jax.training.checkpoint import (
     CONFIG,
     TOKENIZER,
     Checkpoints,
@@ -22,21 +32,11 @@ from simseg_jax.checkpoint import (
     restore_state,
     with_sharding,
 )
-from simseg_jax.config import Config
-from simseg_jax.cost import describe_step, step_flops
-from simseg_jax.data.pairs.remote import is_remote
-from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
-from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import UserError
-from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
-from simseg_jax.models.simseg import init_params, make_model
-from simseg_jax.optim import adamw, cosine_schedule, frozen
-from simseg_jax.pretrained import Pretrained, adopt, keep_architecture
-from simseg_jax.processes import StopSignal, only_run
-from simseg_jax.report import Profile, Reporter
-from simseg_jax.sharding import make_mesh, place, state_sharding, to_global_batch
-from simseg_jax.step import initial_state, jit_update, make_update
-from simseg_jax.visualize import write_contact_sheet
+from simseg_jax.training.cost import describe_step, step_flops
+from simseg_jax.training.optim import adamw, cosine_schedule, frozen
+from simseg_jax.training.report import Profile, Reporter
+from simseg_jax.training.step import initial_state, jit_update, make_update
+from simseg_jax.weights.init import Pretrained, adopt, keep_architecture
 
 
 def make_optimizer(config: Config, steps: int, params):

@@ -8,7 +8,7 @@ from support import message, run
 
 from simseg_jax import ablate
 from simseg_jax.ablate import TABLES
-from simseg_jax.tables import paper_columns
+from simseg_jax.reports.tables import paper_columns
 
 CONFIG = """
 import sys

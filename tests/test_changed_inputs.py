@@ -16,16 +16,16 @@ from support import tiny_eval
 
 from simseg_jax import evaluate
 from simseg_jax.config import default_config
-from simseg_jax.data.benchmarks import segmentation_source
 from simseg_jax.data.shapes import scene
-from simseg_jax.errors import UserError
+from simseg_jax.data.testsets.segmentation import segmentation_source
 from simseg_jax.evaluate import evaluation_config
 from simseg_jax.evaluators.records import Kept, RecordStore
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.masks.protocols import PaperProtocol
-from simseg_jax.processes import only_run
-from simseg_jax.trained import load_model
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.processes import only_run
+from simseg_jax.weights.load import load_model
 from simseg_jax.zeroshot import engine
+from simseg_jax.zeroshot.paper import PaperProtocol
 
 CONFIG = """
 import sys

@@ -11,8 +11,8 @@ from PIL import Image
 from support import message, run
 
 from simseg_jax import convert, evaluate, main, segment
-from simseg_jax.command_line import cache_programs
 from simseg_jax.data.shapes import scene
+from simseg_jax.runtime.command_line import cache_programs
 
 CONFIG = """
 import sys

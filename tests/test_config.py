@@ -25,11 +25,11 @@ from simseg_jax.config import (
 )
 from simseg_jax.config_checks import validate_probe
 from simseg_jax.config_keys import ENTRIES, KEYS, PROBE_KEYS
-from simseg_jax.data.classes import top_k
-from simseg_jax.dotted import get, leaves
-from simseg_jax.errors import UserError
+from simseg_jax.data.testsets.classes import top_k
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.vit import ViTConfig
+from simseg_jax.runtime.dotted import get, leaves
+from simseg_jax.runtime.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 

@@ -19,12 +19,12 @@ from PIL import Image
 from support import assert_close, assert_trees_equal, message, run
 
 from simseg_jax import convert
-from simseg_jax.errors import UserError
 from simseg_jax.masks.postprocess import resize_nearest
-from simseg_jax.masks.protocols import PaperProtocol
-from simseg_jax.trained import load_model
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.weights.load import load_model
 from simseg_jax.weights.torch_file import load_tensors
 from simseg_jax.zeroshot.classifier import Prompts, class_embedder
+from simseg_jax.zeroshot.paper import PaperProtocol
 
 MODEL = GOLDENS / "model.pth"
 PHOTOS = ("astronaut", "chelsea")

@@ -10,7 +10,7 @@ import damage
 import drill_cases
 import drills
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 
 def test_verdicts(tmp_path):

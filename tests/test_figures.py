@@ -7,12 +7,12 @@ from PIL import Image
 from support import assert_close, message, run
 
 from simseg_jax import evaluate, figures
-from simseg_jax.class_figures import read_table
 from simseg_jax.config import segmentation_eval
 from simseg_jax.data.shapes import scene
 from simseg_jax.figures import responses_of
 from simseg_jax.models.simseg import bind
-from simseg_jax.trained import load_model
+from simseg_jax.reports.class_figures import read_table
+from simseg_jax.weights.load import load_model
 
 
 @pytest.fixture(scope="module")

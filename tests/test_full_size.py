@@ -9,8 +9,8 @@ import pytest
 
 from simseg_jax.config import load_config, model_config
 from simseg_jax.models.simseg import init_params, make_model
-from simseg_jax.step import make_update
 from simseg_jax.train import make_optimizer
+from simseg_jax.training.step import make_update
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -14,9 +14,9 @@ from simseg_jax import linear_probe
 from simseg_jax.config import probe_config
 from simseg_jax.config_checks import validate_probe
 from simseg_jax.data.shapes import scene
-from simseg_jax.errors import UserError
 from simseg_jax.linear_probe import features_of, probe, probe_step
-from simseg_jax.optim import cosine_schedule, lars
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.training.optim import cosine_schedule, lars
 
 CONFIG = """
 from simseg_jax.config import probe_config

@@ -14,10 +14,10 @@ from support import message, run
 
 from simseg_jax import segment
 from simseg_jax.data.shapes import CATEGORIES, scene
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.segment import find_images
-from simseg_jax.segmenter import Segmenter, check_words, split_words
-from simseg_jax.trained import load_model
+from simseg_jax.weights.load import load_model
+from simseg_jax.zeroshot.segmenter import Segmenter, check_words, split_words
 
 PHOTO = Image.fromarray(scene(0, "val")[0]).resize((90, 70))
 

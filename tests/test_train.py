@@ -16,13 +16,13 @@ from support import assert_trees_equal, tiny_config, tiny_eval
 from tensorboardX.proto import event_pb2
 
 from simseg_jax import train as train_module
-from simseg_jax.checkpoint import checkpoints_folder, completed_steps
 from simseg_jax.config import from_dict
 from simseg_jax.data import shapes
-from simseg_jax.errors import UserError
-from simseg_jax.report import Reporter
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.train import train
-from simseg_jax.trained import load_model
+from simseg_jax.training.checkpoint import checkpoints_folder, completed_steps
+from simseg_jax.training.report import Reporter
+from simseg_jax.weights.load import load_model
 
 
 def lines(workdir):

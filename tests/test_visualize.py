@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from simseg_jax.visualize import heat_map, index_png, legend, overlay, palette, stack
+from simseg_jax.reports.visualize import heat_map, index_png, legend, overlay, palette, stack
 
 
 def test_palette_is_that_of_pascal_voc():

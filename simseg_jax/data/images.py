@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from simseg_jax.errors import UserError, one_line
+from simseg_jax.runtime.errors import UserError, one_line
 
 try:
     import cykooz_resizer as simd

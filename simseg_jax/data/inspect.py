@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from simseg_jax.command_line import accepted, make_parser
 from simseg_jax.config import load_config
 from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
 from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import report_user_errors
-from simseg_jax.ranges import number, whole
-from simseg_jax.visualize import CELL, TEXT_HEIGHT, font
+from simseg_jax.reports.visualize import CELL, TEXT_HEIGHT, font
+from simseg_jax.runtime.command_line import accepted, make_parser
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import number, whole
 
 EPILOG = """examples:
   python -m simseg_jax.data.inspect --config=configs/shapes.py --output=batch.png

@@ -26,7 +26,7 @@ from simseg_jax.data.images import (
 from simseg_jax.data.mixture import Mixture
 from simseg_jax.data.pairs import BadExample, open_source
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.errors import NAMED, UserError
+from simseg_jax.runtime.errors import NAMED, UserError
 
 # Examples that a thread or worker prepares at a time: enough to make the bookkeeping cheap.
 CHUNK = 32

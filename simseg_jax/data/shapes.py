@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from simseg_jax.data.pairs.example import Problems
-from simseg_jax.errors import UserError
-from simseg_jax.files import digest
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.files import digest
 
 CATEGORIES = ("apple", "leaf", "brick", "star", "heart", "ring", "cross", "moon", "kite", "wheel")
 GROUNDS = {

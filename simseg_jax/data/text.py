@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from simseg_jax.data import shapes
-from simseg_jax.errors import UserError, reading
 from simseg_jax.models.bert import PAD
+from simseg_jax.runtime.errors import UserError, reading
 
 MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the touched pieces; the remaining 40 % are deleted
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

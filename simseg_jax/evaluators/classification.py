@@ -7,11 +7,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from simseg_jax.data.labelled import class_prompts, labelled_source, loader
+from simseg_jax.data.testsets.labelled import class_prompts, labelled_source, loader
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.evaluators.embedding import ImageEmbedder
-from simseg_jax.metrics import top_accuracy
-from simseg_jax.sharding import local_mesh, local_params
+from simseg_jax.evaluators.metrics import top_accuracy
+from simseg_jax.runtime.sharding import local_mesh, local_params
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
 from simseg_jax.zeroshot.prompts import TEMPLATES
 

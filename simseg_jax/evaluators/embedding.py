@@ -15,7 +15,7 @@ from PIL import Image
 
 from simseg_jax.masks.refine import threads_of
 from simseg_jax.models.simseg import bind
-from simseg_jax.sharding import gather_bytes, local_mesh, local_params, to_global_batch
+from simseg_jax.runtime.sharding import gather_bytes, local_mesh, local_params, to_global_batch
 from simseg_jax.zeroshot.engine import ahead
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simseg_jax.sharding import make_mesh
+from simseg_jax.runtime.sharding import make_mesh
 
 IMAGE_CHUNK, TEXT_CHUNK = 1024, 8192
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.pairs import BadExample, open_source
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.errors import UserError
 from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.evaluators.metrics import recall_at
 from simseg_jax.evaluators.ranking import nearest
-from simseg_jax.metrics import recall_at
-from simseg_jax.sharding import local_mesh, local_params
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.sharding import local_mesh, local_params
 from simseg_jax.zeroshot.classifier import text_embedder
 
 KS = (1, 5, 10)

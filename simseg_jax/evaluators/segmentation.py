@@ -9,15 +9,15 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from simseg_jax.data.benchmarks import segmentation_source
-from simseg_jax.data.classes import prompt_names
 from simseg_jax.data.images import decode_image
+from simseg_jax.data.testsets.classes import prompt_names
+from simseg_jax.data.testsets.segmentation import segmentation_source
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.errors import UserError
+from simseg_jax.evaluators.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.evaluators.records import Record, total_confusion
-from simseg_jax.files import digest
-from simseg_jax.metrics import class_iou, confusion_matrix, mean_iou
-from simseg_jax.sharding import local_params
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.files import digest
+from simseg_jax.runtime.sharding import local_params
 from simseg_jax.zeroshot.engine import Engine, ahead
 
 

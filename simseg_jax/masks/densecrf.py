@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simseg_jax.errors import UserError
 from simseg_jax.masks.permutohedral import Lattice, embedding, position_lattice
+from simseg_jax.runtime.errors import UserError
 
 EPSILON = np.float32(1e-8)
 

@@ -6,10 +6,10 @@ The lattice of an image is built once and shared by its classes.
 import jax
 import jax.numpy as jnp
 
-from simseg_jax.errors import UserError
 from simseg_jax.masks.densecrf import CRF, EPSILON, PAPER
 from simseg_jax.masks.permutohedral import embedding
 from simseg_jax.masks.permutohedral_jax import BatchLattice, build_lattice
+from simseg_jax.runtime.errors import UserError
 
 
 def lattice_size(height: int, width: int) -> int:

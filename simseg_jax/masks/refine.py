@@ -21,7 +21,7 @@ from simseg_jax.masks.pamr import pamr
 from simseg_jax.masks.permutohedral_jax import BatchLattice, batch_positions
 from simseg_jax.masks.postprocess import upsample
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from simseg_jax.sharding import BATCH, make_mesh, replicated
+from simseg_jax.runtime.sharding import BATCH, make_mesh, replicated
 
 
 def on_host(settings) -> bool:

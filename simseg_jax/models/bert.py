@@ -15,7 +15,7 @@ from simseg_jax.models.layers import (
     dropout,
     linear,
 )
-from simseg_jax.sharding import constrain_batch
+from simseg_jax.runtime.sharding import constrain_batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from simseg_jax.models.bert import Bert, BertConfig
 from simseg_jax.models.layers import torch_linear_init
 from simseg_jax.models.pooling import mean_pool, top_m_pool
 from simseg_jax.models.vit import ViT, ViTConfig
-from simseg_jax.sharding import constrain_batch
+from simseg_jax.runtime.sharding import constrain_batch
 
 POOLS = ("loda", "mean", "cls")
 

@@ -18,7 +18,7 @@ from simseg_jax.models.layers import (
     torch_bias_init,
     torch_linear_init,
 )
-from simseg_jax.sharding import constrain_batch
+from simseg_jax.runtime.sharding import constrain_batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

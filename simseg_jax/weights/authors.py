@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from simseg_jax.errors import UserError, reading
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig, init_params, path_string
 from simseg_jax.models.vit import ViTConfig
+from simseg_jax.runtime.errors import UserError, reading
 from simseg_jax.weights.choice import Tensors, choose, prefixes, take, usual_names
 from simseg_jax.weights.formats import BERT, TIMM
 from simseg_jax.weights.layouts import LINEAR, Entry, hugging_face_bert, timm_vit

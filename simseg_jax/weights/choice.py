@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from simseg_jax.errors import UserError, some
+from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.weights import bounds
 
 Tensors = Mapping[str, np.ndarray]

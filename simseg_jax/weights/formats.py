@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import bounds, layouts
 from simseg_jax.weights.choice import Tensors
 from simseg_jax.weights.layouts import Entry

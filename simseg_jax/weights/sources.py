@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from simseg_jax.data.pairs import remote
-from simseg_jax.errors import UserError, one_line, reading, some
-from simseg_jax.files import sha256
+from simseg_jax.runtime import remote
+from simseg_jax.runtime.errors import UserError, one_line, reading, some
+from simseg_jax.runtime.files import sha256
 from simseg_jax.weights import bounds
 from simseg_jax.weights.torch_file import load_tensors
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import bounds
 
 DTYPES = {

@@ -12,11 +12,11 @@ from flax import nnx
 
 from simseg_jax.config import default_config
 from simseg_jax.config_checks import validate
-from simseg_jax.dotted import assign
-from simseg_jax.errors import UserError, one_line, reading, some
 from simseg_jax.models.bert import Bert, BertConfig
 from simseg_jax.models.simseg import params_of, path_string
 from simseg_jax.models.vit import ViT, ViTConfig
+from simseg_jax.runtime.dotted import assign
+from simseg_jax.runtime.errors import UserError, one_line, reading, some
 from simseg_jax.weights.choice import Tensors, choose, prefixes, take, usual_names
 from simseg_jax.weights.formats import FORMATS, Format
 from simseg_jax.weights.layouts import Entry, kinds

@@ -12,8 +12,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.errors import some
 from simseg_jax.models.simseg import bind, l2_normalize
+from simseg_jax.runtime.errors import some
 
 CHUNK = 128
 

@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.dotted import leaves
-from simseg_jax.masks.protocols import PaperProtocol
 from simseg_jax.masks.refine import threads_of
-from simseg_jax.masks.standard import StandardProtocol
-from simseg_jax.sharding import local_mesh
+from simseg_jax.runtime.dotted import leaves
+from simseg_jax.runtime.sharding import local_mesh
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.paper import PaperProtocol
 from simseg_jax.zeroshot.prompts import TEMPLATES
+from simseg_jax.zeroshot.standard import StandardProtocol
 
 PROTOCOLS = {"paper": PaperProtocol, "standard": StandardProtocol}
 

@@ -15,7 +15,7 @@ from simseg_jax.data.autoaugment_jax import (
     draw_keys,
 )
 from simseg_jax.data.autoaugment_tables import autocontrast_exceptions
-from simseg_jax.sharding import batch_sharding, make_mesh, map_batch
+from simseg_jax.runtime.sharding import batch_sharding, make_mesh, map_batch
 
 REFERENCE = SHARED / "goldens" / "autoaugment.npz"
 VARIANTS = [("", 0, 1)] + [(op, lv, s) for op in OPERATIONS for lv in (0, 2, 5, 9) for s in (-1, 1)]

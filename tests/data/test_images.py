@@ -7,7 +7,7 @@ from PIL import EpsImagePlugin, ExifTags, Image, features
 from scipy import stats
 
 from simseg_jax.data import images
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 AREA, ASPECT = (0.6, 1.0), (3 / 4, 4 / 3)
 LARGEST = 10**7

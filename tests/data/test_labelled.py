@@ -7,9 +7,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from pairs_support import make_pairs
 
-from simseg_jax.data.labelled import labelled_source
 from simseg_jax.data.pairs import tf_example
-from simseg_jax.errors import UserError
+from simseg_jax.data.testsets.labelled import labelled_source
+from simseg_jax.runtime.errors import UserError
 
 IMAGE = make_pairs(1)[0][1]
 HIDDEN = (

@@ -10,7 +10,7 @@ from simseg_jax.data import pipeline
 from simseg_jax.data.pairs import BadExample, Problems
 from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 
 class NumberedSource:

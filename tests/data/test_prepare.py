@@ -11,10 +11,11 @@ from pairs_support import IMAGES, make_pairs, write_csv, write_tar
 from PIL import ExifTags, Image
 
 from simseg_jax.config import data_set
-from simseg_jax.data import assemble, prepare, shards
-from simseg_jax.data import card as card_lib
 from simseg_jax.data.images import decode_image, read_header
 from simseg_jax.data.pairs import open_source
+from simseg_jax.data.prepare import __main__ as prepare
+from simseg_jax.data.prepare import assemble, shards
+from simseg_jax.data.prepare import card as card_lib
 from simseg_jax.data.text import load_tokenizer
 
 tfds = pytest.importorskip("tensorflow_datasets")

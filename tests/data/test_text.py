@@ -12,7 +12,7 @@ from scipy import stats
 
 from simseg_jax.data import text
 from simseg_jax.data.text import HUB_SECONDS, TextEncoder, load_tokenizer, vocabulary_identity
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Where str.splitlines cuts beside line ends; the second to last is a token of bert-base-chinese.

@@ -9,7 +9,7 @@ from support import assert_trees_equal, tiny_config
 from simseg_jax.config import data_set
 from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.train import train
 
 

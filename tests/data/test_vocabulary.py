@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from simseg_jax.data import shapes
+from simseg_jax.data.prepare.vocabulary import SPECIAL, train_vocabulary
 from simseg_jax.data.text import load_tokenizer
-from simseg_jax.data.vocabulary import SPECIAL, train_vocabulary
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 CAPTIONS = [shapes.scene(i, "train")[2] for i in range(200)]
 
@@ -32,7 +32,7 @@ def test_frequent_words_become_tokens_and_the_tokenizer_loads_them(tmp_path):
 def test_other_processes_train_the_same_vocabulary():
     # Hash maps differ between processes, not within one.
     script = (
-        "from simseg_jax.data import shapes; from simseg_jax.data.vocabulary import *;"
+        "from simseg_jax.data import shapes; from simseg_jax.data.prepare.vocabulary import *;"
         "print(train_vocabulary([shapes.scene(i, 'train')[2] for i in range(200)], 120))"
     )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

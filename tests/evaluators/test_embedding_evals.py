@@ -21,14 +21,14 @@ from simseg_jax.config import (
 )
 from simseg_jax.config_checks import validate
 from simseg_jax.config_keys import ASPECTS, FEATURES
-from simseg_jax.data.labelled import class_prompts, labelled_source
 from simseg_jax.data.pairs import tf_example
+from simseg_jax.data.testsets.labelled import class_prompts, labelled_source
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import UserError
 from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
 from simseg_jax.evaluators.embedding import ImageEmbedder, resize_and_crop
 from simseg_jax.models.simseg import bind, init_params, make_model
-from simseg_jax.sharding import make_mesh
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
 SMALL = {"resize": 40, "crop": 32, "threads": 2}

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from simseg_jax.evaluators import ranking
+from simseg_jax.evaluators.metrics import recall_at
 from simseg_jax.evaluators.ranking import nearest
-from simseg_jax.metrics import recall_at
-from simseg_jax.sharding import make_mesh
+from simseg_jax.runtime.sharding import make_mesh
 
 
 def reference(images, texts, k):

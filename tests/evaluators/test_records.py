@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from simseg_jax.errors import UserError
 from simseg_jax.evaluators.records import FORMAT, Record, RecordStore, gather
-from simseg_jax.evaluators.statistics import class_table, format_table, image_ious
+from simseg_jax.reports.statistics import class_table, format_table, image_ious
+from simseg_jax.runtime.errors import UserError
 
 NAMES = ("background", "dog", "person", "cat")
 

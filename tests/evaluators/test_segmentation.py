@@ -6,11 +6,11 @@ from support import tiny_config, tiny_eval
 
 from simseg_jax.config import model_config
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import UserError
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.evaluators.statistics import class_table
 from simseg_jax.models.simseg import init_params, make_model
-from simseg_jax.sharding import make_mesh
+from simseg_jax.reports.statistics import class_table
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.sharding import make_mesh
 
 VOC = SHARED / "data" / "VOCdevkit" / "VOC2012"
 

@@ -7,10 +7,10 @@ import pytest
 from conftest import GOLDENS, SHARED
 from PIL import Image
 
-from simseg_jax.errors import UserError
 from simseg_jax.masks import densecrf, densecrf_jax, permutohedral
 from simseg_jax.masks.densecrf import CRF, PAPER
 from simseg_jax.masks.permutohedral_jax import batch_positions
+from simseg_jax.runtime.errors import UserError
 
 VOC_IMAGES = SHARED / "data" / "VOCdevkit" / "VOC2012" / "JPEGImages"
 PHOTOS = ("astronaut", "chelsea")

@@ -7,11 +7,11 @@ import optax
 import pytest
 from support import assert_close, golden_batch
 
-from simseg_jax.loss import contrastive_loss
 from simseg_jax.models.pooling import mean_pool, top_m_pool
 from simseg_jax.models.simseg import bind, path_string
 from simseg_jax.models.vit import resize_position_embedding
-from simseg_jax.optim import adamw, cosine_schedule
+from simseg_jax.training.loss import contrastive_loss
+from simseg_jax.training.optim import adamw, cosine_schedule
 from simseg_jax.weights.authors import fit
 from simseg_jax.weights.torch_file import load_tensors
 

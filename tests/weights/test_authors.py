@@ -6,10 +6,10 @@ import pytest
 from conftest import GOLDENS
 from support import assert_trees_equal
 
-from simseg_jax.errors import UserError
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig, init_params
 from simseg_jax.models.vit import ViTConfig
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import authors
 from simseg_jax.weights.sources import ARCHITECTURE, META, Weights
 from simseg_jax.weights.torch_file import load_tensors

@@ -6,7 +6,7 @@ import pytest
 from conftest import GOLDENS
 from support import assert_trees_equal
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import authors
 from simseg_jax.weights.sources import Weights, read_weights, split_key
 from simseg_jax.weights.torch_file import load_tensors, save_tensors

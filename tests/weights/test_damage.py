@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDENS
 from safetensors.numpy import load_file, save_file
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import bounds
 from simseg_jax.weights.sources import read_weights
 from simseg_jax.weights.towers import read_tower

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import GOLDENS
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import sources
 from simseg_jax.weights.sources import fetch, read_weights
 from simseg_jax.weights.towers import read_tower
@@ -160,7 +160,7 @@ threading.Thread(target=server.serve_forever, daemon=True).start()
 import os
 os.environ.update(HF_ENDPOINT="http://127.0.0.1:%d" % server.server_port, HF_HUB_OFFLINE="0")
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.sources import fetch, read_weights
 from simseg_jax.weights.towers import read_tower
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import GOLDENS
 
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.sources import read_weights
 from simseg_jax.weights.torch_file import load_tensors, save_tensors
 

@@ -12,9 +12,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from support import assert_close
 
-from simseg_jax.errors import UserError
 from simseg_jax.models.bert import Bert
 from simseg_jax.models.vit import ViT
+from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.sources import Weights, read_weights
 from simseg_jax.weights.towers import read_tower
 

@@ -5,12 +5,12 @@ from PIL import Image
 from support import assert_close, tiny_config, tiny_eval
 
 from simseg_jax.config import model_config
-from simseg_jax.data.classes import class_names, prompt_names
 from simseg_jax.data.shapes import scene
+from simseg_jax.data.testsets.classes import class_names, prompt_names
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.errors import UserError
 from simseg_jax.models.simseg import init_params, make_model
-from simseg_jax.sharding import make_mesh
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts, unknown_words
 from simseg_jax.zeroshot.engine import Engine
 from simseg_jax.zeroshot.prompts import TEMPLATES

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from simseg_jax.errors import NAMED, UserError, one_line, some
+from simseg_jax.runtime.errors import NAMED, UserError, one_line, some
 
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "imbytes", "bytes")
 CAPTION_KEYS = (

@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
-from simseg_jax.data.pairs import remote
 from simseg_jax.data.pairs.parquet import ParquetSource
 from simseg_jax.data.pairs.records import INFO, RecordSource, tfds_source
 from simseg_jax.data.pairs.tables import TableSource
 from simseg_jax.data.pairs.tars import TarSource
-from simseg_jax.errors import UserError
-from simseg_jax.files import digest, stamp
+from simseg_jax.runtime import remote
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.files import digest, stamp
 
 # File names that tell a format. A folder has the first format that any of its files has:
 # img2dataset leaves Parquet and JSON with statistics beside its tars.

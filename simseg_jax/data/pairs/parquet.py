@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from simseg_jax.data.pairs import remote
 from simseg_jax.data.pairs.example import (
     CAPTION_KEYS,
     IMAGE_KEYS,
@@ -26,8 +25,9 @@ from simseg_jax.data.pairs.example import (
     read_captions,
     shorten,
 )
-from simseg_jax.data.pairs.remote import File
-from simseg_jax.errors import UserError, one_line
+from simseg_jax.runtime import remote
+from simseg_jax.runtime.errors import UserError, one_line
+from simseg_jax.runtime.remote import File
 
 BATCH = 64  # Rows in memory at a time, at most.
 BATCH_BYTES = 64 << 20  # Memory for these rows; one row is always read.

@@ -10,7 +10,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf.message import DecodeError
 from grain.sources import ArrayRecordDataSource
 
-from simseg_jax.data.pairs import remote, tf_example
+from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.pairs.example import (
     CAPTION_KEYS,
     IMAGE_KEYS,
@@ -21,8 +21,9 @@ from simseg_jax.data.pairs.example import (
     no_pairs,
     read_captions,
 )
-from simseg_jax.data.pairs.remote import File
-from simseg_jax.errors import UserError, one_line, some
+from simseg_jax.runtime import remote
+from simseg_jax.runtime.errors import UserError, one_line, some
+from simseg_jax.runtime.remote import File
 
 INFO = "dataset_info.json"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"

@@ -15,7 +15,6 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from simseg_jax.data.images import IMAGE_SUFFIXES
-from simseg_jax.data.pairs import remote
 from simseg_jax.data.pairs.example import (
     CAPTION_KEYS,
     BadExample,
@@ -28,7 +27,8 @@ from simseg_jax.data.pairs.example import (
     read_captions,
     shorten,
 )
-from simseg_jax.errors import UserError, reading, some
+from simseg_jax.runtime import remote
+from simseg_jax.runtime.errors import UserError, reading, some
 
 # The authors' tables (train_anno.csv, valid_anno.csv), open_clip's, Flickr30k's, others'.
 IMAGE_COLUMNS = (

@@ -14,7 +14,6 @@ from typing import BinaryIO
 import numpy as np
 
 from simseg_jax.data.images import IMAGE_SUFFIXES
-from simseg_jax.data.pairs import remote
 from simseg_jax.data.pairs.example import (
     MAX_TEXT,
     BadExample,
@@ -23,8 +22,9 @@ from simseg_jax.data.pairs.example import (
     read_captions,
     shorten,
 )
-from simseg_jax.data.pairs.remote import File
-from simseg_jax.errors import UserError, some
+from simseg_jax.runtime import remote
+from simseg_jax.runtime.errors import UserError, some
+from simseg_jax.runtime.remote import File
 
 USUAL = ("jpg", "jpeg", "png", "webp")  # Of several images of a key the first one is used.
 IMAGES = (*USUAL, *sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - {*USUAL}))

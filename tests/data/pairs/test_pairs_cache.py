@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from pairs_support import make_pairs, read_all, settings, write_parquet, write_tar
 
-from simseg_jax.data.pairs import Problems, open_source, remote
-from simseg_jax.errors import UserError
+from simseg_jax.data.pairs import Problems, open_source
+from simseg_jax.runtime import remote
+from simseg_jax.runtime.errors import UserError
 
 PAIRS = make_pairs(6)
 EXPECTED = [(image, captions) for _, image, captions in PAIRS]

@@ -15,7 +15,7 @@ from pairs_support import make_pairs, read_all, settings
 
 from simseg_jax.data.pairs import BadExample, Problems, open_source
 from simseg_jax.data.pipeline import in_processes
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 PAIRS = make_pairs(40)
 EXPECTED = [(image, captions) for _, image, captions in PAIRS]

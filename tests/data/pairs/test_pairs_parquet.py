@@ -5,7 +5,7 @@ import pytest
 from pairs_support import make_pairs, settings, write_parquet
 
 from simseg_jax.data.pairs import open_source
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -8,7 +8,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from pairs_support import make_pairs, settings, write_array_record, write_tfds
 
 from simseg_jax.data.pairs import BadExample, open_source, tf_example
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 PAIRS = make_pairs(12)
 

@@ -3,8 +3,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from pairs_support import make_pairs, read_all, settings, write_csv, write_tar
 
-from simseg_jax.data.pairs import BadExample, open_source, remote
-from simseg_jax.errors import UserError
+from simseg_jax.data.pairs import BadExample, open_source
+from simseg_jax.runtime import remote
+from simseg_jax.runtime.errors import UserError
 
 PAIRS = make_pairs(8)
 EXPECTED = [(image, captions) for _, image, captions in PAIRS]

@@ -6,7 +6,7 @@ from conftest import SHARED
 from pairs_support import make_pairs, settings, write_coco, write_csv
 
 from simseg_jax.data.pairs import BadExample, open_source
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 
 @pytest.fixture

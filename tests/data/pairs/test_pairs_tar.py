@@ -8,7 +8,7 @@ import pytest
 from pairs_support import add_member, make_pairs, settings, write_tar
 
 from simseg_jax.data.pairs import BadExample, Problems, open_source
-from simseg_jax.errors import UserError
+from simseg_jax.runtime.errors import UserError
 
 PAIRS = make_pairs(6)
 

@@ -1,0 +1,191 @@
+"""`python -m simseg_jax.data.prepare`: image-caption pairs of any format -> TFDS data set."""
+
+import argparse
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simseg_jax.config import data_set
+from simseg_jax.config_checks import validate_data_set
+from simseg_jax.config_keys import DATA_SET_KEYS, KEYS, SEED
+from simseg_jax.data.pairs import content
+from simseg_jax.data.prepare.assemble import VERSION, check_same, make_data_set, read_back
+from simseg_jax.data.prepare.shards import Job, open_once
+from simseg_jax.data.prepare.vocabulary import train_vocabulary
+from simseg_jax.runtime.command_line import accepted, make_parser
+from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.files import appearing
+from simseg_jax.runtime.processes import keeping
+from simseg_jax.runtime.ranges import SHARE, whole
+
+SHARD_LENGTH = 10_000
+EPILOG = """examples:
+  images in a folder, captions in a table with the header image,caption
+    python -m simseg_jax.data.prepare DATA/captions.csv --images=Images --output=OUT/mine
+  shards of img2dataset, here or on a hub; duplicates left out, a vocabulary of the captions' own
+    python -m simseg_jax.data.prepare "cc3m/{00000..00331}.tar" --output=OUT/cc3m \\
+        --duplicates=drop --train_vocab=30522
+  the generated scenes, to try it without data
+    python -m simseg_jax.data.prepare --format=shapes --size=500 --output=OUT/shapes
+  on Apache Beam; OUT must be a folder that all workers see
+    python -m simseg_jax.data.prepare DATA/pairs --output=OUT/pairs \\
+        --beam="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64"
+
+OUT/mine/1.0.0 can be trained on (--config.data.train.NAME.path=OUT/mine) and read by any program
+through tfds.builder_from_directory. OUT/mine/card.json and card.png tell what is in it and what was
+left out. Every image is decoded to its end; what is damaged is counted, named and left out.
+
+The same command continues where it was stopped: finished shards in OUT/mine/1.0.0.incomplete are
+kept. If files of the source have changed since, by size or time, it refuses to go on. The result
+depends on neither the number of processes nor on Beam. Needs the extra prepare
+(pip install -e ".[prepare]"), --beam the extra beam.
+"""
+
+
+@report_user_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line, writes what is missing, reports."""
+    args = _parser().parse_args(arguments)
+    _check(args)
+    output = Path(args.output).expanduser()
+    settings = {key: getattr(args, key) for key in _source_keys()} | {"path": args.path}
+    validate_data_set(data_set(**settings))
+    open_once.cache_clear()
+    source = open_once(**settings)
+    job = _job(args, settings, content(data_set(**settings), source), len(source))
+    final = output / VERSION
+    if final.exists():
+        check_same(final, job)
+        print(f"{final} is already done.")
+    else:
+        processes = args.processes or os.cpu_count() or 1
+        with keeping(lambda: f"Finished shards in {output} are kept for the same command."):
+            make_data_set(job, source.problems, output, processes, args.beam, args.max_bad)
+    if args.train_vocab:
+        path, written = output / "vocab.txt", read_back(final, job)
+        captions = (text for i in range(len(written)) for text in written[i]["captions"])
+        tokens = train_vocabulary(captions, args.train_vocab)
+        with appearing(path) as partial:
+            partial.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+        print(f"Vocabulary of {len(tokens):,} tokens: {path}, for --config.data.vocab.")
+
+
+def _source_keys() -> list[str]:
+    return [key for key in DATA_SET_KEYS if key not in ("path", "weight")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "data.prepare",
+        "Turns image-caption pairs of any format into a TFDS data set of ArrayRecord shards.",
+        EPILOG,
+    )
+    parser.add_argument("path", nargs="?", default="", help=DATA_SET_KEYS["path"][1])
+    parser.add_argument("--output", required=True, help="folder to write, DIR in what follows")
+    for key in _source_keys():
+        default, meaning, accepts = DATA_SET_KEYS[key]
+        parser.add_argument(
+            f"--{key}",
+            type=accepted(accepts, type(default)),
+            default=default,
+            help=meaning.replace("%", "%%"),
+        )
+    add = parser.add_argument
+    add(
+        "--short_side",
+        type=accepted(whole(0)),
+        default=288,
+        help="larger images are re-encoded as JPEG with this "
+        "short side in pixels, smaller ones kept; 0: all keep their bytes (%(default)s)",
+    )
+    add(
+        "--quality",
+        type=accepted(whole(1, 100)),
+        default=90,
+        help="of these JPEGs, 1 to 100 (%(default)s)",
+    )
+    add(
+        "--max_pixels",
+        type=accepted(KEYS["data"]["max_pixels"].accepts),
+        default=KEYS["data"]["max_pixels"][0],
+        help="larger images count as damaged (%(default)s)",
+    )
+    add(
+        "--max_bad",
+        type=accepted(SHARE, float),
+        default=0.1,
+        help="stop when more than this share of the pairs cannot be used (%(default)s)",
+    )
+    add(
+        "--duplicates",
+        choices=("keep", "drop"),
+        default="keep",
+        help="pairs with the same bytes "
+        "and captions as an earlier one; drop reads the data twice (%(default)s)",
+    )
+    add(
+        "--shuffle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="random order over all shards, or that of the source",
+    )
+    add("--seed", type=accepted(SEED), default=0, help="of that order (%(default)s)")
+    add(
+        "--shards",
+        type=accepted(whole(0, 100_000)),
+        default=0,
+        help="files to write; 0: about 10,000 images each, fewer in small data sets",
+    )
+    add("--name", default="", help="name of the data set; default: that of DIR")
+    add("--split_name", default="train", help="name of its split (%(default)s)")
+    add(
+        "--train_vocab",
+        type=accepted(whole(0, 2**24)),
+        default=0,
+        metavar="SIZE",
+        help="train DIR/vocab.txt, an "
+        "uncased WordPiece vocabulary of at most so many tokens, from the captions; 0: no",
+    )
+    add("--processes", type=accepted(whole(0, 1024)), default=0, help="0: one per core")
+    add(
+        "--beam",
+        default="",
+        metavar="OPTIONS",
+        help='run on Apache Beam with these pipeline options, for example "--runner=DirectRunner"',
+    )
+    return parser
+
+
+def _check(args) -> None:
+    if "://" in args.output:
+        raise UserError(f"--output={args.output} must be a folder here: copy it there afterwards.")
+    extras = {"tensorflow_datasets": "prepare", "importlib_resources": "prepare"}
+    if args.beam:
+        extras["apache_beam"] = "beam"
+    for module, extra in extras.items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f'{module} is missing: pip install -e ".[{extra}]".')
+
+
+def _job(args, settings: dict[str, Any], files: str, examples: int) -> Job:
+    # TFDS allows word characters only.
+    name = args.name or re.sub(r"\W+", "_", Path(args.output).expanduser().resolve().name)
+    for option, value in (("name", name), ("split_name", args.split_name)):
+        if not re.fullmatch(r"[a-zA-Z]\w*", value, re.ASCII):
+            raise UserError(
+                f"--{option}={value!r} must be letters, digits and _, beginning with a letter."
+            )
+    shards = args.shards or max(-(-examples // SHARD_LENGTH), min(16, -(-examples // 1000)))
+    if shards > examples:
+        raise UserError(f"--shards={shards} are more than the {examples} images of {args.path}.")
+    same = ("short_side", "quality", "max_pixels", "seed", "shuffle", "duplicates", "split_name")
+    return Job(
+        settings, files, examples, name=name, shards=shards, **{k: getattr(args, k) for k in same}
+    )
+
+
+if __name__ == "__main__":
+    main()

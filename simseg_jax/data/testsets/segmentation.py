@@ -1,0 +1,127 @@
+"""Segmentation benchmarks: images with a label per pixel.
+
+A source has `__len__`, `names` of its images, no two alike, `class_names`, `background` and, per
+index, {"name": str, "image": encoded bytes or uint8 array, "mask": uint8 [H, W] of the upright
+image}; stamp(index) is another one when image or mask have changed. Labels are 0..C-1, and 255 is
+"ignore". If `background` is true, label 0 is the class "background"; if not, every label is a real
+class and pixels without one are 255.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from simseg_jax.data import shapes
+from simseg_jax.data.images import read_header, turned
+from simseg_jax.data.testsets import folders as layouts
+from simseg_jax.data.testsets.classes import BENCHMARKS, class_names
+from simseg_jax.data.testsets.pascal_context import context
+from simseg_jax.runtime.errors import UserError, require_file
+from simseg_jax.runtime.files import stamp
+
+# data key of a benchmark on disk -> (root, split) -> its files.
+LAYOUTS = {
+    "voc": layouts.voc,
+    "voc20": layouts.voc,
+    "context": context,
+    "context59": context,
+    "coco_object": layouts.coco_object,
+    "coco_stuff": layouts.coco_stuff,
+    "ade20k": layouts.ade20k,
+    "cityscapes": layouts.cityscapes,
+}
+
+# Label with "no class" as 0 -> label of a benchmark without background.
+WITHOUT_BACKGROUND = np.array([layouts.IGNORE, *range(254), layouts.IGNORE], np.uint8)
+
+
+def segmentation_source(settings):
+    """The benchmark that an entry of `config.evals.seg` describes."""
+    if settings.data == "shapes":
+        return ShapesSegmentation(settings.size, settings.split)
+    return SegmentationFolder(settings.data, settings.root, settings.split)
+
+
+class ShapesSegmentation:
+    """Generated scenes with their masks."""
+
+    class_names = class_names("shapes")
+    background = True
+
+    def __init__(self, size: int, split: str):
+        self.split = shapes.check_split(split)
+        self.names = [self._name(index) for index in range(size)]
+        # Scenes change with the program that draws them.
+        self.program = shapes.version()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def stamp(self, _index: int) -> str:
+        """The same for all scenes."""
+        return self.program
+
+    def __getitem__(self, index: int) -> dict:
+        image, mask, caption = shapes.scene(int(index), self.split)
+        name = self._name(index)
+        return {"name": name, "image": image, "mask": mask, "caption": caption}
+
+    def _name(self, index: int) -> str:
+        return f"{self.split}_{index:05d}"
+
+
+class SegmentationFolder:
+    """A benchmark on disk: `data` is a key of LAYOUTS.
+
+    Raises a `UserError` for a file that is missing, cannot be read or does not fit.
+    """
+
+    def __init__(self, data: str, root: str, split: str):
+        self.class_names = class_names(data)
+        self.background = BENCHMARKS[data].background
+        self.layout = LAYOUTS[data](Path(root).expanduser(), split)
+
+        self.names = self.layout.names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def stamp(self, index: int) -> str:
+        """Of the files of image and mask."""
+        masks = self.layout.masks.files(self.names[index])
+        files = [require_file(path, "the mask", self.layout.origin) for path in masks]
+        return " ".join(map(stamp, (self._image(index), *files)))
+
+    def __getitem__(self, index: int) -> dict:
+        path = self._image(index)
+        image = path.read_bytes()
+        mask = upright_mask(self.layout.masks.labels(self.names[index]), image, path)
+        if not self.background:
+            mask = WITHOUT_BACKGROUND[mask]
+        return {"name": Path(self.names[index]).name, "image": image, "mask": mask}
+
+    def _image(self, index: int) -> Path:
+        path = self.layout.images / f"{self.names[index]}{self.layout.suffix}"
+        return require_file(path, "the image", self.layout.origin)
+
+
+def upright_mask(mask: np.ndarray, image: bytes, path: Path) -> np.ndarray:
+    """The mask uint8 [H, W] of the encoded `image` of file `path`, upright as `decode_image`'s.
+
+    A mask of the size in which the image is stored is turned with it; one of the upright size is
+    upright already. A `UserError` refuses any other.
+    """
+    try:
+        width, height, stored = read_header(image)
+    except Exception as error:  # PIL raises whatever a damaged file leads it to.
+        raise UserError(f"{path} is damaged or not an image: unpack it again.") from error
+    if mask.shape == (height, width):
+        return np.asarray(turned(Image.fromarray(mask), stored))
+    if stored >= 5 and mask.shape == (width, height):
+        return mask
+    raise UserError(
+        f"The mask of {path} has {mask.shape[1]} x {mask.shape[0]} pixels, but the image has "
+        f"{width} x {height}{' before it is turned upright' if stored >= 5 else ''}: one of them "
+        "was resized, or they do not belong together."
+    )

@@ -1,0 +1,108 @@
+"""Tables over combinations of settings, beside the paper's numbers: text, CSV and a plot."""
+
+import argparse
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from simseg_jax.reports.statistics import write_csv
+from simseg_jax.runtime.dotted import get, literal
+from simseg_jax.runtime.errors import UserError
+
+
+class Table(NamedTuple):
+    """Values of the keys to combine, and what the paper reports, by benchmark and values."""
+
+    title: str
+    values: dict[str, tuple]
+    paper: dict[str, dict[tuple, float]]
+
+
+def paper_rows(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict[tuple, float]]:
+    """By benchmark: fractions by the values they belong to, from the paper's percentages."""
+    return {
+        data: {key: value / 100 for key, value in zip(keys, row, strict=True)}
+        for data, row in rows.items()
+    }
+
+
+def paper_columns(table: Table, values: tuple) -> dict[str, float]:
+    """The paper's numbers for these values, NaN where it has none."""
+    return {f"paper {data}": row.get(values, math.nan) for data, row in table.paper.items()}
+
+
+def add_table_options(parser: argparse.ArgumentParser, tables: Iterable[str]) -> None:
+    """Which settings a table combines: one of the paper's, or values of any keys."""
+    parser.add_argument("--table", choices=tables, help="a table of the paper")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=A,B,...", help="values of a key"
+    )
+
+
+def check_table_options(args: argparse.Namespace, tables: Iterable[str]) -> None:
+    """A `UserError` unless either was given."""
+    if bool(args.table) == bool(args.set):
+        raise UserError(f"Give either --table ({', '.join(tables)}) or --set=KEY=A,B,...")
+
+
+def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
+    """Key -> values of --set arguments, each of the type of the key."""
+    values = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        current = get(settings, key)
+        if not equals or not text or isinstance(current, tuple):
+            raise UserError(f"Cannot read --set={argument}: write --set=sigma_weight=0.5,1.")
+        parts = [part.strip() for part in text.split(",")]
+        values[key] = tuple(p if isinstance(current, str) else literal(key, p) for p in parts)
+    return values
+
+
+def format_rows(table: Table, rows: Sequence[dict]) -> str:
+    """Title and aligned columns; fractions with four digits."""
+    lines = [[_cell(v, key in table.values) for key, v in row.items()] for row in rows]
+    cells = [list(rows[0]), *lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(rows[0]))]
+    text = ["  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([table.title, *text])
+
+
+def _cell(value, setting: bool) -> str:
+    if setting:
+        return str(value)
+    # What the paper does not report.
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def write_table(folder: Path, table: Table, rows: Sequence[dict]) -> None:
+    """table.csv and table.png: one line per combination of all keys but the last."""
+    # Imported late: only a plot needs it, and it takes a second.
+    from matplotlib.figure import Figure
+
+    write_csv(folder / "table.csv", rows)
+    *outer, x = table.values
+    columns = [column for column in rows[0] if column not in table.values]
+    width = min(len(columns), 3)
+    height = -(-len(columns) // width)
+    figure = Figure(figsize=(5 * width, 3.6 * height), layout="constrained")
+    figure.suptitle(table.title)
+    # The paper's numbers are of other images and models: panels of their own, not one scale.
+    panels = figure.subplots(height, width, squeeze=False).reshape(-1)
+    for axes in panels[len(columns) :]:
+        axes.set_axis_off()
+    for axes, column in zip(panels, columns, strict=False):
+        for values, group in itertools.groupby(rows, key=lambda row: [row[key] for key in outer]):
+            line = list(group)
+            label = ", ".join(f"{k} {v}" for k, v in zip(outer, values, strict=True))
+            # Between values that are words there is nothing to connect.
+            draw = axes.bar if isinstance(line[0][x], str) else axes.plot
+            draw([str(r[x]) for r in line], [r[column] for r in line], label=label)
+        axes.set(
+            title=column, xlabel=x, ylabel=column.rpartition("/")[2] if "/" in column else "mIoU"
+        )
+        axes.grid(alpha=0.3)
+    if outer:
+        figure.legend(handles=panels[0].lines, loc="outside right upper")
+    figure.savefig(folder / "table.png", dpi=120)

@@ -1,0 +1,108 @@
+"""What the commands have in common: the shape of their help and the options of a checkpoint."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from simseg_jax.config_keys import SEGMENTATION_KEYS
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.files import make_writable
+from simseg_jax.runtime.ranges import Accepts, shown, whole
+
+
+def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of `python -m simseg_jax.MODULE`; the epilog is printed as it stands."""
+    return argparse.ArgumentParser(
+        prog=f"python -m simseg_jax.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
+        allow_abbrev=False,
+    )
+
+
+def results_folder(checkpoint: str) -> Path:
+    """Where results go by default: into the checkpoint's folder, or here if that is elsewhere."""
+    folder = Path(checkpoint)
+    return folder if folder.is_dir() else Path(checkpoint.rstrip("/").rpartition("/")[2])
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Which trained model."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a run's --workdir or converted folder: path, URL or hub id",
+    )
+    parser.add_argument(
+        "--step", type=accepted(whole(0)), help="which checkpoint; default: the newest"
+    )
+
+
+def accepted(accepts: Accepts, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """A `type` of an option that takes these values of a kind; the parser reports all others."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts.allows(value):
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be {accepts.text}")
+        return value
+
+    return convert
+
+
+def add_key_option(parser, name: str, text: str) -> None:
+    """The option --NAME for a key of evals.seg, with the values that the key accepts."""
+    default, _, accepts = SEGMENTATION_KEYS[name]
+    parser.add_argument(f"--{name}", type=accepted(accepts, type(default)), help=text)
+
+
+def add_protocol_options(parser) -> None:
+    """What to change of the protocol of the checkpoint's benchmark; parser: or a group of one."""
+    add_key_option(parser, "refine", "mask refinement")
+    add_key_option(parser, "resolution", "side in pixels the model sees")
+    add_key_option(parser, "sigma_weight", "higher: fewer words are drawn")
+
+
+def protocol_settings(args: argparse.Namespace) -> dict:
+    """The keys of an entry of evals.seg that were given on the command line."""
+    return {k: getattr(args, k) for k in SEGMENTATION_KEYS if getattr(args, k, None) is not None}
+
+
+def add_evals_options(parser: argparse.ArgumentParser) -> None:
+    """Which benchmarks."""
+    parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
+    parser.add_argument("--benchmark", help="names in evals, with commas; default: all")
+
+
+def image_bar(name: str) -> Callable[[Iterable], Iterable]:
+    """What wraps an iterator over images to show its progress, in the first process only."""
+
+    def bar(images: Iterable) -> Iterable:
+        return tqdm(images, desc=name, unit="image", disable=jax.process_index() > 0)
+
+    return bar
+
+
+def cache_programs() -> None:
+    """Keeps compiled programs in ~/.cache/simseg_jax/programs, so that the next start is faster.
+
+    JAX's own JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0
+    switches it off. Where nothing can be written, every start compiles anew, which is said.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    try:
+        folder = make_writable(Path("~/.cache/simseg_jax/programs").expanduser())
+    except (UserError, RuntimeError) as error:  # RuntimeError: there is no home folder.
+        print(f"Compiled programs are not kept for the next start: {error}", file=sys.stderr)
+    else:
+        jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,0 +1,107 @@
+"""What the value of a setting can be: a test and the words that complete "KEY=VALUE must be"."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from simseg_jax.runtime.errors import UserError, one_line
+
+LARGEST = 2**31 - 1  # The largest int32, which JAX counts with.
+
+
+class Accepts(NamedTuple):
+    """Values that a setting takes. choices: all of them, where they can be listed."""
+
+    text: str
+    allows: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+class Key(NamedTuple):
+    """A setting, declared once. The default fixes the type."""
+
+    default: Any
+    meaning: str
+    accepts: Accepts
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises a `UserError` that names the key, its value and what it takes."""
+        expected = type(self.default)
+        if type(value) is not expected:
+            raise UserError(f"{name}={shown(value)} must be of type {expected.__name__}.")
+        if not self.accepts.allows(value):
+            raise UserError(f"{name}={shown(value)} must be {self.accepts.text}.")
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: whatever it is, in one short line."""
+    try:
+        return one_line(repr(value), 80)
+    # Python refuses to write out numbers of thousands of digits, and lists in lists in lists.
+    except (ValueError, RecursionError):
+        return "(too long to show)"
+
+
+def one_of(*choices: str) -> Accepts:
+    """One of these words."""
+    return Accepts(f"one of: {', '.join(choices)}", lambda value: value in choices, choices)
+
+
+def whole(low: int, high: int = LARGEST) -> Accepts:
+    """A whole number; both ends belong to the range."""
+    return Accepts(
+        f"a whole number from {low} to {high:,}",
+        lambda value: type(value) is int and low <= value <= high,
+    )
+
+
+def number(low: float, high: float, above: bool = False, below: bool = False) -> Accepts:
+    """A finite number; `low` itself is excluded by `above`, `high` by `below`."""
+    start = f"above {low:g}" if above else f"from {low:g}"
+    end = f"below {high:g}" if below else f"up to {high:g}" if above else f"to {high:g}"
+
+    # Comparisons are exact for whole numbers of any length, and false for NaN.
+    def allows(value: Any) -> bool:
+        if type(value) not in (int, float) or not low <= value <= high:
+            return False
+        return not ((above and value == low) or (below and value == high))
+
+    return Accepts(f"a number {start}{',' if above or below else ''} {end}", allows)
+
+
+def several(each: Accepts, counts: range, what: str, ordered: bool = False) -> Accepts:
+    """A tuple whose elements are `each`; counts: its possible lengths; ordered: none falls."""
+
+    def allows(values: Any) -> bool:
+        return (
+            len(values) in counts
+            and all(map(each.allows, values))
+            and (not ordered or list(values) == sorted(values))
+        )
+
+    return Accepts(f"{what}, each {each.text}", allows)
+
+
+def pair(each: Accepts) -> Accepts:
+    """Both ends of a range."""
+    return several(each, range(2, 3), "two numbers, the smaller first", ordered=True)
+
+
+def _is_rule(value: Any) -> bool:
+    if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)):
+        return False
+    try:
+        re.compile(value[0])
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return number(0, 1e6).allows(value[1])
+
+
+SHARE = number(0, 1)
+FLAG = Accepts("True or False", lambda value: isinstance(value, bool))
+TEXT = Accepts("text", lambda value: "\0" not in value)
+RULES = several(
+    Accepts("(a regular expression, a number from 0 to 1e+06)", _is_rule),
+    range(1, 1001),
+    "at least one rule",
+)

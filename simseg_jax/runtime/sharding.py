@@ -1,0 +1,173 @@
+"""Device mesh, batch sharding and the two parameter rules (replicate, FSDP).
+
+The mesh has two axes, `data` and `fsdp`. The batch is split over both; with fsdp > 1 every large
+parameter (and its optimiser moments) is also split over `fsdp`. All functions run under plain
+`jax.jit`: XLA inserts the collectives.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from simseg_jax.runtime.errors import UserError
+
+BATCH = P(("data", "fsdp"))
+# Below this many elements gathering a parameter costs more than holding it everywhere.
+MIN_SHARDED_SIZE = 2**14
+
+
+def make_mesh(fsdp: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A (data, fsdp) mesh over all devices, `fsdp` of them sharing one copy of the parameters.
+
+    Of several TPU slices each holds whole copies: only gradients and embeddings cross the network
+    between them.
+    """
+    devices = devices or jax.devices()
+    if fsdp < 1 or len(devices) % fsdp:
+        raise UserError(
+            f"mesh.fsdp={fsdp} must divide the number of devices, which is {len(devices)}."
+        )
+    # Explicit axes (JAX's default) would ask every module for sharding annotations.
+    auto = (AxisType.Auto, AxisType.Auto)
+    shape, names = (len(devices) // fsdp, fsdp), ("data", "fsdp")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.fsdp={fsdp} must divide the {len(devices) // slices} devices of a slice."
+        )
+    within = (shape[0] // slices, fsdp)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices), names, auto)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over every device."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def state_sharding(state, mesh: Mesh):
+    """A `NamedSharding` per leaf of `state` (arrays or shape structs).
+
+    With fsdp > 1 the longest dimension that fsdp divides is split; small or indivisible leaves are
+    replicated. Optimiser moments have their parameter's shape, hence its sharding.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(leaf) -> NamedSharding:
+        divisible = [i for i, n in enumerate(leaf.shape) if n % fsdp == 0]
+        if fsdp == 1 or leaf.size < MIN_SHARDED_SIZE or not divisible:
+            return replicated(mesh)
+        axis = max(divisible, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, P(*(["fsdp" if i == axis else None for i in range(leaf.ndim)])))
+
+    return jax.tree.map(rule, state)
+
+
+def place(values, shapes):
+    """Host arrays on the devices: each process hands over the parts that its devices hold.
+
+    shapes: shape structs with the shardings and types wanted.
+    """
+
+    def put(value, shape) -> jax.Array:
+        value = np.asarray(value).astype(shape.dtype)
+        return jax.make_array_from_callback(shape.shape, shape.sharding, lambda i: value[i])
+
+    return jax.tree.map(put, values, shapes)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Pins the leading axis of an activation to the batch axes of the mesh in context, if any.
+
+    Without it XLA may propagate an FSDP weight's sharding into the features of the activations.
+    """
+    if device_count() == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def device_count() -> int:
+    """Devices among which the batch is split: those of the mesh in context.
+
+    1 without a mesh, and inside of `map_batch`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
+
+
+def map_batch(function: Callable, *arrays, shared=None):
+    """function(*arrays) on every device's own part of the batch, without communication.
+
+    arrays, results: pytrees of arrays [B, ...]. shared: a pytree that the function takes before
+    the arrays if given, whole on every device. For work on single examples: left to itself XLA
+    would gather the whole batch for a loop over it, or sum gradients over devices in every turn.
+    """
+    arguments = arrays if shared is None else (shared, *arrays)
+    if device_count() == 1:
+        return function(*arguments)
+    specs = (BATCH,) * len(arrays) if shared is None else (P(), *(BATCH for _ in arrays))
+    # Unchecked: the gradient with respect to `shared` must not be summed over devices inside.
+    return jax.shard_map(function, in_specs=specs, out_specs=BATCH, check_vma=False)(*arguments)
+
+
+def gather_batch(x: jax.Array) -> jax.Array:
+    """[B, ...] split over devices -> [devices, B, ...], where every device holds the whole batch.
+
+    The gradient is summed and scattered in one go (reduce-scatter): half of what XLA on CPUs
+    would send for a sharding constraint.
+    """
+    if device_count() == 1:
+        return x[None]
+
+    def gather(part: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(part, BATCH[0], tiled=True)[None]
+
+    return jax.shard_map(gather, in_specs=BATCH, out_specs=BATCH)(x)
+
+
+def to_global_batch(batch, mesh: Mesh):
+    """This process's part of a batch (dict of NumPy arrays) -> global arrays over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The mesh of this process alone; the same mesh if there is only one process."""
+    return mesh if jax.process_count() == 1 else make_mesh(devices=jax.local_devices())
+
+
+def local_params(params, mesh: Mesh):
+    """`params` for a mesh of `local_mesh`: complete on each of its devices if they are spread over
+    several processes, which must then call this together; as they are otherwise.
+    """
+    leaves = jax.tree.leaves(params)
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        return params
+    params = jax.jit(lambda x: x, out_shardings=replicated(leaves[0].sharding.mesh))(params)
+
+    def localize(leaf: jax.Array) -> jax.Array:
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), parts)
+
+    return jax.tree.map(localize, params)
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """What every process passed, in their order. All processes must call this together."""
+    if jax.process_count() == 1:
+        return [data]
+    sizes = multihost_utils.process_allgather(np.array([len(data)]))[:, 0]
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

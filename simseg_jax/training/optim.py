@@ -1,0 +1,104 @@
+"""AdamW, the warm-up and cosine schedule, and per-parameter rules by regular expression."""
+
+import re
+from collections.abc import Sequence
+
+import jax
+import optax
+
+from simseg_jax.models.simseg import path_string
+from simseg_jax.runtime.errors import UserError
+
+Rules = Sequence[tuple[str, float]]
+
+
+def cosine_schedule(
+    peak: float, steps: int, warmup_steps: int, final_fraction: float
+) -> optax.Schedule:
+    """0 at step 0, linear to `peak` at `warmup_steps`, half a cosine to `final_fraction * peak`."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup_steps else peak, peak, warmup_steps, steps, end_value=final_fraction * peak
+    )
+
+
+def match_rules(rules: Rules, params, what: str):
+    """The value of the first rule whose pattern fully matches each parameter's path.
+
+    Paths read "image_encoder/blocks/0/attn/qkv/kernel". A parameter without a rule and a pattern
+    without a parameter are errors: a typo must not silently change a run.
+    """
+    used = set()
+    missed = []
+
+    def value(path, _leaf) -> float:
+        name = path_string(path)
+        for index, (pattern, number) in enumerate(rules):
+            if re.fullmatch(pattern, name):
+                used.add(index)
+                return float(number)
+        missed.append(name)
+        return 0.0
+
+    values = jax.tree_util.tree_map_with_path(value, params)
+    unused = [pattern for index, (pattern, _) in enumerate(rules) if index not in used]
+    if missed:
+        raise UserError(f'{what} covers no {missed[0]} (add a last rule (".*", value)).')
+    if unused:
+        raise UserError(f"{what} has a pattern that matches no parameter first: {unused[0]!r}.")
+    return values
+
+
+def frozen(lr_rules: Rules, params):
+    """A bool per parameter: whether its learning rate is multiplied by 0."""
+    factors = match_rules(lr_rules, params, "optim.lr_rules")
+    return jax.tree.map(lambda factor: factor == 0, factors)
+
+
+def adamw(
+    schedule: optax.Schedule,
+    params,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    lr_rules: Rules,
+    decay_rules: Rules,
+) -> optax.GradientTransformation:
+    """AdamW whose rules multiply the learning rate and the weight decay per parameter.
+
+    A learning-rate multiplier of 0 freezes a parameter: it keeps no moments and never changes.
+    clip_norm: bound on the global gradient norm, 0 for none. params: arrays or shape structs.
+    """
+    lr = match_rules(lr_rules, params, "optim.lr_rules")
+    decay = match_rules(decay_rules, params, "optim.decay_rules")
+    groups = jax.tree.map(lambda *factors: factors, lr, decay)
+    labels = jax.tree.map(str, groups, is_leaf=lambda x: isinstance(x, tuple))
+
+    def group_update(lr_factor: float, decay_factor: float) -> optax.GradientTransformation:
+        if lr_factor == 0:
+            return optax.set_to_zero()
+        return optax.chain(
+            optax.scale_by_adam(b1, b2, eps),
+            optax.add_decayed_weights(weight_decay * decay_factor),
+            optax.scale_by_learning_rate(schedule),
+            optax.scale(lr_factor),
+        )
+
+    pairs = set(zip(jax.tree.leaves(lr), jax.tree.leaves(decay), strict=True))
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.partition({str(pair): group_update(*pair) for pair in pairs}, labels),
+    )
+
+
+def lars(
+    schedule: optax.Schedule, *, momentum: float = 0.9, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """LARS (You et al., 2017) as the authors probe: every parameter, biases too, is adapted.
+
+    The gradient is scaled by 0.001 * |parameter| / (|gradient| + 1e-8), or by 1 where one of them
+    is zero, and by the learning rate; then it is summed with momentum.
+    """
+    return optax.lars(schedule, weight_decay, eps=1e-8, momentum=momentum)

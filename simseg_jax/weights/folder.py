@@ -1,0 +1,197 @@
+"""The folder of a converted model: parameters, configuration, tokenizer, card and checksums.
+
+    config.json         the configuration: architecture, text length, protocols
+    tokenizer/          the vocabulary
+    params/ or model.safetensors
+    README.md           the model card
+    manifest.json       format, origin and SHA-256 of every file
+
+It is complete or not there at all: written under another name, then renamed.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from simseg_jax import config as config_lib
+from simseg_jax.config import Config
+from simseg_jax.models.simseg import SimSegConfig
+from simseg_jax.runtime.errors import UserError, one_line, some
+from simseg_jax.runtime.files import sha256
+from simseg_jax.runtime.sharding import place
+from simseg_jax.training.checkpoint import (
+    CONFIG,
+    TOKENIZER,
+    first_error_only,
+    load_arrays,
+    refuse_unusable,
+)
+from simseg_jax.weights import authors
+from simseg_jax.weights.sources import META, read_json, read_weights
+
+MANIFEST, CARD = "manifest.json", "README.md"
+PARAMS, SAFETENSORS = "params", "model.safetensors"
+FORMAT = "simseg_jax 1"
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `write_folder` wrote it."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after comparing every file it lists with its checksum."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / MANIFEST} says format={manifest.get('format')!r}, this version of "
+            f"simseg_jax reads {FORMAT!r}: install the version that wrote it."
+        )
+    files, origin = manifest.get("sha256"), manifest.get("origin")
+    if not (isinstance(files, dict) and files and isinstance(origin, dict)):
+        raise UserError(f"{folder / MANIFEST} lists no files or no origin: get the folder again.")
+    outside = [n for n in files if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]
+    if outside:
+        raise UserError(f"{folder / MANIFEST} leads out of its folder: {some(outside)}.")
+    unlisted = [name for name in _used_files(folder) if name not in files]
+    if unlisted:
+        raise UserError(
+            f"{folder} holds files that {MANIFEST} does not list ({some(unlisted)}): move them "
+            "away or get the folder again."
+        )
+    wrong = [
+        name
+        for name, checksum in files.items()
+        if not (folder / name).is_file() or sha256(folder / name) != checksum
+    ]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(files)} files in {folder} are missing or damaged "
+            f"({some(wrong)}): get the folder again."
+        )
+    return manifest
+
+
+def _used_files(folder: Path) -> list[str]:
+    """What `trained.load_model` may read in a folder besides the manifest."""
+    inside = [f for part in (TOKENIZER, PARAMS) for f in (folder / part).rglob("*") if f.is_file()]
+    files = [*inside, *(folder / name for name in (CONFIG, SAFETENSORS))]
+    return [f.relative_to(folder).as_posix() for f in files if f.is_file()]
+
+
+def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConfig, shapes) -> dict:
+    """The parameters in float32; shapes: shape structs with shardings, see `with_sharding`."""
+    if manifest.get("weights") == PARAMS:
+        return load_arrays(epath.Path(folder / PARAMS), {"params": shapes})["params"]
+    if manifest.get("weights") == SAFETENSORS:
+        tensors = read_weights(folder / SAFETENSORS).tensors
+        return place(authors.fit(tensors, architecture), shapes)
+    raise UserError(
+        f"{folder} holds exported programs, not parameters: take the folder they were made from."
+    )
+
+
+def write_folder(
+    folder: Path,
+    *,
+    config: Config,
+    tokenizer,
+    origin: dict[str, Any],
+    weights: str,
+    card: str,
+    write_weights: Callable[[Path], None],
+) -> None:
+    """Writes a model folder.
+
+    weights: what holds the parameters, `PARAMS`, `SAFETENSORS` or "programs"; write_weights(folder)
+    writes that. card: the model card. origin: where the parameters came from.
+    """
+    with complete(folder) as partial:
+        write_weights(partial)
+        public = config_lib.published(config)
+        (partial / CONFIG).write_text(config_lib.to_json(public) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(partial / TOKENIZER)
+        (partial / CARD).write_text(card, encoding="utf-8")
+        files = sorted(f for f in partial.rglob("*") if f.is_file() and f.name != CARD)
+        manifest = {
+            "format": FORMAT,
+            "version": version("simseg-jax"),
+            "weights": weights,
+            "origin": origin,
+            # The card is for people to edit.
+            "sha256": {f.relative_to(partial).as_posix(): sha256(f) for f in files},
+        }
+        text = json.dumps(manifest, indent=2) + "\n"
+        (partial / MANIFEST).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def complete(path: Path, folder: bool = True) -> Iterator[Path]:
+    """A place to write a folder or file that appears at `path` once all went well."""
+    refuse_existing(path)
+    partial = path.with_name(f"{path.name}.partial")
+    _remove(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        partial.mkdir()
+    try:
+        yield partial
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:  # A full disk, for instance.
+        raise UserError(
+            f"Cannot write {path}: {one_line(error)}. Nothing was written; name a place with room."
+        ) from error
+    finally:
+        _remove(partial)
+
+
+def refuse_existing(path: Path) -> None:
+    """A `UserError` if something is there already."""
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{path} exists: name another destination, nothing is overwritten.")
+
+
+def write_orbax(folder: Path, params: dict) -> None:
+    """Parameters for `load_arrays`, in the type they have."""
+    refuse_unusable(str(folder.absolute()))
+    # Before writing: Orbax answers a full disk with tracebacks of every array it still writes.
+    needed, free = sum(x.nbytes for x in jax.tree.leaves(params)), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
+    try:
+        with first_error_only():
+            ocp.save_checkpointables(str((folder / PARAMS).absolute()), {"params": params})
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a full disk.
+        raise OSError(one_line(error)) from error
+
+
+def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
+    """Parameters under the authors' names in PyTorch's layouts."""
+    tensors = authors.state_dict(params, architecture)
+    metadata = {"format": "pt", META: authors.describe(architecture)}
+    save_file(tensors, folder / SAFETENSORS, metadata)
+
+
+def cast(params: dict, dtype) -> dict:
+    """Parameters in another type; the temperature, a single number, stays float32."""
+    return {
+        k: v if k == "temperature" else jax.tree.map(lambda x: np.asarray(x).astype(dtype), v)
+        for k, v in params.items()
+    }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

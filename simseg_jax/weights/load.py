@@ -1,0 +1,169 @@
+"""A trained model for inference, out of a training run or a folder that `convert` wrote."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from simseg_jax import config as config_lib
+from simseg_jax.config import Config
+from simseg_jax.data.text import TextEncoder, load_tokenizer, vocabulary_identity
+from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
+from simseg_jax.runtime.errors import UserError, reading, some
+from simseg_jax.runtime.files import sha256
+from simseg_jax.runtime.sharding import make_mesh, state_sharding
+from simseg_jax.training.checkpoint import (
+    CONFIG,
+    TOKENIZER,
+    Record,
+    checkpoints_folder,
+    completed_steps,
+    load_run,
+    read_metadata,
+    read_record,
+    with_sharding,
+)
+from simseg_jax.weights.folder import MANIFEST, is_model_folder, read_manifest, read_params
+from simseg_jax.weights.sources import Weights, fetch, read_weights, split_key
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """What inference needs of a checkpoint; everything is in it, nothing is asked of the user.
+
+    identity: tells its results from those of other checkpoints. origin: where it came from.
+    """
+
+    config: Config
+    step: int
+    architecture: SimSegConfig
+    graphdef: nnx.GraphDef
+    params: Any
+    tokenizer: Any
+    encoder: TextEncoder
+    mesh: Mesh
+    identity: dict[str, Any]
+    origin: dict[str, Any]
+
+    @property
+    def parts(self) -> tuple[nnx.GraphDef, int, Mesh, TextEncoder]:
+        """What evaluators and `Engine` take: structure, patch size, mesh and text encoder."""
+        return self.graphdef, self.config.model.image.patch_size, self.mesh, self.encoder
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether `load_model` is for this folder: a run's or a converted model's."""
+    return is_model_folder(folder) or (folder / TOKENIZER).is_dir()
+
+
+def open_source(source: str | Path) -> tuple[Path, Weights | None]:
+    """(local path, None) of a run or a converted model, (local path, its weights) of others.
+
+    source: as for `load_model`, or a weights file or folder of any code base; "FILE#KEY" chooses
+    among several models in it, see `sources.split_key`.
+    """
+    name, key = split_key(source)
+    path = fetch(name)
+    if not is_trained(path):
+        return path, read_weights(path, key)
+    if key:
+        raise UserError(f"{name} is a run or a converted model: it has no #{key}, leave that out.")
+    return path, None
+
+
+def load_model(source: str | Path, step: int | None = None, dtype=None) -> TrainedModel:
+    """The parameters of a trained model, replicated over all devices.
+
+    source: the --workdir of a run (its newest step by default) or a folder that `convert` wrote:
+    here, as an address (gs://, s3://, hf://) or as a hub repository. dtype: compute type, by
+    default what `compute_dtype` chooses for the configuration.
+    """
+    folder = fetch(source)
+    if is_model_folder(folder):
+        manifest = read_manifest(folder)
+        config, origin = config_lib.from_file(folder / CONFIG), manifest["origin"]
+        if step is not None:
+            raise UserError(f"{source} was exported: it has one state only, leave --step out.")
+        at_step = origin.get("step", 0)
+        if not isinstance(at_step, int):
+            raise UserError(f"{folder / MANIFEST} says step={at_step!r}: get the folder again.")
+        trained_with = None  # The manifest covers the vocabulary.
+        identity = {"manifest": sha256(folder / MANIFEST)}
+        read = functools.partial(read_params, folder, manifest)
+    else:
+        path, at_step = _checkpoint(folder, step)
+        record = read_record(path)
+        config = record.config
+        identity = {"step": at_step, "written": read_metadata(path)["init_timestamp_nsecs"]}
+        origin = {"source": str(folder), "format": "training run", "step": at_step}
+        trained_with = record.identity and record.identity["vocabulary"]
+        read = functools.partial(_read_run, path, record)
+
+    if not (folder / TOKENIZER).is_dir():
+        raise UserError(f"{folder} has no {TOKENIZER}/, which every run and converted model has.")
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    if trained_with not in (None, vocabulary_identity(tokenizer)):
+        raise UserError(
+            f"{folder / TOKENIZER} is not the vocabulary that the model was trained with: words "
+            "would get each other's embeddings. Put the right one there."
+        )
+    return assemble_model(config, tokenizer, read, at_step, identity, origin, dtype)
+
+
+def assemble_model(
+    config: Config,
+    tokenizer,
+    read: Callable[[SimSegConfig, Any], dict],
+    step: int,
+    identity: dict[str, Any],
+    origin: dict[str, Any],
+    dtype=None,
+) -> TrainedModel:
+    """A `TrainedModel`; read(architecture, shape structs with shardings) gives its parameters."""
+    architecture = config_lib.model_config(config, len(tokenizer))
+    mesh = make_mesh()
+    shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
+    params = read(architecture, with_sharding(shapes, state_sharding(shapes, mesh)))
+    dtype = dtype or config_lib.compute_dtype(config)
+    return TrainedModel(
+        config=config,
+        step=step,
+        architecture=architecture,
+        graphdef=make_model(architecture, dtype),
+        params=params,
+        tokenizer=tokenizer,
+        encoder=TextEncoder(tokenizer, config.data.max_length),
+        mesh=mesh,
+        identity={**identity, "dtype": str(dtype)},
+        origin=origin,
+    )
+
+
+def _read_run(path, record: Record, _architecture: SimSegConfig, shapes) -> dict:
+    return load_run(path, {"params": shapes}, record)["params"]
+
+
+def _checkpoint(workdir: Path, step: int | None):
+    """(folder, step) of one checkpoint of a run."""
+    if workdir.is_file():
+        raise UserError(
+            f"{workdir} is a file: python -m simseg_jax.convert {workdir} FOLDER makes a "
+            "checkpoint of it."
+        )
+    with reading(f"the run {workdir}", f"Give its command again, which writes {CONFIG}."):
+        folder = checkpoints_folder(workdir)
+        steps = completed_steps(folder)
+    if not steps:
+        raise UserError(
+            f"No finished checkpoint under {folder}: give the --workdir of a run, or a folder "
+            "that python -m simseg_jax.convert wrote."
+        )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}, only of {some(steps)}.")
+    return folder / str(step), step

@@ -1,0 +1,192 @@
+"""The field's usual protocol: sliding windows or the whole image, then an argmax at every pixel.
+
+As GroupViT and TCL evaluate: the shorter side is resized to 448 pixels, windows of 448 go over the
+image in steps of 224, class values are upsampled bilinearly, averaged where windows overlap and
+resized to the ground truth. All of that is linear and separable: with one matrix per window row and
+column, made on the host, the device needs two products per image and only the labels leave it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from PIL import Image
+
+from simseg_jax.masks.pamr import pamr
+from simseg_jax.masks.postprocess import label_type
+from simseg_jax.models.simseg import bind, l2_normalize
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.sharding import BATCH, to_global_batch
+from simseg_jax.zeroshot.paper import project
+
+# Results are padded to multiples of this, so that few programs serve images of all sizes.
+BUCKET = 64
+MAX_PIXELS = 1 << 26  # Of a resized image; those of photographs have less than a hundredth.
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Scores(NamedTuple):
+    """Image-text score [B, C] of every class, averaged over the windows."""
+
+    scores: jax.Array
+
+    def rows(self, index: int | slice) -> "Scores":
+        """The same of one image or of a slice of images."""
+        return Scores(self.scores[index])
+
+
+class StandardProtocol:
+    """Same methods as `protocols.PaperProtocol`.
+
+    variants: entries of `config.evals.seg` that differ only in `variable` keys.
+    """
+
+    # What follows the encoder.
+    variable = ("m_image", "m_text", "background", "background_threshold", "softmax_scale")
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        patch_size: int,
+        mesh: Mesh,
+        variants: Sequence,
+        background: bool = True,
+    ):
+        self.graphdef, self.mesh, self.variants = graphdef, mesh, variants
+        self.settings, self.patch, self.background = variants[0], patch_size, background
+        self.predict_jit = jax.jit(self._predict)
+
+    def load(self, image: Image.Image, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        """windows: uint8 [n * m, h, w, 3]; rows: [n, H, g]; columns: [m, W, g].
+
+        rows and columns take the values of a window to where they belong in the result. The image
+        is resized by PIL, which antialiases (OpenCV does not), and without limit to the longer
+        side; whole images to a multiple of the patch size.
+        """
+        scale = self.settings.resolution / min(image.size)
+        unit = 1 if self.settings.window else self.patch
+        width, height = (max(int(side * scale / unit + 0.5), 1) * unit for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise UserError(
+                f"An image of {image.width}x{image.height} pixels is too narrow for "
+                f"protocol=standard, which would resize it to {width}x{height}."
+            )
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        # PAMR refines values of pixels; otherwise a window has values of patches.
+        cell = 1 if self.settings.refine == "pamr" else self.patch
+        tops, rows = self._along(height, shape[0], cell)
+        lefts, columns = self._along(width, shape[1], cell)
+        h, w = self.settings.window or height, self.settings.window or width
+        windows = [pixels[top : top + h, left : left + w] for top in tops for left in lefts]
+        return {"windows": np.stack(windows), "rows": rows, "columns": columns}
+
+    def restore(self, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """The labels without padding."""
+        return mask[: shape[0], : shape[1]]
+
+    def start(self, params, class_embeddings: dict[int, jax.Array], batch: dict):
+        """Begins the work on a batch of `load`; class_embeddings: [C, D] by M^T."""
+        return self.predict_jit(params, class_embeddings, to_global_batch(batch, self.mesh))
+
+    def finish(self, started) -> tuple[np.ndarray, list[Scores]]:
+        """Masks [V, B, H, W] and scores per variant, in NumPy."""
+        return jax.tree.map(np.asarray, started)
+
+    def _along(self, size: int, target: int, cell: int) -> tuple[list[int], np.ndarray]:
+        """Window positions along one side, and the matrices [windows, padded target, cells]."""
+        window = self.settings.window or size
+        # A longer stride would leave gaps. The last window is moved back to end with the image.
+        stride = min(self.settings.stride, window)
+        count = -(-max(size - window, 0) // stride) + 1
+        begins = [min(i * stride, size - window) for i in range(count)]
+        covering = np.zeros(size, np.float32)
+        for begin in begins:
+            covering[begin : begin + window] += 1
+        resized = bilinear(size, target) / covering
+        matrices = [resized[:, b : b + window] @ bilinear(window // cell, window) for b in begins]
+        return begins, np.pad(np.stack(matrices), ((0, 0), (0, -target % BUCKET), (0, 0)))
+
+    def _predict(self, params, class_embeddings, batch):
+        model = bind(self.graphdef, params)
+        windows, rows, columns = batch["windows"], batch["rows"], batch["columns"]
+        images, count, height, width, _ = windows.shape
+        flat = windows.reshape(images * count, height, width, 3)
+        tokens = project(model, flat, self.mesh)
+        patches = l2_normalize(tokens[:, 1:])
+        grid = (height // self.patch, width // self.patch)
+        patches = patches.reshape(images, rows.shape[1], columns.shape[1], *grid, -1)
+        label = jax.shard_map(
+            lambda embeddings, *image: jax.lax.map(
+                lambda arguments: self._labels(embeddings, *arguments), image
+            ),
+            mesh=self.mesh,
+            in_specs=(jax.P(), BATCH, BATCH, BATCH, BATCH),
+            out_specs=BATCH,
+            check_vma=False,
+        )
+        masks = label(class_embeddings, patches, windows, rows, columns)
+        responses = []
+        for settings in self.variants:
+            embedding = model.pool_image(tokens, settings.m_image).reshape(images, count, -1)
+            classes = class_embeddings[settings.m_text].T
+            scores = jnp.matmul(embedding.mean(axis=1), classes, precision=HIGHEST)
+            responses.append(Scores(scores))
+        return masks.swapaxes(0, 1), responses
+
+    def _labels(self, class_embeddings, patches, windows, rows, columns) -> jax.Array:
+        """[V, H, W] of one image; patches: [n, m, g, g, D]."""
+        values = {}
+        for m_text in {settings.m_text for settings in self.variants}:
+            cosines = jnp.einsum(
+                "ijghd,cd->ijcgh", patches, class_embeddings[m_text], precision=HIGHEST
+            )
+            if self.settings.refine == "pamr":
+                cosines = self._refined(cosines, windows)
+            tall = jnp.einsum("iyg,ijcgh->jcyh", rows, cosines, precision=HIGHEST)
+            values[m_text] = jnp.einsum("jcyh,jxh->cyx", tall, columns, precision=HIGHEST)
+        masks = [self._argmax(values[settings.m_text], settings) for settings in self.variants]
+        return jnp.stack(masks).astype(label_type(len(class_embeddings)))
+
+    def _refined(self, cosines: jax.Array, windows: jax.Array) -> jax.Array:
+        n, m, classes, *grid = cosines.shape
+        height, width = windows.shape[1:3]
+        up = bilinear(grid[0], height), bilinear(grid[1], width)
+        maps = jnp.einsum("yg,ijcgh,xh->ijcyx", up[0], cosines, up[1], precision=HIGHEST)
+        options = self.settings.pamr
+        maps = maps.reshape(n * m, classes, height, width)
+        maps = pamr(windows, maps, options.iterations, tuple(options.dilations))
+        return maps.reshape(n, m, classes, height, width)
+
+    def _argmax(self, values: jax.Array, settings) -> jax.Array:
+        """Labels [H, W] from values [C, H, W], the first those of the word background."""
+        if self.background and settings.background == "text":
+            return values.argmax(axis=0)
+        values = values[1:]
+        label = values.argmax(axis=0) + 1
+        if not self.background:
+            return label
+        if settings.softmax_scale:
+            values = jax.nn.softmax(settings.softmax_scale * values, axis=0)
+        return jnp.where(values.max(axis=0) >= settings.background_threshold, label, 0)
+
+
+@functools.lru_cache(maxsize=32)  # Up to 7 MB each.
+def bilinear(size: int, target: int) -> np.ndarray:
+    """The matrix float32 [target, size] of bilinear interpolation.
+
+    As PyTorch with align_corners=False: pixel centres, borders repeat, no antialiasing.
+    """
+    source = (np.arange(target) + 0.5) * (size / target) - 0.5
+    source = source.clip(0, size - 1)
+    low = np.floor(source).astype(int)
+    high = np.minimum(low + 1, size - 1)
+    matrix = np.zeros((target, size), np.float32)
+    index = np.arange(target)
+    np.add.at(matrix, (index, low), 1 - (source - low))
+    np.add.at(matrix, (index, high), source - low)
+    return matrix

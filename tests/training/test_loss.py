@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close
+
+from simseg_jax.runtime.sharding import batch_sharding, make_mesh
+from simseg_jax.training.loss import clip_temperature, contrastive_loss
+
+
+def unit_rows(seed, shape):
+    x = jax.random.normal(jax.random.key(seed), shape)
+    return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_equals_two_cross_entropies():
+    images, texts = unit_rows(0, (12, 8)), unit_rows(1, (12, 8))
+    loss, metrics = contrastive_loss(images, texts, jnp.float32(0.1))
+    logits = images @ texts.T / 0.1
+    labels = jnp.arange(12)
+    expected = [
+        optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
+        for x in (logits, logits.T)
+    ]
+    assert_close(loss, sum(expected) / 2, 1e-6)
+    assert metrics["i2t_accuracy"] == (np.asarray(logits).argmax(1) == labels).mean()
+    assert metrics["t2i_accuracy"] == (np.asarray(logits).argmax(0) == labels).mean()
+
+
+def test_temperature_is_clipped_and_gets_no_gradient_outside():
+    np.testing.assert_allclose(
+        [clip_temperature(jnp.float32(t)) for t in (-1.0, 0.07, 3.0)], [0.001, 0.07, 0.5]
+    )
+    images, texts = unit_rows(0, (4, 8)), unit_rows(1, (4, 8))
+    slope = jax.grad(lambda t: contrastive_loss(images, texts, t)[0])
+    assert slope(jnp.float32(3.0)) == 0
+    assert slope(jnp.float32(0.07)) != 0
+
+
+@pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (1, 16), (8, 0), (8, 2)])
+def test_chunks_and_devices_give_the_same_loss(devices, chunk):
+    # Row 5 is as similar to two texts: the first of them is the answer, in every order of chunks.
+    images, texts = unit_rows(0, (64, 8)), unit_rows(1, (64, 8))
+    texts = texts.at[jnp.array([5, 40])].set(images[5])
+    arguments = (images, texts, jnp.float32(0.07))
+    (expected, metrics), gradients = value_and_gradients(0)(*arguments)
+    assert 0 < metrics["t2i_accuracy"] < 1
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(arguments[:2], batch_sharding(mesh))
+        (loss, same_metrics), same_gradients = value_and_gradients(chunk)(*rows, arguments[2])
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert same_metrics == metrics
+    # Sums of 64 float32 terms in another order.
+    jax.tree.map(lambda a, b: assert_close(a, b, 5e-6), same_gradients, gradients)
+
+
+def value_and_gradients(chunk):
+    def loss(images, texts, temperature):
+        return contrastive_loss(images, texts, temperature, chunk)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def test_chunks_save_memory():
+    """In the temporaries XLA plans: 1024 x 1024 similarities at once against 32 x 1024."""
+    arguments = (unit_rows(0, (1024, 8)), unit_rows(1, (1024, 8)), jnp.float32(0.07))
+    plain, chunked = (
+        value_and_gradients(chunk).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        for chunk in (0, 32)
+    )
+    assert plain > 4 * 1024**2
+    assert chunked < plain / 4
+
+
+def test_a_chunk_divides_the_batch():
+    with pytest.raises(ValueError, match="no multiple of chunk=5"):
+        contrastive_loss(unit_rows(0, (12, 8)), unit_rows(1, (12, 8)), jnp.float32(0.1), chunk=5)

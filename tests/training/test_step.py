@@ -1,0 +1,99 @@
+"""Gradient cache and rematerialisation: the same gradients from less memory."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from step_support import MODEL, compile_step
+
+from simseg_jax.models.simseg import init_params
+from simseg_jax.training.optim import frozen
+
+
+def gradients(**settings):
+    step, arguments = compile_step(**settings)
+    state, metrics = step(*arguments)
+    return jax.tree.map(np.asarray, (state["opt"].trace, metrics))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return gradients()
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({"micro_batch": 4}, 1e-6),
+        ({"micro_batch": 2, "devices": 8}, 1e-6),
+        ({"remat": "dots"}, 1e-6),
+        ({"remat": "full", "micro_batch": 8}, 1e-6),
+        # The chunks of the loss are summed in another order: 1.06e-6 was seen.
+        ({"micro_batch": 1, "devices": 8, "fsdp": 4, "loss_chunk": 2}, 3e-6),
+    ],
+    ids=str,
+)
+def test_the_gradient_is_that_of_the_whole_batch(plain, settings, tolerance):
+    """With dropout: every example must draw the same in all passes and micro-batches."""
+    expected, metrics = plain
+    actual, same_metrics = gradients(**settings)
+    # The temperature's gradient is a sum of terms that cancel; it is held to 5e-6 below.
+    towers = [{k: v for k, v in x.items() if k != "temperature"} for x in (actual, expected)]
+    difference = optax.tree.norm(jax.tree.map(np.subtract, *towers))
+    assert difference <= tolerance * optax.tree.norm(towers[1])
+    # Float32 sums in another order; biases of attention keys have no gradient but such noise.
+    noise = 1e-7 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max() + noise),
+        actual,
+        expected,
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), same_metrics, metrics)
+
+
+def test_dropout_changes_the_gradient(plain):
+    """Otherwise the test above could not see wrong keys."""
+    text = dataclasses.replace(MODEL.text, dropout=0.0)
+    without, _ = gradients(model=dataclasses.replace(MODEL, text=text))
+    assert np.abs(without["text_projection"]["kernel"]).max() > 0
+    change = without["text_projection"]["kernel"] - plain[0]["text_projection"]["kernel"]
+    assert np.abs(change).max() > 1e-3 * np.abs(without["text_projection"]["kernel"]).max()
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_frozen_parameters_cost_no_backward_pass(plain, micro_batch):
+    rules = (("text_encoder/.*", 0.0), ("temperature", 0.0), (".*", 1.0))
+    shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+    still = frozen(rules, shapes)
+    assert still["temperature"]
+    assert not still["text_projection"]["kernel"]
+    found, _ = gradients(frozen=still, micro_batch=micro_batch)
+    for name, tree in found.items():
+        for gradient, expected in zip(
+            jax.tree.leaves(tree), jax.tree.leaves(plain[0][name]), strict=True
+        ):
+            if name in ("text_encoder", "temperature"):
+                assert not gradient.any()
+            else:
+                # Micro-batches are summed in another order.
+                tolerance = (3e-6 if micro_batch else 1e-6) * np.abs(expected).max()
+                np.testing.assert_allclose(gradient, expected, rtol=0, atol=tolerance)
+    if not micro_batch:
+        all_flops, flops = (
+            compile_step(**options)[0].cost_analysis()["flops"]
+            for options in ({}, {"frozen": still})
+        )
+        assert flops < 0.8 * all_flops
+
+
+@pytest.mark.slow
+def test_memory_shrinks():
+    def temporaries(**settings):
+        step, _ = compile_step(size=256, **settings)
+        return step.memory_analysis().temp_size_in_bytes
+
+    everything = temporaries()
+    assert temporaries(remat="full") < 0.7 * everything
+    assert temporaries(micro_batch=32) < 0.3 * everything
