@@ -109,6 +109,7 @@ def test_back_to_pth_is_equal_bit_for_bit(
     }
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_folder(orbax, tmp_path, monkeypatch, capsys):
     for kind in ("orbax", "safetensors"):
         folder = tmp_path / kind
@@ -148,6 +149,7 @@ assert not any(name.startswith(("simseg_jax.", "flax")) for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_exported_programs_in_a_process_with_only_jax(
     orbax, golden, class_embeddings, tmp_path, monkeypatch, capsys
 ):

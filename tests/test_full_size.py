@@ -51,6 +51,7 @@ def test_vits16_makes_a_step():
     assert int(state["step"]) == 1
 
 
+@pytest.mark.slow
 def test_vitb16_has_the_papers_size():
     update, shapes, batch = build("vitb16")
     sizes = {

@@ -309,6 +309,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, finished):
     assert load_model(workdir).step == 2
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_parameters(tmp_path):
     config = tiny_config()
     config.steps = 2
@@ -335,6 +336,7 @@ def test_indivisible_batches_are_refused(tmp_path):
         train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trace_of_a_few_steps(tmp_path, capfd):
     config = tiny_config()
     config.steps = 5
@@ -347,6 +349,7 @@ def test_a_trace_of_a_few_steps(tmp_path, capfd):
     assert any("jit_update" in str(name) or "Execute" in str(name) for name in names)
 
 
+@pytest.mark.slow
 def test_checkpoints_may_live_elsewhere(tmp_path, capsys):
     """As on object storage: a new, empty WORKDIR continues from them."""
     config = tiny_config()

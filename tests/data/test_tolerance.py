@@ -31,7 +31,7 @@ def shard_config(folder, share):
     return config, damaged
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_goes_on_over_five_percent_damaged_members(tmp_path, capsys, workers):
     config, damaged = shard_config(tmp_path, 0.05)
     config.data.workers = workers
@@ -45,6 +45,7 @@ def test_training_goes_on_over_five_percent_damaged_members(tmp_path, capsys, wo
     assert "data.train.shards: 100 examples" in out
 
 
+@pytest.mark.slow
 def test_training_stops_when_too_much_is_damaged(tmp_path):
     config, _ = shard_config(tmp_path, 0.25)
     with pytest.raises(UserError, match=r"cannot be used, more than data.max_bad=0.1; the last"):

@@ -122,6 +122,7 @@ def test_four_processes_train_like_one(alone, tmp_path):
     assert_same_run(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again(alone, tmp_path):
     """Two processes train like one, although one of them is killed after step 3."""
     expected, config = alone

@@ -119,7 +119,11 @@ def full_size_names(image: ViTConfig, text: BertConfig) -> dict[str, tuple[int, 
     }
 
 
-@pytest.mark.parametrize("image", [ViTConfig.s16(), ViTConfig.b16()], ids=["ViT-S", "ViT-B"])
+@pytest.mark.parametrize(
+    "image",
+    [ViTConfig.s16(), pytest.param(ViTConfig.b16(), marks=pytest.mark.slow)],
+    ids=["ViT-S", "ViT-B"],
+)
 def test_full_size_checkpoints_use_every_name_once(image):
     shapes = full_size_names(image, BertConfig.base())
     # Another value in every tensor: one that went to the wrong place would be noticed.

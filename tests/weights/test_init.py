@@ -193,6 +193,7 @@ def test_minilm_agrees_with_transformers(minilm):
     assert_close(hidden[:, :, ::12], golden["hidden"])
 
 
+@pytest.mark.slow
 @needs_minilm
 def test_training_starts_from_minilm(minilm, tmp_path):
     config = starting_config(text=minilm)

@@ -207,8 +207,11 @@ def test_variants_in_one_pass_equal_single_runs(
             golden_model, golden, class_embeddings, PHOTOS, [settings]
         )
         np.testing.assert_array_equal(mask, alone[0])
+        # Cosines near 0 are sums of products that cancel: rounding leaves 1e-7 there.
         for name, field in expected[0]._asdict().items():
-            np.testing.assert_allclose(getattr(response, name), field, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                getattr(response, name), field, rtol=1e-5, atol=1e-6, err_msg=name
+            )
     assert len({mask.tobytes() for mask in masks}) >= count - 2
 
 
