@@ -24,7 +24,8 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_numbers_that_make_no_sense_are_refused_by_the_parser(monkeypatch, capsys, command):
     name, *arguments = command.split()
-    module = importlib.import_module(f"simseg_jax.{name}")
+    package = ".__main__" if name == "data.prepare" else ""
+    module = importlib.import_module(f"simseg_jax.{name}{package}")
     for option in COMMANDS[command]:
         for value in ("abc", "", "-1e9", "nan", "1e400", "9" * 5000):
             monkeypatch.setattr(sys, "argv", [name, *arguments, f"{option}={value}"])

@@ -1,4 +1,4 @@
-"""Files by path or address: search, positional reads with retries, copies in the cache folder.
+"""Files by path or address: search, positional reads with retries.
 
 Addresses (gs://, s3://, hf://, https://, memory://) go through fsspec and its drivers. All of these
 functions raise `OSError` for what cannot be read and `UserError` for a missing driver. Where the
@@ -6,32 +6,20 @@ network fails for good that is a `ConnectionError`: it says nothing about the da
 stop there rather than leave something out.
 """
 
-import contextlib
-import errno
 import glob
-import hashlib
 import io
-import json
 import os
 import posixpath
 import re
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 from tqdm import tqdm
 
-from simseg_jax.data.pairs.example import Problems
-from simseg_jax.runtime.errors import UserError, one_line
-from simseg_jax.runtime.files import sha256, write_json
+from simseg_jax.runtime.errors import UserError
 
-VERSION = 3  # Of the files in the cache folder: to be raised with any change of their content.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WAITS = (0.5, 1, 2)  # Seconds before a second, third and fourth attempt.
 BUFFER = 8 << 20  # Bytes fetched at once where a remote file is read from start to end.
 # What drivers call the version of a file, in their own words.
@@ -137,80 +125,6 @@ def listing(folder: str) -> tuple[list[File], list[str]]:
         files = [_local_file(name) for name in names if _is_file(name)]
         folders = [name for name in names if os.path.isdir(name)]
     return sorted(files), sorted(folders)
-
-
-def cached(
-    folder: Path, identity: tuple, suffix: str, build: Callable[[Path], Problems]
-) -> tuple[Path, Problems]:
-    """The cached file and its problems, from an earlier run or written by `build` now.
-
-    identity: all that the content depends on besides `VERSION`. Several processes may build the
-    same file at once: it appears under its name only when it is complete. A damaged file is built
-    again. A `UserError` says that the folder has no room or cannot be written.
-    """
-    key = hashlib.sha256(repr((VERSION, *identity)).encode(errors="backslashreplace")).hexdigest()
-    path = folder / (key[:24] + suffix)
-    notes = path.with_suffix(".json")
-    if (problems := _noted(path, notes)) is not None:
-        return path, problems
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    try:
-        with _writing(folder, *FULL):
-            problems = build(partial)
-        with _writing(folder):
-            status, digest = partial.stat(), sha256(partial)
-            told = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
-            write_json(notes, {"problems": asdict(problems), **told})
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path, problems
-
-
-def _noted(path: Path, notes: Path) -> Problems | None:
-    """The problems of a cached file; None if it is missing or not as it was written."""
-    try:
-        told, status = json.loads(notes.read_bytes()), path.stat()
-        problems = Problems(**told["problems"])
-        if status.st_size != told["size"]:
-            return None
-        # Another time alone may be that of a copy of the folder.
-        if status.st_mtime_ns != told["mtime"] and sha256(path) != told["digest"]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return problems
-
-
-@contextlib.contextmanager
-def _writing(folder: Path, *numbers: int) -> Iterator[None]:
-    """Turns errors of the system, or only some, into a `UserError` about the cache folder."""
-    try:
-        yield
-    except OSError as error:
-        if numbers and error.errno not in numbers:
-            raise
-        reason = error.strerror or one_line(error)
-        raise UserError(
-            f"Cannot write to the cache folder {folder}: {reason}. Set data.cache to a folder that "
-            "can be written and has room."
-        ) from error
-
-
-def local_copy(file: File, cache: Path) -> str:
-    """The path of `file`, copied into the cache folder once if it is remote."""
-    if not is_remote(file.path):
-        return file.path
-
-    def copy(path: Path) -> Problems:
-        with open_file(file.path) as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target, BUFFER)
-        return Problems()
-
-    return str(cached(cache, ("copy", *file), ".copy", copy)[0])
 
 
 def is_damage(error: Exception) -> bool:

@@ -22,7 +22,8 @@ from simseg_jax.train import train
 from simseg_jax.training.checkpoint import checkpoints_folder, completed_steps
 from simseg_jax.weights.load import load_model
 
-TESTS = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+TESTS = HERE.parent
 # What the tests run in every process: the training command, which sends itself a signal once.
 FAULTY = """
 import os, pathlib, time
@@ -63,7 +64,7 @@ def launch(processes, module, *arguments, restarts=0, path="", **environment):
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": os.environ["SIMSEG_JAX_TEST_CACHE"],
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
-        "PYTHONPATH": f"{TESTS}:{path}",
+        "PYTHONPATH": f"{HERE}:{TESTS}:{path}",
         **environment,
     }
     command = [sys.executable, TESTS.parent / "launch" / "local.py", f"--processes={processes}"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from simseg_jax.data.pairs.cache import cached
 from simseg_jax.data.pairs.example import (
     CAPTION_KEYS,
     IMAGE_KEYS,
@@ -61,7 +62,7 @@ class ParquetSource:
                     keys = _choose_keys(
                         file.path, table.schema_arrow, image_key, caption_key, self.problems
                     )
-                    copy, problems = remote.cached(
+                    copy, problems = cached(
                         cache,
                         ("parquet", *file, *keys),
                         ".arrow",

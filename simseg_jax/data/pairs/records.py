@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from grain.sources import ArrayRecordDataSource
 
 from simseg_jax.data.pairs import tf_example
+from simseg_jax.data.pairs.cache import local_copy
 from simseg_jax.data.pairs.example import (
     CAPTION_KEYS,
     IMAGE_KEYS,
@@ -107,7 +108,7 @@ def open_shards(
 
     def measure(file: File):
         try:
-            path = remote.local_copy(file, cache)
+            path = local_copy(file, cache)
             reader = ArrayRecordReader(path)
             count = reader.num_records()
             reader.close()  # Raises what went wrong before: a damaged file counts 0 records.

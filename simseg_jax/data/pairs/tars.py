@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from simseg_jax.data.images import IMAGE_SUFFIXES
+from simseg_jax.data.pairs.cache import cached
 from simseg_jax.data.pairs.example import (
     MAX_TEXT,
     BadExample,
@@ -69,7 +70,7 @@ class TarSource:
 
         def index(file: File) -> tuple[Path, Problems]:
             identity = ("tar", *file, self.images, self.captions)
-            return remote.cached(cache, identity, ".npy", lambda p: self._index(file.path, p))
+            return cached(cache, identity, ".npy", lambda p: self._index(file.path, p))
 
         def numbered(shard: int, part: Path) -> np.ndarray:
             rows = np.load(part)
@@ -92,7 +93,7 @@ class TarSource:
             return problems
 
         identity = ("tars", *files, self.images, self.captions)
-        self.index, self.problems = remote.cached(cache, identity, ".npy", index_all)
+        self.index, self.problems = cached(cache, identity, ".npy", index_all)
         self.rows = np.load(self.index, mmap_mode="r")
 
     def __len__(self) -> int:

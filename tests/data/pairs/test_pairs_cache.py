@@ -8,7 +8,8 @@ import pytest
 from pairs_support import make_pairs, read_all, settings, write_parquet, write_tar
 
 from simseg_jax.data.pairs import Problems, open_source
-from simseg_jax.runtime import remote
+from simseg_jax.data.pairs import cache as stored
+from simseg_jax.data.pairs.cache import cached
 from simseg_jax.runtime.errors import UserError
 
 PAIRS = make_pairs(6)
@@ -64,23 +65,23 @@ def test_a_copied_cache_is_used(tmp_path, monkeypatch):
         return Problems(1, ["x"])
 
     for _ in range(2):
-        path, problems = remote.cached(tmp_path / "cache", ("a",), ".txt", build)
+        path, problems = cached(tmp_path / "cache", ("a",), ".txt", build)
         assert (path.read_text(), problems) == ("content", Problems(1, ["x"]))
         os.utime(path, ns=(1, 1))
     assert len(built) == 1
     # An index of other code is another one.
-    monkeypatch.setattr(remote, "VERSION", remote.VERSION + 1)
-    assert remote.cached(tmp_path / "cache", ("a",), ".txt", build)[0] != path
+    monkeypatch.setattr(stored, "VERSION", stored.VERSION + 1)
+    assert cached(tmp_path / "cache", ("a",), ".txt", build)[0] != path
     assert len(built) == 2
 
 
 def test_an_older_index_is_not_taken(tmp_path):
     """Neither its name nor its notes are those of today."""
     cache = tmp_path / "cache"
-    path, _ = remote.cached(cache, ("a",), ".txt", lambda target: target.touch() or Problems())
+    path, _ = cached(cache, ("a",), ".txt", lambda target: target.touch() or Problems())
     path.with_suffix(".json").write_text(json.dumps({"count": 0, "first": []}))
     path.write_text("old")
-    path, _ = remote.cached(cache, ("a",), ".txt", lambda target: target.touch() or Problems())
+    path, _ = cached(cache, ("a",), ".txt", lambda target: target.touch() or Problems())
     assert path.read_text() == ""
 
 
@@ -99,5 +100,5 @@ def test_a_full_disk(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"No space left.* Set data\.cache"):
-        remote.cached(tmp_path / "cache", ("a",), ".txt", build)
+        cached(tmp_path / "cache", ("a",), ".txt", build)
     assert list((tmp_path / "cache").iterdir()) == []
