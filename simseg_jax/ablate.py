@@ -4,10 +4,16 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from simseg_jax.config import Config, load_config
 from simseg_jax.config_checks import validate
-from simseg_jax.evaluators.build import summary
+from simseg_jax.data.pairs import content, open_source
+from simseg_jax.data.pipeline import Examples
+from simseg_jax.data.testsets.labelled import labelled_source
+from simseg_jax.data.testsets.segmentation import segmentation_source
+from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.evaluators.build import benchmarks_of, summary
 from simseg_jax.reports.tables import (
     Table,
     add_table_options,
@@ -19,12 +25,13 @@ from simseg_jax.reports.tables import (
     write_table,
 )
 from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
-from simseg_jax.runtime.dotted import assign
+from simseg_jax.runtime.dotted import assign, first_difference
 from simseg_jax.runtime.errors import UserError, report_user_errors
-from simseg_jax.runtime.files import write_json
+from simseg_jax.runtime.files import digest, write_json
 from simseg_jax.runtime.processes import STOPPED
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.train import train
+from simseg_jax.training.resume import identity
 
 EPILOG = """examples:
   python -m simseg_jax.ablate --config=configs/shapes.py --workdir=runs/loda --table=loda
@@ -103,10 +110,11 @@ def main() -> None:
             assign(config, key, value)
         validate(config)
         folder = workdir / name_of(table, combination)
-        results = finished(folder, config)
+        inputs = inputs_of(config)
+        results = finished(folder, config, inputs)
         if results is None and args.only in (None, number):
             print(f"Run {number + 1} of {len(combinations)}: {folder.name}", flush=True)
-            results = run(config, folder)
+            results = run(config, folder, inputs)
         if results is None:
             missing += 1
             continue
@@ -128,8 +136,33 @@ def name_of(table: Table, combination: tuple) -> str:
     return ",".join(f"{key}={value}" for key, value in zip(keys, combination, strict=True))
 
 
-def finished(folder: Path, config: Config) -> dict[str, float] | None:
-    """The results of a run that is done; a `UserError` if it had another configuration."""
+def inputs_of(config: Config) -> dict[str, Any]:
+    """Identifies the content of what a run reads: vocabulary, training pairs and test sets."""
+    tokenizer = load_tokenizer(config.data.vocab)
+    encoder = TextEncoder(tokenizer, config.data.max_length)
+    size = config.model.image.image_size
+    examples = Examples(
+        config.data,
+        image_size=size,
+        batch_size=config.batch_size,
+        encoder=encoder,
+        seed=config.seed,
+    )
+    evals = {}
+    for prefix, settings in benchmarks_of(config).items():
+        kind = prefix.partition("/")[0]
+        if kind == "retrieval":
+            evals[prefix] = content(settings, open_source(settings, config.data.cache))
+        elif kind == "classification":
+            evals[prefix] = labelled_source(settings).content
+        else:
+            source = segmentation_source(settings)
+            evals[prefix] = digest([(n, source.stamp(i)) for i, n in enumerate(source.names)])
+    return {**identity(tokenizer, examples), "evals": evals}
+
+
+def finished(folder: Path, config: Config, inputs: dict[str, Any]) -> dict[str, float] | None:
+    """The results of a run that is done; a `UserError` if it had other settings or inputs."""
     file = folder / "result.json"
     if not file.is_file():
         return None
@@ -144,10 +177,16 @@ def finished(folder: Path, config: Config) -> dict[str, float] | None:
             f"{folder} was trained with another configuration: choose another --workdir, or remove "
             "the folder."
         )
+    other = first_difference(record.get("inputs", {}), inputs)
+    if other:
+        raise UserError(
+            f"{folder} has results of other inputs, {other[0]} has changed since: choose another "
+            "--workdir, or remove the folder."
+        )
     return record["results"]
 
 
-def run(config: Config, folder: Path) -> dict[str, float]:
+def run(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, float]:
     """Trains, or goes on, and keeps the results."""
     results = train(config, folder)
     if results is None:
@@ -155,7 +194,7 @@ def run(config: Config, folder: Path) -> dict[str, float]:
         sys.exit(STOPPED)
     if not results:
         raise UserError("An ablation compares evaluations: the configuration has none in evals.")
-    record = {"results": results, "config": json.loads(config.to_json())}
+    record = {"results": results, "config": json.loads(config.to_json()), "inputs": inputs}
     write_json(folder / "result.json", record)
     return results
 

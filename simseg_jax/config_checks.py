@@ -98,7 +98,7 @@ def _check_sizes(settings: Any, patch_size: int, prefix: str = "") -> None:
         if settings.window > settings.resolution:
             raise UserError(
                 f"{prefix}window={settings.window} must not exceed the shorter side of the images, "
-                f"{prefix}resolution={settings.resolution}."
+                f"{prefix}resolution={settings.resolution}; 0 takes the whole image at once."
             )
         if settings.refine not in ("none", "pamr"):
             raise UserError(

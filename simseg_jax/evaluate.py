@@ -1,9 +1,10 @@
 """The batch evaluation job: a checkpoint and its benchmarks -> tables, JSON, CSV and pictures."""
 
 import contextlib
+import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -76,15 +77,16 @@ def main() -> None:
     folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
     make_writable(folder)
     failed = Failures(len(benchmarks))
-    # All of them first, so that a missing file is found now.
-    evaluators = {}
-    for prefix, settings in benchmarks.items():
-        with failed.set_aside(prefix):
-            evaluators |= make_evaluators({prefix: settings}, *model.parts, config.data.cache)
     record = {"checkpoint": str(args.checkpoint), "step": model.step, "config": config.to_dict()}
-    results = {}
+    results, evaluators = {}, {}
     kept = f"What was done is kept in {folder}: the same command goes on from there."
     with only_run(folder), keeping(lambda: kept):
+        if jax.process_index() == 0:
+            _remove_result(folder, record, benchmarks)
+        # All of them first, so that a missing file is found now.
+        for prefix, settings in benchmarks.items():
+            with failed.set_aside(prefix):
+                evaluators |= make_evaluators({prefix: settings}, *model.parts, config.data.cache)
         for prefix, evaluator in evaluators.items():
             kind, name = prefix.split("/")
             with failed.set_aside(prefix):
@@ -99,6 +101,18 @@ def main() -> None:
     if jax.process_index() == 0 and results:
         print(f"{', '.join(headlines(results))}. Numbers, tables and pictures are in {folder}")
     failed.report()
+
+
+def _remove_result(folder: Path, record: dict, benchmarks: Iterable[str]) -> None:
+    """Removes what this very job left there earlier: images may have changed since."""
+    path = folder / "result.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        before.pop("results", None)
+        if before == json.loads(json.dumps(record)):
+            path.unlink()
+            for prefix in benchmarks:
+                (folder / prefix.partition("/")[2] / "classes.csv").unlink(missing_ok=True)
 
 
 class Failures:

@@ -174,13 +174,18 @@ def segment_files(
             except UserError as error:
                 left_out(place, error)
                 continue
-            _save(folder, name, image, answer)
-            record[str(path)] = {
-                "mask": f"{name}{MASK}",
-                "drawn": answer.drawn,
-                "threshold": answer.threshold,
-                "scores": answer.scores,
-            }
+            try:
+                _save(folder, name, image, answer)
+                record[str(path)] = {
+                    "mask": f"{name}{MASK}",
+                    "drawn": answer.drawn,
+                    "threshold": answer.threshold,
+                    "scores": answer.scores,
+                }
+            finally:  # Ctrl-C may come at any point: no mask without its scores.
+                if str(path) not in record:
+                    for suffix in (MASK, OVERLAY):
+                        (folder / f"{name}{suffix}").unlink(missing_ok=True)
             bar.update()
 
 

@@ -8,6 +8,7 @@ from support import message, run
 
 from simseg_jax import ablate
 from simseg_jax.ablate import TABLES
+from simseg_jax.data import shapes
 from simseg_jax.reports.tables import paper_columns
 
 CONFIG = """
@@ -50,6 +51,10 @@ def test_runs_are_trained_once_and_put_into_a_table(monkeypatch, capsys, tmp_pat
         assert "2 runs; table.csv" in run(monkeypatch, capsys, ablate, *arguments)
     error = message(monkeypatch, capsys, ablate, *arguments, "--config.optim.lr=0.5")
     assert "was trained with another configuration" in error
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "version", lambda: "another program that draws other scenes")
+        error = message(monkeypatch, capsys, ablate, *arguments)
+        assert "has results of other inputs, evals.seg/shapes has changed since" in error
     error = message(monkeypatch, capsys, ablate, *arguments, "--only=2")
     assert "the table has the runs 0 to 1" in error
     error = message(monkeypatch, capsys, ablate, *arguments, "--table=loda")

@@ -227,6 +227,17 @@ def test_a_set_without_a_labelled_pixel_costs_no_other(capsys, home, evaluated):
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: The benchmark voc in")
 
 
+def test_a_failed_evaluation_leaves_no_earlier_result(capsys, home, evaluated):
+    evaluated()
+    for path in (home / "set" / "SegmentationClass").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    with pytest.raises(SystemExit):
+        evaluated()
+    assert "has no labelled pixel" in capsys.readouterr().err
+    assert not (home / "out" / "result.json").exists()
+    assert not (home / "out" / "set" / "classes.csv").exists()
+
+
 def test_an_image_damaged_on_the_way_costs_no_other(capsys, home, evaluated):
     expected, _ = evaluated("alone")
     make_set(home / "bad")

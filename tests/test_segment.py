@@ -89,6 +89,11 @@ def test_what_is_no_image_is_refused(segmenter, image, reason):
         list(segmenter.segment([image]))
 
 
+def test_a_bound_on_pixels_that_makes_no_sense_is_refused(model):
+    with pytest.raises(UserError, match="max_pixels=-1 must be a whole number from 1"):
+        Segmenter(model, ["star"], max_pixels=-1)
+
+
 @pytest.mark.parametrize("image", [PHOTO, np.asarray(PHOTO), "x.png", b"text"])
 def test_one_image_in_place_of_a_list_is_refused(segmenter, image):
     with pytest.raises(UserError, match=r"for one image segment\(\[image\]\)"):
@@ -301,6 +306,24 @@ def test_what_was_done_before_a_stop_is_kept(command, capsys, photos, tmp_path, 
         assert "Stopped" in printed.err
     assert len(scores(tmp_path / "out")["images"]) == 2
     assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_a_mask_without_its_scores_is_removed(command, photos, tmp_path, monkeypatch):
+    """Ctrl-C comes once the second mask is written, before it is noted."""
+    save = segment._save
+
+    def stopping(folder, name, *rest):
+        save(folder, name, *rest)
+        if len(list(folder.rglob("*_mask.png"))) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(segment, "_save", stopping)
+    with pytest.raises(SystemExit):
+        command("star", photos)
+    out = tmp_path / "out"
+    listed = {entry["mask"] for entry in scores(out)["images"].values()}
+    assert len(listed) == 1
+    assert {str(file.relative_to(out)) for file in out.rglob("*_mask.png")} == listed
 
 
 @pytest.mark.slow

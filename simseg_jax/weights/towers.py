@@ -154,7 +154,8 @@ def assemble(
         reasons = [why for pattern, why in FOREIGN if any(re.search(pattern, n) for n in rest)]
         reason = f" It has {some(reasons)}, which have no place here." if reasons else ""
         raise UserError(
-            f"The weights do not fit the model ({len(problems)} problems).{reason} "
+            f"The weights do not fit the model ({len(problems)} "
+            f"problem{'s' * (len(problems) > 1)}).{reason} "
             + some(problem[:70] for problem in problems)
         )
     refuse_infinite(found)

@@ -65,6 +65,7 @@ class Segmenter:
         max_pixels: int = MAX_PIXELS.default,
         **settings,
     ):
+        MAX_PIXELS.check("max_pixels", max_pixels)
         self.model, self.max_pixels = model, max_pixels
         base = first_segmentation(model.config).to_dict()
         self.settings = segmentation_eval(**{**base, **settings})
