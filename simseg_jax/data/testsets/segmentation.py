@@ -7,10 +7,12 @@ image}; stamp(index) is another one when image or mask have changed. Labels are 
 class and pixels without one are 255.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from simseg_jax.data import shapes
 from simseg_jax.data.images import read_header, turned
@@ -81,8 +83,8 @@ class SegmentationFolder:
         self.class_names = class_names(data)
         self.background = BENCHMARKS[data].background
         self.layout = LAYOUTS[data](Path(root).expanduser(), split)
-
         self.names = self.layout.names
+        self.said = False  # That masks are turned.
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,7 +98,15 @@ class SegmentationFolder:
     def __getitem__(self, index: int) -> dict:
         path = self._image(index)
         image = path.read_bytes()
-        mask = upright_mask(self.layout.masks.labels(self.names[index]), image, path)
+        mask, along = upright_mask(self.layout.masks.labels(self.names[index]), image, path)
+        if along and not self.said:
+            self.said = True
+            tqdm.write(
+                f"The mask of {path.name} has the size in which the image is stored and is turned "
+                "upright with it, as are others of that kind. If such masks are upright already, "
+                "remove the orientation (EXIF) from these images.",
+                file=sys.stderr,
+            )
         if not self.background:
             mask = WITHOUT_BACKGROUND[mask]
         return {"name": Path(self.names[index]).name, "image": image, "mask": mask}
@@ -106,20 +116,20 @@ class SegmentationFolder:
         return require_file(path, "the image", self.layout.origin)
 
 
-def upright_mask(mask: np.ndarray, image: bytes, path: Path) -> np.ndarray:
-    """The mask uint8 [H, W] of the encoded `image` of file `path`, upright as `decode_image`'s.
+def upright_mask(mask: np.ndarray, image: bytes, path: Path) -> tuple[np.ndarray, bool]:
+    """(the mask uint8 [H, W] of the encoded `image` of file `path`, whether it had to be turned).
 
-    A mask of the size in which the image is stored is turned with it; one of the upright size is
-    upright already. A `UserError` refuses any other.
+    Upright as `decode_image`'s. A mask of the size in which the image is stored is turned with it;
+    one of the upright size is upright already. A `UserError` refuses any other.
     """
     try:
         width, height, stored = read_header(image)
     except Exception as error:  # PIL raises whatever a damaged file leads it to.
         raise UserError(f"{path} is damaged or not an image: unpack it again.") from error
     if mask.shape == (height, width):
-        return np.asarray(turned(Image.fromarray(mask), stored))
+        return np.asarray(turned(Image.fromarray(mask), stored)), stored > 1
     if stored >= 5 and mask.shape == (width, height):
-        return mask
+        return mask, False
     raise UserError(
         f"The mask of {path} has {mask.shape[1]} x {mask.shape[0]} pixels, but the image has "
         f"{width} x {height}{' before it is turned upright' if stored >= 5 else ''}: one of them "

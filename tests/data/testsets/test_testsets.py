@@ -188,7 +188,7 @@ def test_masks_that_do_not_fit_are_named(voc):
 
 
 @pytest.mark.parametrize("stored", range(1, 9))
-def test_a_mask_follows_its_image(voc, stored):
+def test_a_mask_follows_its_image(voc, capsys, stored):
     photo, path = voc / "JPEGImages" / "one.jpg", voc / "SegmentationClass" / "one.png"
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = stored
@@ -197,7 +197,10 @@ def test_a_mask_follows_its_image(voc, stored):
     # As the pixels of the file are stored: turned along.
     mask = np.where(grey > 20, 255, grey)
     write_mask(path, mask)
-    example = open_source(voc, "voc")[0]
+    source = open_source(voc, "voc")
+    example = source[0]
+    source[0]  # Said once.
+    assert capsys.readouterr().err.count("one.jpg has the size in which") == (stored > 1)
     image = np.asarray(decode_image(example["image"]).convert("L"))
     assert example["mask"].shape == image.shape
     assert np.abs(image - np.minimum(example["mask"], 21) * 10.0)[example["mask"] < 255].max() <= 6
