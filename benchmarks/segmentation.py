@@ -47,9 +47,9 @@ with contextlib.suppress(ImportError):  # Said by `require`, once the options ar
 
 def ours(evaluator, params, indices, confusion) -> list[np.ndarray]:
     """Scores [C] of the images, evaluated by this package; adds to `confusion`."""
-    records = sorted(evaluator.records(params, indices))
-    confusion += evaluator.confusion(records)
-    return [record.scores[0] for record in records]
+    records = {record.name: record for record in evaluator.records(params, indices)}
+    confusion += evaluator.confusion(list(records.values()))
+    return [records[evaluator.images[index][0]].scores[0] for index in indices]
 
 
 class Peer:
