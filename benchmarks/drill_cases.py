@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -171,11 +170,15 @@ def settings(home: Path) -> Case:
     import jax
 
     from simseg_jax import train as train_lib
-    from simseg_jax.config import flatten, load_config
-    from simseg_jax.config_keys import DATA_SET_KEYS, KEYS, SEGMENTATION_KEYS
+    from simseg_jax.config import RunConfig, load_config
+    from simseg_jax.runtime.settings import declared
 
-    keys = [*flatten(KEYS), *flatten(DATA_SET_KEYS, "data.train.shapes.")]
-    keys += flatten(SEGMENTATION_KEYS, "evals.seg.shapes.")
+    # Of the entries the configuration has data.train.shapes and evals.seg.shapes.
+    keys = [
+        (name.replace("<name>", "shapes"), field.default)
+        for name, field in declared(RunConfig)
+        if not name.startswith(("evals.retrieval.", "evals.classification."))
+    ]
 
     def value(rng: np.random.Generator, default: Any) -> str:
         odd = ["", "nan", "1e400", "-1", "0", "None", "()", "(1,)", "[[]]", "'", "-" * 3000 + "1"]
@@ -214,8 +217,8 @@ def settings(home: Path) -> Case:
     def case(rng: np.random.Generator, place: Path) -> None:
         text = CONFIG.encode()
         (place / "config.py").write_bytes(damage.damaged(text, rng) if rng.random() < 0.2 else text)
-        name, key = keys[int(rng.integers(len(keys)))]
-        override = f"--config.{name}={value(rng, key.default)}"
+        name, default = keys[int(rng.integers(len(keys)))]
+        override = f"--config.{name}={value(rng, default)}"
         (place / "override.txt").write_text(override)
         start(load_config(place / "config.py", [override]))
 
@@ -280,14 +283,11 @@ def images(home: Path) -> Case:
 
 def captions(_home: Path) -> Case:
     """Damaged tables, archives and Parquet: every example is whole, or left out."""
-    from simseg_jax.data.pairs import BadExample, open_source
+    from simseg_jax.data.pairs import BadExample, PairsConfig, open_source
 
     def case(rng: np.random.Generator, place: Path) -> None:
         path = damage.captions(place, rng)
-        keys = {"split": "", "images": "", "image_key": "", "caption_key": "", "size": 8}
-        source = open_source(
-            SimpleNamespace(path=str(path), format="auto", **keys), str(place / "cache")
-        )
+        source = open_source(PairsConfig(path=str(path)), str(place / "cache"))
         for index in range(len(source)):
             with contextlib.suppress(BadExample):
                 texts = source[index]["captions"]
@@ -342,9 +342,10 @@ def leaks(home: Path) -> Case:
     import jax.numpy as jnp
 
     from simseg_jax.config import load_config
+    from simseg_jax.runtime.settings import plain
     from simseg_jax.training.checkpoint import Checkpoints, Record, checkpoints_folder
 
-    config = load_config(home / "config.py")
+    config = plain(load_config(home / "config.py"))
 
     def case(_rng: np.random.Generator, place: Path) -> None:
         state = {"params": {"x": jnp.ones(3)}, "opt": {"y": jnp.ones(3)}, "step": jnp.int32(0)}

@@ -32,10 +32,9 @@ from typing import NamedTuple
 import drill_cases as cases
 import numpy as np
 
-from simseg_jax.config_keys import SEED
 from simseg_jax.runtime.command_line import accepted
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.runtime.ranges import whole
+from simseg_jax.runtime.ranges import SEED, whole
 
 PROGRAMS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}  # Audit events.
 LIMIT = 2**30

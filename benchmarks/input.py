@@ -29,11 +29,10 @@ from densecrf import photographs
 from peers import require
 from PIL import Image
 
-from simseg_jax.config import data_set, default_config
 from simseg_jax.data import pipeline
 from simseg_jax.data.autoaugment import autoaugment
 from simseg_jax.data.images import draw_crop
-from simseg_jax.data.pairs import Problems
+from simseg_jax.data.pairs import DataSetConfig, Problems
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
@@ -126,9 +125,9 @@ class Peer:
 
 def ours(files: list[bytes], tokenizer) -> pipeline.Examples:
     """The stream of training examples over `files`."""
-    data = default_config().data
-    data.train.memory = data_set(path="memory")
-    data.update({"crop_area": AREA, "crop_aspect": ASPECT})
+    data = pipeline.DataConfig(
+        train={"memory": DataSetConfig(path="memory")}, crop_area=AREA, crop_aspect=ASPECT
+    )
     pipeline.open_source = lambda _settings, _cache: Memory(files)
     encoder = TextEncoder(tokenizer, LENGTH, data.edit_rate)
     return pipeline.Examples(data, image_size=SIZE, batch_size=32, encoder=encoder, seed=0)

@@ -27,10 +27,10 @@ from simseg_jax.config import load_config, model_config
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.models.simseg import init_params
 from simseg_jax.runtime.sharding import place
+from simseg_jax.segmenter import Segmenter
 from simseg_jax.weights.export import PLATFORMS, SEGMENTER, SUFFIX, write_programs
 from simseg_jax.weights.folder import PARAMS, write_folder, write_orbax
 from simseg_jax.weights.load import assemble_model
-from simseg_jax.zeroshot.segmenter import Segmenter
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -53,7 +53,7 @@ PACKAGE = """
 import sys, time
 began = time.perf_counter()
 from PIL import Image
-from simseg_jax.zeroshot.segmenter import Segmenter
+from simseg_jax.segmenter import Segmenter
 from simseg_jax.weights.load import load_model
 imported = time.perf_counter()
 model = load_model("model")
@@ -83,9 +83,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    config = load_config(ROOT / "configs" / f"{args.model}.py")
-    if args.model != "shapes":
-        config.data.vocab, config.model.text.vocab_size = "shapes", 30522
+    other = ["--config.data.vocab=shapes", "--config.model.text.vocab_size=30522"]
+    config = load_config(
+        ROOT / "configs" / f"{args.model}.py", other if args.model != "shapes" else []
+    )
     tokenizer = load_tokenizer("shapes")
     params = init_params(model_config(config, len(tokenizer)), jax.random.key(0))
     model = assemble_model(
@@ -106,7 +107,8 @@ def main() -> None:
         noise = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / "photo.png")
         began = time.perf_counter()
-        write_programs(folder, segmenter, PLATFORMS, jnp.dtype(args.dtype))
+        dtype = jnp.dtype(args.dtype)
+        write_programs(folder, model, segmenter.settings, *segmenter.classes, PLATFORMS, dtype)
         written = time.perf_counter() - began
         write_folder(
             folder / "model",

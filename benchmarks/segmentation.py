@@ -29,16 +29,17 @@ import numpy as np
 from peers import require
 from PIL import Image
 
-from simseg_jax.config import default_config, model_config, segmentation_eval
+from simseg_jax.config import RunConfig, model_config
 from simseg_jax.data import shapes
-from simseg_jax.data.testsets.classes import top_k
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig, init_params, l2_normalize, make_model
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.weights.load import load_model
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 with contextlib.suppress(ImportError):  # Said by `require`, once the options are read.
     import torch  # pyright: ignore[reportMissingImports]
@@ -118,7 +119,7 @@ class Peer:
         self.lap("forward")
         embedding = F.normalize(patches.topk(settings.m_image, dim=1).values.mean(dim=1))
         scores = (embedding @ self.class_embeddings)[0].cpu()
-        top = scores.topk(min(top_k(settings), len(scores))).values
+        top = scores.topk(min(settings.class_scores, len(scores))).values
         threshold = top.mean() + settings.sigma_weight * top.std()
         best = scores.topk(min(settings.candidates, len(scores))).indices.tolist()
         drawn = [label for label in best if label != 0 and scores[label] >= threshold]
@@ -181,11 +182,13 @@ def compare(args) -> dict:
         model = load_model(args.checkpoint)
         params, encoder, config = model.params, model.encoder, model.config
     else:
-        encoder, config = TextEncoder(load_tokenizer("shapes"), 25), default_config()
-        config.model.text.update({"width": 64, "depth": 1, "heads": 1, "mlp_width": 64})
+        encoder = TextEncoder(load_tokenizer("shapes"), 25)
+        config = RunConfig(
+            model=SimSegConfig(text=BertConfig(width=64, depth=1, heads=1, mlp_width=64))
+        )
         params = init_params(model_config(config, encoder.vocab_size), jax.random.key(0))
     architecture = model_config(config, encoder.vocab_size)
-    settings = segmentation_eval(root=args.root, refine=args.refine, batch_size=args.batch)
+    settings = SegmentationConfig(root=args.root, refine=args.refine, batch_size=args.batch)
     graphdef, patch = make_model(architecture), architecture.image.patch_size
     evaluator = SegmentationEvaluator(graphdef, patch, make_mesh(), encoder, settings)
     count, classes = min(args.images, evaluator.count), len(evaluator.class_names)

@@ -12,11 +12,11 @@ For a finished WORKDIR, on the scenes it was evaluated on, the mean IoU of
 """
 
 import argparse
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 
-from simseg_jax.config import segmentation_eval
 from simseg_jax.data.testsets.classes import class_names
 from simseg_jax.evaluators.metrics import class_iou, confusion_matrix
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
@@ -67,7 +67,7 @@ def oracle_confusions(model, settings) -> dict[str, np.ndarray]:
 
 def evaluator_with(model, settings, *changes: dict) -> SegmentationEvaluator:
     """The evaluator of a trained model, one variant for each set of changes to its settings."""
-    variants = [segmentation_eval(**{**settings.to_dict(), **change}) for change in changes]
+    variants = [dataclasses.replace(settings, **change) for change in changes]
     return SegmentationEvaluator(*model.parts, *variants)
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What limits the score of configs/shapes.py.")
     parser.add_argument("workdir", help="folder of a finished run")
     model = load_model(parser.parse_args().workdir)
-    settings = model.config.evals.seg.shapes
+    settings = model.config.evals.seg["shapes"]
     confusions = oracle_confusions(model, settings)
     evaluator = evaluator_with(model, settings, {"refine": "none"}, {"refine": "crf"})
     records = list(evaluator.records(model.params))

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from simseg_jax.config import Config, load_config
-from simseg_jax.config_checks import validate
+from simseg_jax.config import RunConfig, load_config
 from simseg_jax.data.pairs import content, open_source
 from simseg_jax.data.pipeline import Examples
 from simseg_jax.data.testsets.labelled import labelled_source
 from simseg_jax.data.testsets.segmentation import segmentation_source
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.evaluators.build import benchmarks_of, summary
+from simseg_jax.evaluators.build import entries_of, summary
 from simseg_jax.reports.tables import (
     Table,
     add_table_options,
@@ -25,11 +24,11 @@ from simseg_jax.reports.tables import (
     write_table,
 )
 from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
-from simseg_jax.runtime.dotted import assign, first_difference
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import digest, write_json
 from simseg_jax.runtime.processes import STOPPED
 from simseg_jax.runtime.ranges import whole
+from simseg_jax.runtime.settings import changed, first_difference, to_json
 from simseg_jax.train import train
 from simseg_jax.training.resume import identity
 
@@ -105,10 +104,7 @@ def main() -> None:
     workdir = Path(args.workdir)
     rows, missing = [], 0
     for number, combination in enumerate(combinations):
-        config = base.copy_and_resolve_references()
-        for key, value in zip(table.values, combination, strict=True):
-            assign(config, key, value)
-        validate(config)
+        config = changed(base, dict(zip(table.values, combination, strict=True)))
         folder = workdir / name_of(table, combination)
         inputs = inputs_of(config)
         results = finished(folder, config, inputs)
@@ -136,7 +132,7 @@ def name_of(table: Table, combination: tuple) -> str:
     return ",".join(f"{key}={value}" for key, value in zip(keys, combination, strict=True))
 
 
-def inputs_of(config: Config) -> dict[str, Any]:
+def inputs_of(config: RunConfig) -> dict[str, Any]:
     """Identifies the content of what a run reads: vocabulary, training pairs and test sets."""
     tokenizer = load_tokenizer(config.data.vocab)
     encoder = TextEncoder(tokenizer, config.data.max_length)
@@ -149,7 +145,7 @@ def inputs_of(config: Config) -> dict[str, Any]:
         seed=config.seed,
     )
     evals = {}
-    for prefix, settings in benchmarks_of(config).items():
+    for prefix, settings in entries_of(config.evals).items():
         kind = prefix.partition("/")[0]
         if kind == "retrieval":
             evals[prefix] = content(settings, open_source(settings, config.data.cache))
@@ -161,7 +157,7 @@ def inputs_of(config: Config) -> dict[str, Any]:
     return {**identity(tokenizer, examples), "evals": evals}
 
 
-def finished(folder: Path, config: Config, inputs: dict[str, Any]) -> dict[str, float] | None:
+def finished(folder: Path, config: RunConfig, inputs: dict[str, Any]) -> dict[str, float] | None:
     """The results of a run that is done; a `UserError` if it had other settings or inputs."""
     file = folder / "result.json"
     if not file.is_file():
@@ -172,7 +168,7 @@ def finished(folder: Path, config: Config, inputs: dict[str, Any]) -> dict[str, 
         raise UserError(
             f"{file} is no JSON ({error}): remove it to train this run again."
         ) from error
-    if record["config"] != json.loads(config.to_json()):
+    if record["config"] != json.loads(to_json(config)):
         raise UserError(
             f"{folder} was trained with another configuration: choose another --workdir, or remove "
             "the folder."
@@ -186,7 +182,7 @@ def finished(folder: Path, config: Config, inputs: dict[str, Any]) -> dict[str, 
     return record["results"]
 
 
-def run(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, float]:
+def run(config: RunConfig, folder: Path, inputs: dict[str, Any]) -> dict[str, float]:
     """Trains, or goes on, and keeps the results."""
     results = train(config, folder)
     if results is None:
@@ -194,7 +190,7 @@ def run(config: Config, folder: Path, inputs: dict[str, Any]) -> dict[str, float
         sys.exit(STOPPED)
     if not results:
         raise UserError("An ablation compares evaluations: the configuration has none in evals.")
-    record = {"results": results, "config": json.loads(config.to_json()), "inputs": inputs}
+    record = {"results": results, "config": json.loads(to_json(config)), "inputs": inputs}
     write_json(folder / "result.json", record)
     return results
 

@@ -1,7 +1,7 @@
-"""Making, reading, overriding and checking configurations; `config_keys` lists every key.
+"""The configuration of a run: its settings, composed of those of the rooms, and reading them.
 
 A file in configs/ starts from `default_config()` and sets what differs; the command line overrides
-single keys with `--config.optim.lr=1e-3`. Nothing else in the package knows a default.
+single keys with `--config.optim.lr=1e-3`. `load_config` makes a `RunConfig` of them.
 """
 
 import dataclasses
@@ -9,95 +9,183 @@ import json
 import re
 import runpy
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
-from simseg_jax.config_checks import check_name, validate
-from simseg_jax.config_keys import (
-    CLASSIFICATION_KEYS,
-    DATA_SET_KEYS,
-    ENTRIES,
-    KEYS,
-    PROBE_KEYS,
-    RETRIEVAL_KEYS,
-    SEGMENTATION_KEYS,
-)
-from simseg_jax.data.testsets.classes import top_k
-from simseg_jax.models.bert import BertConfig
+from simseg_jax.data.pairs import DataSetConfig
+from simseg_jax.data.pipeline import DataConfig
+from simseg_jax.evaluators.build import EvalsConfig
+from simseg_jax.evaluators.classification import ClassificationConfig
+from simseg_jax.evaluators.probe import ProbeConfig
+from simseg_jax.evaluators.retrieval import RetrievalConfig
+from simseg_jax.models.layers import REMAT
 from simseg_jax.models.simseg import SimSegConfig
-from simseg_jax.models.vit import ViTConfig
-from simseg_jax.runtime.dotted import assign, get, literal, unknown_key
 from simseg_jax.runtime.errors import UserError, one_line, reading
-from simseg_jax.runtime.ranges import Key, shown
+from simseg_jax.runtime.ranges import SEED, TEXT, number, one_of, shown, whole
+from simseg_jax.runtime.settings import (
+    checked,
+    complete,
+    declared,
+    editable,
+    group,
+    override,
+    setting,
+    typed,
+    unknown_key,
+)
+from simseg_jax.runtime.sharding import MeshConfig
+from simseg_jax.training.checkpoint import CheckpointConfig, Record, damaged, read_record
+from simseg_jax.training.optim import OptimConfig
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
-# An `ml_collections.ConfigDict` whose keys are those of KEYS; its attributes have no static types.
+T = TypeVar("T")
+# What files in configs/ return: an `ml_collections.ConfigDict`, whose attributes have no types.
 Config = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Weights that a run starts from."""
+
+    model: str = setting(
+        "",
+        "start from a whole model: WORKDIR, converted folder, the authors' .pth, URL or hub id",
+        TEXT,
+    )
+    image: str = setting(
+        "",
+        "start the ViT from this file, folder, URL or hub id; it decides model.image but for "
+        "image_size, to which positions are resized",
+        TEXT,
+    )
+    text: str = setting("", "start BERT from this; it decides model.text but for dropout", TEXT)
+
+    def check(self, prefix: str) -> None:
+        """Raises a `UserError` if the fields do not fit each other; prefix: of their names."""
+        if self.model and (self.image or self.text):
+            raise UserError(
+                f"{prefix}model is a whole model: leave {prefix}image and {prefix}text empty."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run; the default is the paper's recipe, without data and test sets."""
+
+    seed: int = setting(0, "seeds parameters, data order, augmentation and dropout", SEED)
+    steps: int = setting(1000, "training steps; ignored when epochs > 0", whole(0))
+    epochs: float = setting(
+        0.0, "passes over the images; > 0 sets the number of steps", number(0, 1e6)
+    )
+    batch_size: int = setting(
+        4096, "pairs per step over all devices: the contrastive batch", whole(2, 2**20)
+    )
+    dtype: str = setting(
+        "auto",
+        "compute type; auto: bfloat16 on accelerators",
+        one_of("auto", "float32", "bfloat16"),
+    )
+    remat: str = setting(
+        "none",
+        "what is computed again for the gradient: none; dots: all but products; full",
+        one_of(*REMAT),
+    )
+    micro_batch: int = setting(
+        0, "gradient cache: pairs of a device embedded at a time; 0: all at once", whole(0)
+    )
+    loss_chunk: int = setting(
+        0, "images of a device compared with all texts at a time; 0: all at once", whole(0)
+    )
+    log_every: int = setting(10, "steps between two lines of metrics", whole(1))
+    eval_every: int = setting(0, "steps between evaluations; 0: only after training", whole(0))
+    pictures: int = setting(
+        8, "images on the contact sheet written after training; 0: none", whole(0, 1000)
+    )
+    model: SimSegConfig = group(SimSegConfig)
+    init: InitConfig = group(InitConfig)
+    optim: OptimConfig = group(OptimConfig)
+    data: DataConfig = group(DataConfig)
+    mesh: MeshConfig = group(MeshConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig)
+    evals: EvalsConfig = group(EvalsConfig)
+
+    def check(self, prefix: str = "") -> None:
+        """Raises a `UserError` if settings of different rooms do not fit each other."""
+        patch = self.model.image.patch_size
+        for kind in ("seg", "retrieval", "classification"):
+            for name, entry in getattr(self.evals, kind).items():
+                entry.check_patches(patch, f"{prefix}evals.{kind}.{name}.")
+        if self.data.max_length > self.model.text.max_positions:
+            raise UserError(
+                f"data.max_length={self.data.max_length} must not exceed "
+                f"model.text.max_positions={self.model.text.max_positions}."
+            )
+        if not (self.epochs or self.steps):
+            raise UserError("Set steps or epochs to a positive number.")
+        if self.data.train and self.model.pool == "loda":
+            patches = (self.model.image.image_size // patch) ** 2
+            bounds = {"m_image": (patches, "patches"), "m_text": (self.data.max_length, "words")}
+            for key, (most, what) in bounds.items():
+                value = getattr(self.model, key)
+                if value > most:
+                    raise UserError(f"model.{key}={value} must not exceed the {most} {what}.")
+
+
+# ---- what files in configs/ call
 
 
 def default_config() -> Config:
     """The paper's settings with no data set and no evaluation yet."""
-    config = _from_table(KEYS).lock()
-    for group in ENTRIES:
-        get(config, group).unlock()
-    return config
+    return editable(RunConfig)
 
 
 def data_set(**settings) -> Config:
     """One entry of `config.data.train`: a data set of image-caption pairs."""
-    return _entry(DATA_SET_KEYS, settings)
+    return editable(DataSetConfig, **settings)
 
 
 def segmentation_eval(**settings) -> Config:
     """One entry of `config.evals.seg`: the paper protocol with `settings` changed."""
-    return _entry(SEGMENTATION_KEYS, settings)
+    return editable(SegmentationConfig, **settings)
 
 
 def retrieval_eval(**settings) -> Config:
     """One entry of `config.evals.retrieval`."""
-    return _entry(RETRIEVAL_KEYS, settings)
+    return editable(RetrievalConfig, **settings)
 
 
 def classification_eval(**settings) -> Config:
     """One entry of `config.evals.classification`."""
-    return _entry(CLASSIFICATION_KEYS, settings)
+    return editable(ClassificationConfig, **settings)
 
 
 def probe_config(**settings) -> Config:
     """The settings of a linear probe; see configs/linear_probe.py."""
-    return _entry(PROBE_KEYS, settings)
+    return editable(ProbeConfig, **settings)
 
 
-def _entry(table: dict, settings: dict) -> Config:
-    config = _from_table(table).lock()
-    _update(config, settings)
-    return config
+# ---- reading
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), check: Callable[[Config], None] = validate
-) -> Config:
-    """Runs `get_config()` of a configuration file, applies overrides, checks everything.
-
-    check: raises a `UserError` for what cannot work.
-    """
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[T] = RunConfig) -> T:
+    """Runs `get_config()` of a configuration file, applies overrides, checks everything."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No configuration file at {path}; see the ones in configs/.")
-    config = _run(path)
-    _override(config, overrides)
+    values = override(_run(path).to_dict(), overrides)
     try:
-        check(config)
+        return complete(kind, values)
     except UserError as error:
         raise UserError(f"{path}{' and --config...' if overrides else ''}: {error}") from error
-    return config
 
 
-def _run(path: Path) -> Config:
+def _run(path: Path) -> ConfigDict:
     """What `get_config()` of a configuration file returns; a `UserError` says what fails where."""
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
@@ -122,161 +210,89 @@ def _run(path: Path) -> Config:
 def _reason(error: BaseException) -> str:
     unknown = re.search(r'Key \\?"(\w+)\\?" does not exist', str(error))
     if unknown:
-        return unknown_key(unknown[1], [key.split(".")[-1] for key, _ in flatten(KEYS)])
+        return unknown_key(unknown[1], [name.split(".")[-1] for name, _ in declared(RunConfig)])
     message = one_line(error)
     return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
 
 
-def apply_overrides(
-    config: Config, overrides: Sequence[str], check: Callable[[Config], None] = validate
-) -> Config:
-    """Sets the keys of `--config.key=value` arguments in `config` and checks the result."""
-    _override(config, overrides)
-    check(config)
-    return config
-
-
-def _override(config: Config, overrides: Sequence[str]) -> None:
-    for argument in overrides:
-        name, equals, text = argument.removeprefix("--config.").partition("=")
-        if not argument.startswith("--config.") or not equals:
-            raise UserError(
-                f"Cannot read {shown(argument)}: overrides look like --config.key=value."
-            )
-        assign(config, name, text if isinstance(get(config, name), str) else literal(name, text))
-
-
-def resolved(config: Config) -> Config:
-    """A copy in which every segmentation benchmark names the `top_k` that it takes from its data.
-
-    A configuration keeps 0, so that another data set brings its own; results show the number.
-    """
-    config = config.copy_and_resolve_references()
-    for settings in config.evals.seg.values():
-        settings.top_k = top_k(settings)
-    return config
-
-
-def first_segmentation(config: Config) -> Config:
-    """A copy of the first entry of `config.evals.seg`; without any, the paper protocol."""
-    entries = list(config.evals.seg.values())
-    return segmentation_eval(**(entries[0].to_dict() if entries else {}))
-
-
-def model_config(config: Config, vocab_size: int) -> SimSegConfig:
-    """The architecture a configuration describes; vocab_size fills in model.text.vocab_size=0."""
-    model = config.model
-    text = BertConfig(**{**model.text, "vocab_size": model.text.vocab_size or vocab_size})
-    if text.vocab_size < vocab_size:
-        raise UserError(
-            f"model.text.vocab_size={text.vocab_size} is smaller than the vocabulary: "
-            f"{vocab_size} tokens."
-        )
-    rest = {key: model[key] for key in model if key not in ("image", "text")}
-    return SimSegConfig(image=ViTConfig(**model.image), text=text, **rest)
-
-
-def to_json(config: Config) -> str:
-    """The resolved configuration as indented JSON."""
-    return config.to_json(indent=2, sort_keys=True)
-
-
-def from_dict(saved: dict) -> Config:
-    """A configuration stored as plain values (`to_dict`, JSON); keys added since take defaults.
-
-    Whatever is wrong with it is a `UserError`.
-    """
-    config = default_config()
-    if not (isinstance(saved, dict) and {"model", "data", "evals"} <= saved.keys()):
+def run_config(config: "ConfigDict | RunConfig | dict[str, Any]") -> RunConfig:
+    """The checked settings of a changed `default_config()`, or of stored ones, as they are."""
+    if isinstance(config, RunConfig):
+        return checked(config)
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    if not (isinstance(values, dict) and {"model", "data", "evals"} <= values.keys()):
         raise UserError("model, data or evals is missing: this is no configuration of a run.")
-    _update(config, saved)
-    validate(config)
-    return config
+    return typed(RunConfig, values)
 
 
-def from_file(path: Path) -> Config:
-    """The configuration in a JSON file that `to_json` wrote."""
+def from_file(path: Path) -> RunConfig:
+    """The configuration in a JSON file that a run or `convert` wrote."""
     with reading(f"the configuration {path}", "Get it again."):
         saved = json.loads(path.read_text(encoding="utf-8"))
     try:
-        return from_dict(saved)
+        return run_config(saved)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def of_architecture(architecture: SimSegConfig) -> Config:
+def of_checkpoint(path: epath.Path) -> tuple[RunConfig, Record]:
+    """(configuration, record) of a checkpoint; a `UserError` if either is damaged."""
+    record = read_record(path)
+    try:
+        return run_config(record.config), record
+    except UserError as error:
+        raise UserError(damaged(path, error)) from error
+
+
+# ---- what follows from a configuration
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """A copy in which every segmentation test set names the `top_k` that it takes from its data.
+
+    A configuration keeps 0, so that another test set brings its own; results show the number.
+    """
+    seg = {
+        name: dataclasses.replace(settings, top_k=settings.class_scores)
+        for name, settings in config.evals.seg.items()
+    }
+    return dataclasses.replace(config, evals=dataclasses.replace(config.evals, seg=seg))
+
+
+def first_segmentation(config: RunConfig) -> SegmentationConfig:
+    """The first entry of `config.evals.seg`; without any, the paper protocol."""
+    return next(iter(config.evals.seg.values()), SegmentationConfig())
+
+
+def model_config(config: RunConfig, vocab_size: int) -> SimSegConfig:
+    """The architecture of a run; vocab_size fills in model.text.vocab_size=0."""
+    rows = config.model.text.vocab_size or vocab_size
+    if rows < vocab_size:
+        raise UserError(
+            f"model.text.vocab_size={rows} is smaller than the vocabulary: {vocab_size} tokens."
+        )
+    text = dataclasses.replace(config.model.text, vocab_size=rows)
+    return dataclasses.replace(config.model, text=text)
+
+
+def of_architecture(architecture: SimSegConfig) -> RunConfig:
     """The paper's settings with this model, evaluated as in the paper on VOC."""
-    config = default_config()
-    _update(config.model, dataclasses.asdict(architecture))
     patch = architecture.image.patch_size
-    config.evals.seg.voc = segmentation_eval(
+    voc = SegmentationConfig(
         data="voc", root="VOCdevkit/VOC2012", resolution=round(288 / patch) * patch
     )
-    validate(config)
-    return config
+    data = DataConfig(max_length=min(DataConfig.max_length, architecture.text.max_positions))
+    return checked(RunConfig(model=architecture, data=data, evals=EvalsConfig(seg={"voc": voc})))
 
 
-def published(config: Config) -> Config:
+def published(config: RunConfig) -> RunConfig:
     """A copy without what only matters to the training run: its data and folders."""
-    defaults = default_config()
-    saved = {**config.to_dict(), "checkpoint": {}, "init": {}}
-    saved["data"] = {**saved["data"], "train": {}, "cache": defaults.data.cache}
-    return from_dict(saved)
+    data = dataclasses.replace(config.data, train={}, cache="")
+    return dataclasses.replace(config, checkpoint=CheckpointConfig(), init=InitConfig(), data=data)
 
 
-def compute_dtype(config: Config) -> jnp.dtype:
+def compute_dtype(config: RunConfig) -> jnp.dtype:
     """The type of matrix products: `config.dtype`, where auto is bfloat16 on accelerators."""
     if config.dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.dtype)
-
-
-TRAINING = ((KEYS, ""), *((table, f"{group}.<name>.") for group, table in ENTRIES.items()))
-PROBE = ((PROBE_KEYS, ""),)
-
-
-def describe(tables: Sequence[tuple[dict, str]] = TRAINING) -> str:
-    """All keys with default, what they accept and mean: the end of a command's help."""
-    return "\n".join(
-        f"  {name} = {key.default!r} ({key.accepts.text})\n      {key.meaning}"
-        for table, prefix in tables
-        for name, key in flatten(table, prefix)
-    )
-
-
-def _from_table(table: dict) -> Config:
-    config = ConfigDict()
-    for key, value in table.items():
-        config[key] = value.default if isinstance(value, Key) else _from_table(value)
-    return config
-
-
-def flatten(table: dict, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    """(dotted name, key) of all keys of a table."""
-    for name, value in table.items():
-        if isinstance(value, Key):
-            yield prefix + name, value
-        else:
-            yield from flatten(value, f"{prefix}{name}.")
-
-
-def _update(config: Config, settings: Any, prefix: str = "") -> None:
-    if not isinstance(settings, dict):
-        raise UserError(f"{prefix.removesuffix('.')}={shown(settings)} must be a group of keys.")
-    for key, value in settings.items():
-        name = prefix + key
-        if name in ENTRIES:
-            _add_entries(get(config, name), name, value)
-        elif isinstance(get(config, name), ConfigDict):
-            _update(config, value, f"{name}.")
-        else:
-            assign(config, name, value)
-
-
-def _add_entries(group: Config, name: str, entries: Any) -> None:
-    if not isinstance(entries, dict):
-        raise UserError(f"{name}={shown(entries)} must be a group of entries.")
-    for entry, settings in entries.items():
-        check_name(name, entry)
-        group[entry] = _from_table(ENTRIES[name]).lock()
-        _update(group[entry], settings)

@@ -9,22 +9,27 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from simseg_jax import config as config_lib
-from simseg_jax.config_keys import HEADS
-from simseg_jax.data.testsets.classes import top_k
+from simseg_jax.config import first_segmentation, of_architecture
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.evaluators.build import headlines
+from simseg_jax.models.layers import HEADS
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.runtime.command_line import (
     accepted,
-    add_protocol_options,
     cache_programs,
     make_parser,
-    protocol_settings,
 )
 from simseg_jax.runtime.errors import UserError, reading, report_user_errors, some
 from simseg_jax.runtime.ranges import whole
+from simseg_jax.runtime.settings import changed
 from simseg_jax.runtime.sharding import place
+from simseg_jax.segmenter import (
+    Segmenter,
+    add_protocol_options,
+    protocol_settings,
+    split_words,
+    words_of,
+)
 from simseg_jax.weights import authors, folder
 from simseg_jax.weights import export as programs
 from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
@@ -33,7 +38,6 @@ from simseg_jax.weights.load import TrainedModel, assemble_model, load_model, op
 from simseg_jax.weights.sources import ARCHITECTURE, META
 from simseg_jax.weights.torch_file import save_tensors
 from simseg_jax.weights.towers import find_towers, read_tower, refuse_infinite
-from simseg_jax.zeroshot.segmenter import Segmenter, split_words, words_of
 
 FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
 EPILOG = """examples:
@@ -113,9 +117,7 @@ def read(args: argparse.Namespace) -> TrainedModel:
         )
     architecture, params, note = authors.read_model(weights, args.image_heads, args.text_heads)
     print(note)
-    config = config_lib.of_architecture(architecture)
-    config.data.vocab = args.vocab
-    config.data.max_length = min(config.data.max_length, architecture.text.max_positions)
+    config = changed(of_architecture(architecture), {"data.vocab": args.vocab})
     meta = {key: value for key, value in weights.meta.items() if key != META}
     files = weights.origin
     origin = {"source": args.source, "format": "authors' checkpoint", **files, **meta}
@@ -149,7 +151,7 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
         use = PROGRAMS_USE.format(
             platforms=", ".join(platforms),
             size=settings.resolution,
-            least=max(top_k(settings), settings.candidates),
+            least=max(settings.class_scores, settings.candidates),
             refine=settings.refine,
             sigma=settings.sigma_weight,
             m_image=settings.m_image,
@@ -159,7 +161,8 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
         )
 
         def write_weights(path: Path) -> None:
-            programs.write_programs(path, segmenter, platforms, jnp.dtype(args.dtype))
+            dtype = jnp.dtype(args.dtype)
+            programs.write_programs(path, model, settings, *segmenter.classes, platforms, dtype)
     elif args.to == "safetensors":
         weights, use = folder.SAFETENSORS, FOLDER_USE.format(name=name) + PYTORCH_USE
 
@@ -218,7 +221,7 @@ def _print_fields(title: str, fields: dict[str, Any]) -> None:
 
 
 def _segmenter(model: TrainedModel, args: argparse.Namespace) -> Segmenter:
-    classes = words_of(config_lib.first_segmentation(model.config))
+    classes = words_of(first_segmentation(model.config))
     words = split_words(args.words) if args.words else classes
     return Segmenter(model, words, **protocol_settings(args))
 

@@ -1,19 +1,22 @@
 """The batch evaluation job: a checkpoint and its benchmarks -> tables, JSON, CSV and pictures."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from simseg_jax.config import Config, apply_overrides, load_config, resolved
-from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
+from simseg_jax.config import RunConfig, load_config, resolved
+from simseg_jax.evaluators.build import entries_of, headlines, make_evaluators
 from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.reports.statistics import class_table, format_table, image_ious, write_csv
@@ -31,6 +34,7 @@ from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import make_writable, write_json
 from simseg_jax.runtime.processes import add_distributed_option, join_processes, keeping, only_run
 from simseg_jax.runtime.ranges import whole
+from simseg_jax.runtime.settings import overridden, plain
 from simseg_jax.weights.load import TrainedModel, load_model
 
 EPILOG = """examples:
@@ -42,10 +46,12 @@ EPILOG = """examples:
 --output receives result.json (numbers and settings) and, for segmentation, classes.csv, the worst
 and best images as pictures, and one record per image: the same command continues a job that was
 killed, and evaluates again what has changed since: an image or mask of another size or time of
-change, or the names of the classes. A benchmark that cannot be evaluated does not stop the others;
-the exit status is 2 then. With --distributed every process of a SLURM job, TPU pod or MPI launch
-takes its share.
+change, or the names of the classes. Masks of the size in which their images are stored are turned
+upright with them, as EXIF says; if the size does not tell, they are counted and named. A benchmark
+that cannot be evaluated does not stop the others; the exit status is 2 then. With --distributed
+every process of a SLURM job, TPU pod or MPI launch takes its share.
 """
+WRITTEN = ("classes.csv", "worst.png", "best.png")  # Of every segmentation benchmark.
 
 
 @report_user_errors
@@ -77,7 +83,7 @@ def main() -> None:
     folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
     make_writable(folder)
     failed = Failures(len(benchmarks))
-    record = {"checkpoint": str(args.checkpoint), "step": model.step, "config": config.to_dict()}
+    record = {"checkpoint": str(args.checkpoint), "step": model.step, "config": plain(config)}
     results, evaluators = {}, {}
     kept = f"What was done is kept in {folder}: the same command goes on from there."
     with only_run(folder), keeping(lambda: kept):
@@ -106,13 +112,13 @@ def main() -> None:
 def _remove_result(folder: Path, record: dict, benchmarks: Iterable[str]) -> None:
     """Removes what this very job left there earlier: images may have changed since."""
     path = folder / "result.json"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         before = json.loads(path.read_text(encoding="utf-8"))
         before.pop("results", None)
         if before == json.loads(json.dumps(record)):
             path.unlink()
-            for prefix in benchmarks:
-                (folder / prefix.partition("/")[2] / "classes.csv").unlink(missing_ok=True)
+            for prefix, name in itertools.product(benchmarks, WRITTEN):
+                (folder / prefix.partition("/")[2] / name).unlink(missing_ok=True)
 
 
 class Failures:
@@ -143,7 +149,7 @@ class Failures:
             )
 
 
-def evaluation_config(config: Config, file: str | None, overrides: list[str]) -> Config:
+def evaluation_config(config: RunConfig, file: str | None, overrides: list[str]) -> RunConfig:
     """The configuration of a checkpoint with its evals from `file` (if any) and overrides."""
     for override in overrides:
         if not override.startswith("--config.evals."):
@@ -151,19 +157,17 @@ def evaluation_config(config: Config, file: str | None, overrides: list[str]) ->
                 f"{override!r} is no option here: the model is fixed by its checkpoint, only "
                 "--config.evals... can be overridden (see --help)."
             )
-    config = config.copy_and_resolve_references()  # The one of the model stays as it is.
     if file:
-        with config.unlocked():
-            config.evals = load_config(file).evals
-    return apply_overrides(config, overrides)
+        config = dataclasses.replace(config, evals=load_config(file).evals)
+    return overridden(RunConfig, plain(config), overrides)
 
 
-def choose(config: Config, names: str | None) -> dict[str, Config]:
+def choose(config: RunConfig, names: str | None) -> dict[str, Any]:
     """The named benchmarks (with commas between) of a configuration, or all of them, by prefix.
 
     A name stands for the benchmarks of every kind that are called so; "seg/voc" for one.
     """
-    benchmarks = benchmarks_of(config)
+    benchmarks = entries_of(config.evals)
     known = ", ".join(benchmarks)
     if not benchmarks:
         raise UserError("The checkpoint was trained without benchmarks: give --config=FILE.")
@@ -229,7 +233,7 @@ def collect(
     Those that `folder` holds for the same files are not evaluated again; new ones are added as they
     come.
     """
-    variants = [settings.to_dict() for settings in evaluator.variants]
+    variants = [plain(settings) for settings in evaluator.variants]
     material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in variants]
     identity = {"checkpoint": model.identity, "settings": dict(enumerate(material))}
     store = RecordStore(folder, identity, evaluator.inputs)

@@ -1,6 +1,7 @@
 """The paper's figures from a checkpoint or an evaluation: `python -m simseg_jax.figures KIND`."""
 
 import argparse
+import dataclasses
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from simseg_jax.config import Config, first_segmentation, segmentation_eval
-from simseg_jax.config_checks import validate_segmentation
+from simseg_jax.config import RunConfig, first_segmentation
 from simseg_jax.data.images import decode_image, resize
 from simseg_jax.evaluate import choose, evaluation_config
 from simseg_jax.evaluators.retrieval import RetrievalEvaluator
@@ -24,13 +24,14 @@ from simseg_jax.runtime.command_line import (
     accepted,
     add_checkpoint_options,
     add_evals_options,
-    add_key_option,
+    add_setting,
     cache_programs,
     make_parser,
 )
 from simseg_jax.runtime.errors import UserError, report_user_errors, require_file
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.weights.load import TrainedModel, load_model
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 EPILOG = """examples:
   figures 3 and 10, where an image answers to itself and to captions, the first one its own:
@@ -62,7 +63,7 @@ def main() -> None:
     add_checkpoint_options(responses)
     responses.add_argument("--image", required=True, help="image file")
     responses.add_argument("--caption", action="append", required=True, help="may be repeated")
-    add_key_option(responses, "resolution", "side in pixels the model sees")
+    add_setting(responses, SegmentationConfig, "resolution", "side in pixels the model sees")
     gallery = kinds.add_parser("gallery", help="images, truth, masks without and with dense CRF")
     add_checkpoint_options(gallery)
     add_evals_options(gallery)
@@ -120,7 +121,7 @@ class Responses(NamedTuple):
 
 
 def responses_of(
-    model: TrainedModel, image: Image.Image, captions: Sequence[str], settings: Config
+    model: TrainedModel, image: Image.Image, captions: Sequence[str], settings: SegmentationConfig
 ) -> Responses:
     """Section 3.1 of the paper; settings: resolution, m_image and m_text of an evals.seg entry."""
     pixels = resize(image, settings.resolution)
@@ -136,7 +137,7 @@ def responses_of(
         return patches @ own, texts @ patches.T, texts @ own
 
     self_map, maps, scores = map(np.asarray, respond(model.params, pixels, ids, mask))
-    grid = settings.resolution // model.config.model.image.patch_size
+    grid = settings.resolution // model.architecture.image.patch_size
     return Responses(pixels, self_map.reshape(grid, grid), maps.reshape(-1, grid, grid), scores)
 
 
@@ -146,8 +147,8 @@ def draw_responses(args: argparse.Namespace):
     image = decode_image(file.read_bytes(), str(file))
     model = load_model(args.checkpoint, args.step)
     settings = first_segmentation(model.config)
-    settings.resolution = args.resolution or settings.resolution
-    validate_segmentation(settings, model.config.model.image.patch_size)
+    settings = dataclasses.replace(settings, resolution=args.resolution or settings.resolution)
+    settings.check_patches(model.architecture.image.patch_size)
     answer = responses_of(model, image, args.caption, settings)
     figure, axes = _panels(1, 2 + len(args.caption), extra=0.6)
     axes[0, 0].imshow(answer.image)
@@ -171,9 +172,7 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     settings = _first(config, args.benchmark, "seg")
     if settings.protocol != "paper":
         raise UserError("A gallery with and without dense CRF needs protocol=paper.")
-    variants = [
-        segmentation_eval(**{**settings.to_dict(), "refine": refine}) for refine in ("none", "crf")
-    ]
+    variants = [dataclasses.replace(settings, refine=refine) for refine in ("none", "crf")]
     evaluator = SegmentationEvaluator(*model.parts, *variants)
     count = min(args.count, evaluator.count)
     indices = np.linspace(0, evaluator.count - 1, count).round().astype(int).tolist()
@@ -226,7 +225,7 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
     return figure
 
 
-def _first(config: Config, names: str | None, kind: str) -> Config:
+def _first(config: RunConfig, names: str | None, kind: str) -> Any:
     """The first benchmark of a kind among those that --benchmark names."""
     chosen = {p: s for p, s in choose(config, names).items() if p.startswith(f"{kind}/")}
     if not chosen:

@@ -3,20 +3,17 @@
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from tqdm import tqdm
 
-from simseg_jax.config import PROBE, Config, describe, load_config
-from simseg_jax.config_checks import validate_crop, validate_probe
+from simseg_jax.config import load_config
 from simseg_jax.data.testsets.labelled import labelled_source, loader
+from simseg_jax.evaluators.classification import ClassificationConfig
 from simseg_jax.evaluators.embedding import ImageEmbedder
 from simseg_jax.evaluators.metrics import top_accuracy
-from simseg_jax.models.layers import torch_bias_init, torch_linear_init
+from simseg_jax.evaluators.probe import ProbeConfig, probe
 from simseg_jax.runtime.command_line import (
     add_checkpoint_options,
     cache_programs,
@@ -24,18 +21,11 @@ from simseg_jax.runtime.command_line import (
     make_parser,
     results_folder,
 )
-from simseg_jax.runtime.dotted import first_difference
-from simseg_jax.runtime.errors import UserError, one_line, report_user_errors
+from simseg_jax.runtime.errors import one_line, report_user_errors
 from simseg_jax.runtime.files import appearing, make_writable, write_json
 from simseg_jax.runtime.processes import add_distributed_option, join_processes, keeping
-from simseg_jax.runtime.sharding import (
-    batch_sharding,
-    gather_bytes,
-    make_mesh,
-    replicated,
-    to_global_batch,
-)
-from simseg_jax.training.optim import cosine_schedule, lars
+from simseg_jax.runtime.settings import describe, first_difference, plain
+from simseg_jax.runtime.sharding import gather_bytes
 from simseg_jax.weights.load import TrainedModel, load_model
 
 EPILOG = """examples:
@@ -56,7 +46,9 @@ OF_FEATURES = ("data", "root", "feature", "resize", "crop", "aspect", "m_image")
 def main() -> None:
     """Embeds both splits, trains the classifier, prints top-1 and top-5."""
     parser = make_parser(
-        "linear_probe", "Trains a linear classifier on frozen features.", EPILOG + describe(PROBE)
+        "linear_probe",
+        "Trains a linear classifier on frozen features.",
+        EPILOG + describe(ProbeConfig),
     )
     add_checkpoint_options(parser)
     parser.add_argument("--config", required=True, help="settings, see configs/linear_probe.py")
@@ -66,7 +58,7 @@ def main() -> None:
     if args.distributed:
         join_processes()
     cache_programs()
-    settings = load_config(args.config, overrides, validate_probe)
+    settings = load_config(args.config, overrides, ProbeConfig)
     model = load_model(args.checkpoint, args.step)
     folder = results_folder(args.checkpoint) / f"linear_probe-{model.step}" / settings.feature
     folder = Path(args.output or folder)
@@ -83,7 +75,7 @@ def main() -> None:
         "checkpoint": str(args.checkpoint),
         "step": model.step,
         "results": result,
-        "config": settings.to_dict(),
+        "config": plain(settings),
     }
     write_json(folder / "result.json", record)
     listed = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
@@ -94,7 +86,7 @@ def main() -> None:
 
 
 def features_of(
-    model: TrainedModel, settings: Config, split: str, folder: Path
+    model: TrainedModel, settings: ProbeConfig, split: str, folder: Path
 ) -> dict[str, np.ndarray]:
     """{"features": float32 [N, D], "labels": int [N]} of a split, from `folder` if they are there.
 
@@ -102,24 +94,21 @@ def features_of(
     """
     path = folder / f"{split}.npz"
     size = "size" if split == "train" else "val_size"
-    where = {"data": settings.data, "root": settings.root, "split": settings[split]}
-    source = labelled_source(SimpleNamespace(**where, size=settings[size]))
-    chosen = {key: settings[key] for key in (*OF_FEATURES, size, split)}
+    images = ClassificationConfig(
+        data=settings.data,
+        root=settings.root,
+        split=getattr(settings, split),
+        size=getattr(settings, size),
+    )
+    source = labelled_source(images)
+    chosen = {key: getattr(settings, key) for key in (*OF_FEATURES, size, split)}
     identity = {"checkpoint": model.identity, **chosen, "images and classes": source.content}
     kept = _kept(path, identity)
     # Together, as embedding is: a process may have lost its file.
     if all(found == b"kept" for found in gather_bytes(b"kept" if kept else b"")):
         return kept
-    images = SimpleNamespace(
-        resize=settings.resize,
-        crop=settings.crop,
-        aspect=settings.aspect,
-        m_image=settings.m_image,
-        batch_size=settings.images,
-        threads=settings.threads,
-    )
-    validate_crop(settings, model.config.model.image.patch_size)
-    embed = ImageEmbedder(model.graphdef, model.mesh, images, settings.feature)
+    settings.check_patches(model.architecture.image.patch_size)
+    embed = ImageEmbedder(model.graphdef, model.mesh, settings, settings.images, settings.feature)
     indices = range(len(source))
     features, found = embed(model.params, indices, loader(source), image_bar(split))
     labels = np.array(found)
@@ -146,68 +135,6 @@ def _kept(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray]:
     if reason:
         print(f"The features in {path} are computed anew ({reason}).", flush=True)
     return {} if reason else arrays
-
-
-def probe(
-    settings: Config, train: dict[str, np.ndarray], features: np.ndarray, classes: int
-) -> np.ndarray:
-    """Scores float32 [N, classes] of `features` by a classifier trained on `train`.
-
-    The batch is split over all devices. All of the features are in the memory of every host.
-    """
-    mesh = make_mesh()
-    known, labels = train["features"], train["labels"]
-    if settings.standardize:
-        mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-6
-        known, features = (known - mean) / deviation, (features - mean) / deviation
-    count = len(known)
-    # A whole number for every device.
-    batch = min(settings.batch_size, count) // mesh.size * mesh.size
-    if not batch:
-        raise UserError(f"{count} training images are fewer than the {mesh.size} devices.")
-    per_epoch = count // batch
-    steps, warmup = settings.epochs * per_epoch, settings.warmup_epochs * per_epoch
-    schedule = cosine_schedule(settings.base_lr * batch / 256, steps, warmup, 0.0)
-    optimizer = lars(schedule, momentum=settings.momentum, weight_decay=settings.weight_decay)
-    width, keys = known.shape[1], jax.random.split(jax.random.key(settings.seed))
-    # As PyTorch's Linear: LARS moves weights in proportion to their length.
-    params = {
-        "kernel": torch_linear_init()(keys[0], (width, classes)),
-        "bias": torch_bias_init(width)(keys[1], (classes,)),
-    }
-    params = jax.device_put(params, replicated(mesh))
-    state = jax.device_put(optimizer.init(params), replicated(mesh))
-    step = jax.jit(
-        lambda *arguments: probe_step(optimizer, *arguments),
-        in_shardings=(replicated(mesh), replicated(mesh), batch_sharding(mesh)),
-        donate_argnums=(0, 1),
-    )
-    rng = np.random.default_rng(settings.seed)
-    begin, own = jax.process_index() * batch // jax.process_count(), batch // jax.process_count()
-    with tqdm(total=steps, unit="step", disable=jax.process_index() > 0) as bar:
-        loss = np.nan
-        for _ in range(settings.epochs):
-            order = rng.permutation(count)
-            for start in range(0, per_epoch * batch, batch):
-                rows = np.sort(order[start + begin : start + begin + own])
-                part = to_global_batch({"x": known[rows], "y": labels[rows]}, mesh)
-                params, state, loss = step(params, state, part)
-                bar.update()
-            bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
-    kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
-    return features @ kernel + bias
-
-
-def probe_step(optimizer: optax.GradientTransformation, params, state, batch) -> tuple[Any, ...]:
-    """(parameters, optimiser state, loss) after one step of softmax cross entropy."""
-
-    def loss(params):
-        logits = batch["x"] @ params["kernel"] + params["bias"][None]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
-
-    value, gradients = jax.value_and_grad(loss)(params)
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, value
 
 
 if __name__ == "__main__":

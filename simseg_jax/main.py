@@ -5,12 +5,13 @@ import time
 
 import jax
 
-from simseg_jax.config import describe, load_config
+from simseg_jax.config import RunConfig, load_config
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
 from simseg_jax.runtime.errors import report_user_errors
 from simseg_jax.runtime.processes import STOPPED, add_distributed_option, join_processes
 from simseg_jax.runtime.ranges import whole
+from simseg_jax.runtime.settings import describe
 from simseg_jax.train import train
 
 EPILOG = """examples:
@@ -29,7 +30,9 @@ with its default (the files in configs/ change some):
 def main() -> None:
     """Parses the command line, trains, prints where the results are."""
     parser = make_parser(
-        "main", "Trains a segmenter from image-caption pairs and evaluates it.", EPILOG + describe()
+        "main",
+        "Trains a segmenter from image-caption pairs and evaluates it.",
+        EPILOG + describe(RunConfig),
     )
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument("--workdir", required=True, help="folder for everything the run writes")

@@ -13,26 +13,27 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image, open_image
+from simseg_jax.data.pipeline import DataConfig
 from simseg_jax.reports.visualize import index_png, labels_in, legend, overlaid
 from simseg_jax.runtime.command_line import (
-    accepted,
     add_checkpoint_options,
-    add_key_option,
-    add_protocol_options,
+    add_setting,
     cache_programs,
     make_parser,
-    protocol_settings,
 )
 from simseg_jax.runtime.errors import UserError, one_line, report_user_errors, some
 from simseg_jax.runtime.files import appearing, make_writable, write_json
-from simseg_jax.weights.load import load_model
-from simseg_jax.zeroshot.segmenter import (
-    MAX_PIXELS,
+from simseg_jax.runtime.processes import keeping
+from simseg_jax.segmenter import (
     Segmentation,
     Segmenter,
+    add_protocol_options,
     check_words,
+    protocol_settings,
     split_words,
 )
+from simseg_jax.weights.load import load_model
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 EPILOG = """examples:
   python -m simseg_jax.segment --checkpoint=runs/shapes --words="apple, leaf" --output=out \\
@@ -53,7 +54,7 @@ Folders are searched with all that is in them, links included, each folder once.
 counted: files with other suffixes than those of images, hidden files (.NAME) and results of earlier
 runs. NAME is the file without suffix; where several would have the same, all of these keep it:
 x.jpg_mask.png and x.png_mask.png. Exit status: 0 done, 1 some images could not be segmented, 2 a
-mistake in the command or no room to write, 130 stopped by Ctrl-C; what was done is always kept.
+mistake in the command or no room to write, 130 stopped (Ctrl-C, SIGTERM); what was done is kept.
 """
 MASK, OVERLAY = "_mask.png", "_overlay.png"
 # Marks our own results, so that they are not taken for images when folders are searched again.
@@ -211,13 +212,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for masks, overlays, scores.json")
     parser.add_argument("--contrast", help="comma-separated words scored but not drawn")
     add_protocol_options(parser)
-    add_key_option(parser, "batch_size", "images per batch")
-    parser.add_argument(
-        "--max_pixels",
-        type=accepted(MAX_PIXELS.accepts),
-        default=MAX_PIXELS.default,
-        help="larger images are not segmented (default: %(default)s)",
-    )
+    add_setting(parser, SegmentationConfig, "batch_size", "images per batch")
+    text = "larger images are not segmented (default: %(default)s)"
+    add_setting(parser, DataConfig, "max_pixels", text, DataConfig.max_pixels)
     return parser.parse_args()
 
 
@@ -239,28 +236,15 @@ def main() -> None:
         print(f"Left out: {some(f'{n} {kind}' for kind, n in left_out.most_common())}")
     record: dict[str, dict] = {}
     failed: dict[str, str] = {}
-    trouble: BaseException | None = None
-    earlier: list[str] = []
     try:
-        segment_files(segmenter, files, folder, record, failed)
-    except (KeyboardInterrupt, OSError, UserError) as error:
-        trouble = error
-    try:
+        with keeping(lambda: "The same command starts again from the first image."):
+            segment_files(segmenter, files, folder, record, failed)
+    finally:
+        done = f"{len(record)} of {len(files)} images"
+        print(f"Segmented {done}; masks, overlays, scores.json in {folder}")
         earlier = _write_scores(segmenter, folder, record)
-    except OSError as error:
-        trouble = trouble or error
-    print(
-        f"Segmented {len(record)} of {len(files)} images; masks, overlays, scores.json in {folder}"
-    )
-    if earlier:
-        print(f"Not of this run, and not in scores.json any more: {some(earlier)}")
-    if isinstance(trouble, OSError):
-        raise UserError(f"Cannot write to {folder}: {trouble.strerror or one_line(trouble)}.")
-    if isinstance(trouble, UserError):
-        raise trouble
-    if trouble is not None:
-        print("Stopped; the same command starts again from the first image.", file=sys.stderr)
-        sys.exit(130)
+        if earlier:
+            print(f"Not of this run, and not in scores.json any more: {some(earlier)}")
     if failed:
         first, *_ = names = [str(file) for file in files.values() if str(file) in failed]
         sys.exit(

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import jax
 
-from simseg_jax.config import segmentation_eval
-from simseg_jax.config_checks import validate_segmentation
 from simseg_jax.evaluate import choose, collect, evaluation_config
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.reports.tables import (
@@ -26,12 +24,13 @@ from simseg_jax.runtime.command_line import (
     make_parser,
     results_folder,
 )
-from simseg_jax.runtime.dotted import assign
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import make_writable
 from simseg_jax.runtime.processes import keeping
+from simseg_jax.runtime.settings import changed
 from simseg_jax.weights.load import TrainedModel, load_model
 from simseg_jax.zeroshot.engine import before_encoder
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 EPILOG = """examples:
   python -m simseg_jax.sweep --checkpoint=runs/shapes --table=sigma
@@ -129,20 +128,20 @@ def fit(table: Table, image) -> Table:
     return table._replace(values={"resolution": tuple(sizes)}, paper=paper)
 
 
-def sweep(model: TrainedModel, settings, table: Table, folder: Path) -> list[dict]:
+def sweep(
+    model: TrainedModel, settings: SegmentationConfig, table: Table, folder: Path
+) -> list[dict]:
     """One row per combination: its values, "miou" and, where the paper has one, "paper DATA"."""
     # Settings that agree in everything up to the encoder share a pass over the images.
     passes: dict[tuple, list[tuple]] = {}
     for combination in itertools.product(*table.values.values()):
-        changed = segmentation_eval(**settings.to_dict())
-        for key, value in zip(table.values, combination, strict=True):
-            assign(changed, key, value)
-        validate_segmentation(changed, model.config.model.image.patch_size)
-        passes.setdefault(before_encoder(changed), []).append((combination, changed))
+        variant = changed(settings, dict(zip(table.values, combination, strict=True)))
+        variant.check_patches(model.architecture.image.patch_size)
+        passes.setdefault(before_encoder(variant), []).append((combination, variant))
     make_writable(folder)
     rows = []
     for number, group in enumerate(passes.values(), 1):
-        evaluator = SegmentationEvaluator(*model.parts, *[changed for _, changed in group])
+        evaluator = SegmentationEvaluator(*model.parts, *[variant for _, variant in group])
         name = f"pass {number} of {len(passes)}"
         records, _ = collect(model, evaluator, name, folder / f"pass-{number}")
         for variant, (combination, _) in enumerate(group):

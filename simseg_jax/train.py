@@ -1,6 +1,7 @@
 """The training run, top to bottom: mesh, data, model, state, restore, evaluators, loop."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -8,17 +9,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from etils import epath
+from ml_collections import ConfigDict
 
-from simseg_jax import config as config_lib
-from simseg_jax.config import Config
-from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
+from simseg_jax.config import RunConfig, compute_dtype, model_config, of_checkpoint, run_config
+from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.evaluators.build import benchmarks_of, headlines, make_evaluators
+from simseg_jax.evaluators.build import entries_of, headlines, make_evaluators
 from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.reports.visualize import write_contact_sheet
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.processes import StopSignal, only_run
 from simseg_jax.runtime.remote import is_remote
+from simseg_jax.runtime.settings import plain, to_json
 from simseg_jax.runtime.sharding import make_mesh, place, state_sharding, to_global_batch
 from simseg_jax.training import resume
 from simseg_jax.training.checkpoint import (
@@ -28,20 +30,18 @@ from simseg_jax.training.checkpoint import (
     Record,
     checkpoints_folder,
     completed_steps,
-    read_record,
     restore_state,
     with_sharding,
 )
 from simseg_jax.training.cost import describe_step, step_flops
-from simseg_jax.training.optim import adamw, cosine_schedule, frozen
+from simseg_jax.training.optim import OptimConfig, adamw, cosine_schedule, frozen
 from simseg_jax.training.report import Profile, Reporter
 from simseg_jax.training.step import initial_state, jit_update, make_update
 from simseg_jax.weights.init import Pretrained, adopt, keep_architecture
 
 
-def make_optimizer(config: Config, steps: int, params):
-    """(optimiser, learning-rate schedule) of `config.optim` for a run of `steps`."""
-    optim = config.optim
+def make_optimizer(optim: OptimConfig, steps: int, params):
+    """(optimiser, learning-rate schedule) for a run of `steps`."""
     warmup = round(optim.warmup * steps)
     schedule = cosine_schedule(optim.lr, steps, warmup, optim.final_lr)
     optimizer = adamw(
@@ -58,14 +58,16 @@ def make_optimizer(config: Config, steps: int, params):
     return optimizer, schedule
 
 
-def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, float] | None:
+def train(
+    config: RunConfig | ConfigDict, workdir: str | Path, profile: int = 0
+) -> dict[str, float] | None:
     """Trains, checkpoints and evaluates; returns the final numbers, None if a signal stopped it.
 
     Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`; what
     may differ then says `resume`. A second run in the same workdir or `config.checkpoint.directory`
     is refused. profile: steps, after the first few, of which WORKDIR/profile gets a trace.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    config, workdir = run_config(config), Path(workdir).expanduser().absolute()
     folder = checkpoints_folder(workdir, config.checkpoint.directory)
     places = {workdir.resolve()}
     if config.checkpoint.directory and not is_remote(config.checkpoint.directory):
@@ -77,7 +79,7 @@ def train(config: Config, workdir: str | Path, profile: int = 0) -> dict[str, fl
 
 
 def _train(
-    config: Config, workdir: Path, folder: epath.Path, profile: int
+    config: RunConfig, workdir: Path, folder: epath.Path, profile: int
 ) -> dict[str, float] | None:
     # ---- mesh
     mesh = make_mesh(config.mesh.fsdp)
@@ -87,22 +89,25 @@ def _train(
         )
     share = config.batch_size // mesh.size
     for key in ("micro_batch", "loss_chunk"):
-        if config[key] and share % min(config[key], share):
+        size = getattr(config, key)
+        if size and share % min(size, share):
             raise UserError(
-                f"{key}={config[key]} must divide the {share} pairs of every device (batch_size / "
+                f"{key}={size} must divide the {share} pairs of every device (batch_size / "
                 "devices)."
             )
 
     # ---- what to go on from: own checkpoint, another run's, pretrained encoders, nothing
     tokenizer = load_tokenizer(config.data.vocab)
     restorable, own = _newest_checkpoint(folder, config.checkpoint.resume)
-    config = config.copy_and_resolve_references()
     pretrained = Pretrained({}, [])
-    saved = read_record(restorable) if restorable else None
-    if saved:
-        keep_architecture(config, saved.config)
+    saved = None
+    if restorable:
+        before, saved = of_checkpoint(restorable)
+        config = keep_architecture(config, before)
+        # What was added to the settings since has its default.
+        saved = dataclasses.replace(saved, config=plain(before))
     else:
-        pretrained = adopt(config, tokenizer)
+        config, pretrained = adopt(config, tokenizer)
 
     # ---- data
     encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
@@ -121,7 +126,7 @@ def _train(
     )
     identity = resume.identity(tokenizer, examples)
     changed = (
-        resume.changes(saved, config, identity, f"The checkpoint {restorable}", own)
+        resume.changes(saved, plain(config), identity, f"The checkpoint {restorable}", own)
         if saved
         else []
     )
@@ -130,11 +135,11 @@ def _train(
         steps = max(1, round(config.epochs * len(examples) / config.batch_size))
 
     # ---- model, optimiser, state
-    architecture = config_lib.model_config(config, len(tokenizer))
-    graphdef = make_model(architecture, config_lib.compute_dtype(config), config.remat)
+    architecture = model_config(config, len(tokenizer))
+    graphdef = make_model(architecture, compute_dtype(config), config.remat)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda: init_params(architecture, key))
-    optimizer, schedule = make_optimizer(config, steps, shapes)
+    optimizer, schedule = make_optimizer(config.optim, steps, shapes)
 
     def init_state():
         return initial_state(init_params(architecture, key), optimizer)
@@ -145,7 +150,7 @@ def _train(
         graphdef,
         optimizer,
         config.seed,
-        autoaugment=on_device(config.data),
+        autoaugment=config.data.autoaugment_on_device,
         micro_batch=config.micro_batch,
         loss_chunk=config.loss_chunk,
         frozen=frozen(config.optim.lr_rules, shapes),
@@ -154,7 +159,7 @@ def _train(
 
     # ---- evaluators: built before training, so that a missing file is found now
     evaluators = make_evaluators(
-        benchmarks_of(config),
+        entries_of(config.evals),
         graphdef,
         config.model.image.patch_size,
         mesh,
@@ -178,7 +183,7 @@ def _train(
         )
     # Only now: a run that cannot continue leaves the files of its workdir as they were.
     if jax.process_index() == 0:
-        (workdir / CONFIG).write_text(config_lib.to_json(config) + "\n", encoding="utf-8")
+        (workdir / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(workdir / TOKENIZER)
 
     # ---- loop
@@ -228,7 +233,7 @@ def _train(
             if save:
                 # Before the next batch is taken: the position in the data belongs to this step.
                 # And before the evaluation: should that fail, the training is not lost.
-                checkpoints.save(step, state, Record(config, data.position, identity))
+                checkpoints.save(step, state, Record(plain(config), data.position, identity))
                 reporter.pause()
             if measure:
                 results = evaluate(evaluators, state["params"], reporter, step)
@@ -256,7 +261,7 @@ def _train(
     return results
 
 
-def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch that the step takes, without data."""
     size, side = config.batch_size, config.model.image.image_size
     words = (size, config.data.max_length)

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simseg_jax.config import data_set, default_config, segmentation_eval
+from simseg_jax.config import default_config
+from simseg_jax.data.pairs import DataSetConfig
+from simseg_jax.evaluators.classification import ClassificationConfig
+from simseg_jax.evaluators.probe import ProbeConfig
+from simseg_jax.evaluators.retrieval import RetrievalConfig
+from simseg_jax.runtime.settings import plain, typed
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 
 def assert_close(actual, expected, tolerance: float = 1e-5):
@@ -48,6 +54,27 @@ def message(monkeypatch, capsys, module, *arguments):
     return errors.splitlines()[-1] if stop.value.code == 2 else str(stop.value.code)
 
 
+def data_set(**settings):
+    """A data set to train on, as code behind the configuration sees it; so are the next ones."""
+    return typed(DataSetConfig, settings)
+
+
+def segmentation_eval(**settings):
+    return typed(SegmentationConfig, settings)
+
+
+def retrieval_eval(**settings):
+    return typed(RetrievalConfig, settings)
+
+
+def classification_eval(**settings):
+    return typed(ClassificationConfig, settings)
+
+
+def probe_config(**settings):
+    return typed(ProbeConfig, settings)
+
+
 def tiny_config():
     """A configuration of the generated scenes that trains in a second."""
     config = default_config()
@@ -63,7 +90,7 @@ def tiny_config():
     )
     config.model.embed_dim = 16
     config.optim.lr = 1e-3
-    config.data.train.shapes = data_set(format="shapes", split="train", size=64)
+    config.data.train.shapes = plain(data_set(format="shapes", split="train", size=64))
     # Its compilation would take longer than all the rest.
     config.data.update({"vocab": "shapes", "threads": 2, "prefetch": 32, "autoaugment": False})
     config.checkpoint.every = 2

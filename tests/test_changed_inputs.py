@@ -11,11 +11,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from support import tiny_eval
 
 from simseg_jax import evaluate
-from simseg_jax.config import default_config
+from simseg_jax.config import default_config, run_config
 from simseg_jax.data.shapes import scene
 from simseg_jax.data.testsets.segmentation import segmentation_source
 from simseg_jax.evaluate import evaluation_config
@@ -220,7 +220,7 @@ def test_a_set_without_a_labelled_pixel_costs_no_other(capsys, home, evaluated):
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "1 of 2 benchmarks could not be evaluated, the first is seg/void: " in error
-    assert "has no labelled pixel: all of its 2 masks are 255" in error
+    assert "has no labelled pixel: its masks are 255" in error
     assert json.loads((home / "out" / "result.json").read_text())["results"] == expected
     with pytest.raises(SystemExit):
         evaluated("only", names=("void",))
@@ -229,13 +229,31 @@ def test_a_set_without_a_labelled_pixel_costs_no_other(capsys, home, evaluated):
 
 def test_a_failed_evaluation_leaves_no_earlier_result(capsys, home, evaluated):
     evaluated()
+    (home / "out" / "set" / "worst.png").touch()
     for path in (home / "set" / "SegmentationClass").iterdir():
         Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
     with pytest.raises(SystemExit):
         evaluated()
     assert "has no labelled pixel" in capsys.readouterr().err
     assert not (home / "out" / "result.json").exists()
-    assert not (home / "out" / "set" / "classes.csv").exists()
+    assert [path.suffix for path in (home / "out" / "set").iterdir()] == [".jsonl"]
+
+
+def test_what_else_is_called_result_is_no_obstacle(home, evaluated):
+    (home / "out").mkdir()
+    (home / "out" / "result.json").write_text("[1]")
+    assert "seg/set/miou" in evaluated()[0]
+
+
+def test_masks_turned_on_trust_are_counted_and_named(home, evaluated):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    for name in NAMES[1:]:
+        path = home / "set" / "JPEGImages" / f"{name}.jpg"
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
+    assert evaluated()[1].count("with their images: 3, of d.jpg, f.jpg, h.jpg. Their size") == 1
+    assert "with their images" not in evaluated()[1]  # All of them are done already.
 
 
 def test_an_image_damaged_on_the_way_costs_no_other(capsys, home, evaluated):
@@ -323,11 +341,10 @@ def test_a_full_disk_is_one_sentence(monkeypatch, capsys, home, evaluated):
 
 
 def test_the_configuration_of_the_model_stays_as_it_is(tmp_path):
-    config = default_config().lock()
-    before = config.to_json()
+    config = run_config(default_config())
     file = tmp_path / "config.py"
     tests = os.path.dirname(sys.modules["support"].__file__)
     file.write_text(CONFIG.format(tests=tests, home=str(tmp_path), names=("set",)))
     changed = evaluation_config(config, str(file), ["--config.evals.seg.set.m_image=1"])
-    assert config.to_json() == before
-    assert changed.evals.seg.set.m_image == 1
+    assert config == run_config(default_config())
+    assert changed.evals.seg["set"].m_image == 1

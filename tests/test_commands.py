@@ -168,7 +168,9 @@ def test_segment_command_errors(monkeypatch, capsys, workdir, photos, tmp_path):
     def error(*arguments):
         return message(monkeypatch, capsys, segment, *base, *arguments)
 
-    assert "at least one word" in error("--words= , ", photos)
+    assert "at least one word" in error("--words= ", photos)
+    assert "words are texts that are not empty" in error("--words=star, ", photos)
+    assert "contrast are texts that are not empty" in error("--words=star", "--contrast=,", photos)
     assert "given twice" in error("--words=dog, dog", photos)
     assert "knows no word of: жук, 虫. Name others" in error("--words=dog, жук, 虫", photos)
     assert 'Leave out "background"' in error("--words=dog,background", photos)

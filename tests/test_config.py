@@ -1,53 +1,50 @@
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
-from support import tiny_config, tiny_eval
+from support import tiny_config
 
 from simseg_jax.config import (
-    PROBE,
-    TRAINING,
-    apply_overrides,
+    RunConfig,
     classification_eval,
     data_set,
     default_config,
-    describe,
-    flatten,
-    from_dict,
     from_file,
     load_config,
     model_config,
     resolved,
     retrieval_eval,
+    run_config,
     segmentation_eval,
-    to_json,
 )
-from simseg_jax.config_checks import validate_probe
-from simseg_jax.config_keys import ENTRIES, KEYS, PROBE_KEYS
-from simseg_jax.data.testsets.classes import top_k
+from simseg_jax.evaluators.probe import ProbeConfig
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.vit import ViTConfig
-from simseg_jax.runtime.dotted import get, leaves
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.settings import declared, describe, leaves, overridden, plain, to_json
 
+# A class whose fields are settings.
+SETTINGS = r"class (\w+).*:\n(?:.+\n|\n    )*?    \w+: .+ = setting\("
+PACKAGE = Path(__file__).parents[1] / "simseg_jax"
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_file_loads_and_documents_itself(path):
     if path.stem == "linear_probe":
-        load_config(path, check=validate_probe)
+        load_config(path, kind=ProbeConfig)
     else:
         config = load_config(path)
-        assert from_dict(config.to_dict()) == config
+        assert run_config(json.loads(to_json(config))) == config
     docstring = path.read_text().split('"""')[1]
     for part in ("python -m simseg_jax.", "Hardware", "Expected"):
         assert part in docstring
 
 
 def test_defaults_are_the_papers_recipe():
-    config = default_config()
+    config = run_config(default_config())
     assert (config.optim.lr, config.optim.b2, config.optim.eps) == (3e-4, 0.98, 1e-6)
     assert (config.optim.weight_decay, config.optim.warmup, config.optim.final_lr) == (
         0.2,
@@ -57,7 +54,7 @@ def test_defaults_are_the_papers_recipe():
     assert (config.model.m_image, config.model.m_text, config.model.mask_padding) == (5, 5, False)
     assert (config.batch_size, config.model.embed_dim, config.data.max_length) == (4096, 512, 25)
     architecture = model_config(config, vocab_size=30522)
-    assert (architecture.image, architecture.text) == (ViTConfig.s16(), BertConfig.base())
+    assert (architecture.image, architecture.text) == (ViTConfig(), BertConfig.base())
     protocol = segmentation_eval()
     assert (protocol.resolution, protocol.m_image, protocol.m_text) == (288, 5, 1)
     assert (protocol.sigma_weight, protocol.candidates) == (1.0, 5)
@@ -72,25 +69,23 @@ def test_the_number_of_scores_for_the_threshold_belongs_to_the_data(data, expect
     config.evals.seg.given = segmentation_eval(data=data, top_k=7)
     # Chosen after the entry was made, as by an override of a checkpoint's benchmark.
     config.evals.seg.later = segmentation_eval()
-    apply_overrides(config, [f"--config.evals.seg.later.data={data}"])
-    assert [top_k(config.evals.seg[name]) for name in ("own", "given", "later")] == [
-        expected,
-        7,
-        expected,
-    ]
+    config = overridden(RunConfig, config.to_dict(), [f"--config.evals.seg.later.data={data}"])
+    scores = {name: entry.class_scores for name, entry in config.evals.seg.items()}
+    assert scores == {"own": expected, "given": 7, "later": expected}
     shown = {name: entry.top_k for name, entry in resolved(config).evals.seg.items()}
     assert shown == {"own": expected, "given": 7, "later": expected}
     # The configuration itself keeps the choice open.
-    assert config.evals.seg.own.top_k == 0
+    assert config.evals.seg["own"].top_k == 0
     with pytest.raises(UserError, match="top_k=1 must be 0, for what the data set has, or"):
-        apply_overrides(config, ["--config.evals.seg.own.top_k=1"])
+        overridden(RunConfig, plain(config), ["--config.evals.seg.own.top_k=1"])
 
 
 def test_overrides_change_typed_keys():
     config = tiny_config()
-    config.evals.seg.shapes = tiny_eval()
-    apply_overrides(
-        config,
+    config.evals.seg.shapes = segmentation_eval()
+    config = overridden(
+        RunConfig,
+        config.to_dict(),
         [
             "--config.optim.lr=1",
             "--config.data.crop_area=(0.5, 1.0)",
@@ -103,9 +98,9 @@ def test_overrides_change_typed_keys():
     assert config.optim.lr == 1.0
     assert isinstance(config.optim.lr, float)
     assert config.data.crop_area == (0.5, 1.0)
-    assert config.data.train.shapes.path == "some/folder"
+    assert config.data.train["shapes"].path == "some/folder"
     assert config.model.mask_padding is True
-    assert config.evals.seg.shapes.top_k == 7
+    assert config.evals.seg["shapes"].top_k == 7
     assert config.optim.lr_rules == ((".*", 0.5),)
 
 
@@ -130,7 +125,7 @@ def test_overrides_change_typed_keys():
 )
 def test_bad_overrides_say_what_is_wrong(override, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        apply_overrides(tiny_config(), [override])
+        overridden(RunConfig, tiny_config().to_dict(), [override])
 
 
 def test_unknown_key_in_a_file_names_the_nearest(tmp_path):
@@ -151,20 +146,40 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path):
 
 
 def test_help_lists_every_key():
-    text = describe()
+    text = describe(RunConfig)
     config = default_config()
     config.evals.seg.voc = segmentation_eval()
-    for name, _ in leaves(config):
+    for name, _ in leaves(config.to_dict()):
         assert name.replace(".voc.", ".<name>.") in text
-    assert '"seed": 0' in to_json(config)
+    assert '"seed": 0' in to_json(run_config(config))
 
 
 def test_every_default_is_accepted_and_every_key_shows_what_it_accepts():
-    text = describe((*TRAINING, *PROBE))
-    for table in (KEYS, *ENTRIES.values(), PROBE_KEYS):
-        for name, key in flatten(table):
-            key.check(name, key.default)
-            assert key.accepts.text in text
+    for kind in (RunConfig, ProbeConfig):
+        text = describe(kind)
+        for _, field in declared(kind):
+            assert field.metadata["accepts"].allows(field.default)
+            assert field.metadata["accepts"].text in text
+
+
+def test_every_class_of_settings_belongs_to_a_configuration():
+    """There is no second table of keys: what declares settings is part of a run or of a probe."""
+    used = set()
+
+    def visit(kind):
+        used.update(kind.__mro__)
+        for field in dataclasses.fields(kind):
+            inner = field.metadata.get("group") or field.metadata.get("entries")
+            if inner:
+                visit(inner)
+
+    visit(RunConfig)
+    visit(ProbeConfig)
+    declaring = {
+        match for path in PACKAGE.rglob("*.py") for match in re.findall(SETTINGS, path.read_text())
+    }
+    assert declaring
+    assert declaring <= {kind.__name__ for kind in used}
 
 
 MAKERS = {
@@ -174,21 +189,21 @@ MAKERS = {
     "evals.classification": classification_eval,
 }
 NUMBERS = [
-    (group, name, key)
-    for group, table in (("", KEYS), *((f"{g}.one.", t) for g, t in ENTRIES.items()))
-    for name, key in flatten(table)
-    if isinstance(key.default, int | float) and not isinstance(key.default, bool)
+    name.replace("<name>", "one")
+    for name, field in declared(RunConfig)
+    if isinstance(field.default, int | float) and not isinstance(field.default, bool)
 ]
 
 
 @pytest.mark.parametrize("text", ["nan", "1e400", "-1e400", "None", "True", "''", "(1,)", "[" * 99])
 def test_no_number_takes_what_is_no_finite_number(text):
-    for group, name, _ in NUMBERS:
-        config = tiny_config()
-        for entries in ENTRIES:
-            get(config, entries)["one"] = MAKERS[entries]()
-        with pytest.raises(UserError, match=re.escape(f"{group}{name}=")):
-            apply_overrides(config, [f"--config.{group}{name}={text}"])
+    config = tiny_config()
+    for group, maker in MAKERS.items():
+        kind, _, entries = group.partition(".")
+        config[kind][entries].one = maker()
+    for name in NUMBERS:
+        with pytest.raises(UserError, match=re.escape(f"{name}=")):
+            overridden(RunConfig, config.to_dict(), [f"--config.{name}={text}"])
 
 
 @pytest.mark.parametrize(
@@ -226,9 +241,9 @@ def test_no_number_takes_what_is_no_finite_number(text):
 )
 def test_what_cannot_work_is_refused_by_name(override):
     config = tiny_config()
-    config.evals.seg.shapes = tiny_eval()
+    config.evals.seg.shapes = segmentation_eval(resolution=32)
     with pytest.raises(UserError) as refused:
-        apply_overrides(config, [f"--config.{override}"])
+        overridden(RunConfig, config.to_dict(), [f"--config.{override}"])
     message = str(refused.value)
     assert message.startswith(override.partition("=")[0] + "=")
     assert len(message) < 300
@@ -316,7 +331,7 @@ def test_a_damaged_saved_configuration_is_refused_with_its_name(tmp_path, damage
     path = tmp_path / "config.json"
     for wrong in ({**saved, **damage}, {}, [], None, {**saved, "seed": 2**70}):
         with pytest.raises(UserError):
-            from_dict(wrong)
+            run_config(wrong)
         path.write_text(json.dumps(wrong))
         with pytest.raises(UserError, match=r"config\.json"):
             from_file(path)

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close, message, run
+from support import assert_close, message, run, segmentation_eval
 
 from simseg_jax import evaluate, figures
-from simseg_jax.config import segmentation_eval
 from simseg_jax.data.shapes import scene
 from simseg_jax.figures import responses_of
 from simseg_jax.models.simseg import bind

@@ -17,12 +17,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def build(name):
     """(update, shapes of the state, batch of two examples) of a configuration."""
-    config = load_config(CONFIGS / f"{name}.py")
+    # Without warm-up the first step already moves the parameters.
+    config = load_config(CONFIGS / f"{name}.py", ["--config.optim.warmup=0.0"])
     architecture = model_config(config, vocab_size=30522)
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
-    # Without warm-up the first step already moves the parameters.
-    config.optim.warmup = 0.0
-    optimizer, _ = make_optimizer(config, 10, shapes)
+    optimizer, _ = make_optimizer(config.optim, 10, shapes)
     state = {"params": shapes, "opt": jax.eval_shape(optimizer.init, shapes)}
     rng = np.random.default_rng(0)
     batch = {

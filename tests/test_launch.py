@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simseg_jax.config import apply_overrides, load_config
+from simseg_jax.config import load_config
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 # Fields of a JobSet, from its API reference (jobset.x-k8s.io/v1alpha2).
@@ -141,8 +141,7 @@ def test_job_sets(name):
 @pytest.mark.parametrize("name", ["jobset_gpu.yaml", "jobset_tpu.yaml"])
 def test_job_sets_pass_arguments_that_exist(name):
     """Read as text, so that this runs without any checker."""
-    config = load_config(LAUNCH.parent / "configs" / "vits16.py", [])
     lines = (LAUNCH / name).read_text().splitlines()
     overrides = [line.strip().removeprefix("- ") for line in lines if "- --config." in line]
     assert len(overrides) >= 3
-    apply_overrides(config, overrides)
+    load_config(LAUNCH.parent / "configs" / "vits16.py", overrides)

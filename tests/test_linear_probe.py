@@ -8,13 +8,12 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
-from support import message, run
+from support import message, probe_config, run
 
 from simseg_jax import linear_probe
-from simseg_jax.config import probe_config
-from simseg_jax.config_checks import validate_probe
 from simseg_jax.data.shapes import scene
-from simseg_jax.linear_probe import features_of, probe, probe_step
+from simseg_jax.evaluators.probe import ProbeConfig, probe, probe_step
+from simseg_jax.linear_probe import features_of
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.training.optim import cosine_schedule, lars
 
@@ -59,7 +58,7 @@ def test_lars_under_warm_up_and_cosine(golden, photographs):
 def test_the_classifier_starts_as_pytorchs():
     """Uniform within 1 / sqrt(width), the bias too; a learning rate of 0 keeps it so."""
     width, classes = 64, 200
-    settings = probe_config(base_lr=0.0, epochs=1, warmup_epochs=0)
+    settings = ProbeConfig(base_lr=0.0, epochs=1, warmup_epochs=0)
     train = {"features": np.eye(width, dtype=np.float32), "labels": np.arange(width)}
     bias, *rows = probe(settings, train, np.eye(width + 1, width, -1, np.float32), classes)
     for weights in (bias, np.stack(rows) - bias):
@@ -79,8 +78,9 @@ def clusters(count, seed):
 @pytest.mark.parametrize(("standardize", "base_lr"), [(False, 100.0), (True, 20.0)])
 def test_clusters_are_told_apart(standardize, base_lr):
     # The channel that all share hinders LARS until it is taken away.
-    settings = probe_config(batch_size=64, epochs=60, warmup_epochs=5, base_lr=base_lr)
-    settings.standardize = standardize
+    settings = probe_config(
+        batch_size=64, epochs=60, warmup_epochs=5, base_lr=base_lr, standardize=standardize
+    )
     val = clusters(99, 1)
     scores = probe(settings, clusters(203, 0), val["features"], 3)
     assert (scores.argmax(axis=1) == val["labels"]).mean() > 0.95
@@ -125,9 +125,9 @@ def test_features_belong_to_their_images(monkeypatch, capsys, tmp_path):
         return embed
 
     monkeypatch.setattr(linear_probe, "ImageEmbedder", embedder)
-    patches = SimpleNamespace(model=SimpleNamespace(image=SimpleNamespace(patch_size=8)))
+    patches = SimpleNamespace(image=SimpleNamespace(patch_size=8))
     model: Any = SimpleNamespace(
-        identity={"step": 1}, config=patches, graphdef=None, mesh=None, params=None
+        identity={"step": 1}, architecture=patches, graphdef=None, mesh=None, params=None
     )
     settings = probe_config(data="folder", root=str(root), crop=32, resize=32)
 
@@ -176,4 +176,4 @@ def test_mistakes(monkeypatch, capsys, workdir, config):
     error = message(monkeypatch, capsys, linear_probe, *arguments, "--config.epoch=1")
     assert "the nearest is 'epochs'" in error
     with pytest.raises(UserError, match="warmup_epochs=90 must be less than epochs=90"):
-        validate_probe(probe_config(warmup_epochs=90))
+        probe_config(warmup_epochs=90)

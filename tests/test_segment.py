@@ -1,6 +1,7 @@
 """Images and words of every form through `Segmenter` and its command."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -16,10 +17,11 @@ from simseg_jax import segment
 from simseg_jax.data.shapes import CATEGORIES, scene
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.segment import find_images
+from simseg_jax.segmenter import Segmenter, check_words, split_words
 from simseg_jax.weights.load import load_model
-from simseg_jax.zeroshot.segmenter import Segmenter, check_words, split_words
 
 PHOTO = Image.fromarray(scene(0, "val")[0]).resize((90, 70))
+FILES = [b"text", bytearray(b"text"), memoryview(b"text"), io.BytesIO(b"text")]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,12 @@ def test_masks_are_upright(segmenter, tmp_path):
         (np.zeros((0, 5), np.uint8), "5x0 are no pixels"),
         (b"text", "no image in a known format"),
         ("nowhere.png", r"nowhere\.png: no file is there"),
-        (None, "shape"),
+        (None, "NoneType of shape"),
+        (
+            io.BytesIO(b"text"),
+            r"BytesIO of shape \(\) is not a path, the bytes of a file, an image",
+        ),
+        (bytearray(9), r"bytearray of shape \(9,\) is not a path, the bytes of a file, an image"),
     ],
 )
 def test_what_is_no_image_is_refused(segmenter, image, reason):
@@ -89,12 +96,19 @@ def test_what_is_no_image_is_refused(segmenter, image, reason):
         list(segmenter.segment([image]))
 
 
-def test_a_bound_on_pixels_that_makes_no_sense_is_refused(model):
-    with pytest.raises(UserError, match="max_pixels=-1 must be a whole number from 1"):
-        Segmenter(model, ["star"], max_pixels=-1)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("max_pixels", -1), ("max_pixels", "many"), ("max_pixels", None), ("batch_size", 0)),
+        *(("resolution", 0), ("refine", "much"), ("sigma_weight", float("nan")), ("stdie", 1)),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(model, key, value):
+    with pytest.raises(UserError, match=key):
+        Segmenter(model, ["star"], **{key: value})
 
 
-@pytest.mark.parametrize("image", [PHOTO, np.asarray(PHOTO), "x.png", b"text"])
+@pytest.mark.parametrize("image", [PHOTO, np.asarray(PHOTO), "x.png", *FILES])
 def test_one_image_in_place_of_a_list_is_refused(segmenter, image):
     with pytest.raises(UserError, match=r"for one image segment\(\[image\]\)"):
         segmenter.segment(image)
@@ -120,7 +134,11 @@ def test_words_are_checked():
 
 
 def test_words_of_the_command_line():
-    assert split_words(" dog, cafe\u0301 ,, big  cat,") == ["dog", "cafe\u0301", "big  cat"]
+    assert split_words(" dog, cafe\u0301 , big  cat") == ["dog", "cafe\u0301", "big  cat"]
+    assert split_words(" ") == []
+    for text in (",", "dog,", "dog, , cat"):
+        with pytest.raises(UserError, match="contrast are texts that are not empty, not ''"):
+            check_words(split_words(text), "contrast")
     undecoded = "café, 猫".encode().decode("ascii", "surrogateescape")
     assert split_words(undecoded) == ["café", "猫"]
     with pytest.raises(UserError, match=r"no text in UTF-8: set LC_ALL=C\.UTF-8"):
@@ -296,16 +314,23 @@ def test_what_was_done_before_a_stop_is_kept(command, capsys, photos, tmp_path, 
 
     monkeypatch.setattr(segment, "_save", failing)
     if isinstance(stop, OSError):
-        assert "Cannot write to" in command("star", photos, fails=True)
+        assert "What was finished before is kept: make" in command("star", photos, fails=True)
     else:
         with pytest.raises(SystemExit) as end:
             command("star", photos)
         assert end.value.code == 130
         printed = capsys.readouterr()
         assert "Segmented 2 of 6" in printed.out
-        assert "Stopped" in printed.err
+        assert "Stopped. The same command starts again" in printed.err
     assert len(scores(tmp_path / "out")["images"]) == 2
     assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_an_output_that_is_no_folder_is_refused(command, photos, tmp_path):
+    (tmp_path / "file").touch()
+    for out, why in (("file", "File exists"), ("file/below", "Not a directory")):
+        error = command("star", photos, out=out, fails=True)
+        assert error == f"error: Cannot write into {tmp_path / out}: {why}."
 
 
 def test_a_mask_without_its_scores_is_removed(command, photos, tmp_path, monkeypatch):

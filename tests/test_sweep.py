@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from support import tiny_config
+from support import segmentation_eval, tiny_config
 from test_commands import message, run
 
 from simseg_jax import evaluate, sweep
-from simseg_jax.config import default_config, segmentation_eval
+from simseg_jax.config import default_config
 from simseg_jax.sweep import TABLES, fit, parse_values
 
 

@@ -16,7 +16,7 @@ from support import assert_trees_equal, tiny_config, tiny_eval
 from tensorboardX.proto import event_pb2
 
 from simseg_jax import train as train_module
-from simseg_jax.config import from_dict
+from simseg_jax.config import run_config
 from simseg_jax.data import shapes
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.train import train
@@ -75,7 +75,7 @@ def test_outputs_of_a_run(finished):
         "data_wait_seconds",
     }
     assert records[-1]["seg/shapes/miou"] == results["seg/shapes/miou"]
-    assert from_dict(json.loads((workdir / "config.json").read_text())) == config
+    assert run_config(json.loads((workdir / "config.json").read_text())) == run_config(config)
     assert completed_steps(checkpoints_folder(workdir)) == [2, 4]
     assert (workdir / "pictures" / "shapes.png").stat().st_size > 1000
     assert list((workdir / "tensorboard").iterdir())
@@ -99,7 +99,7 @@ def test_a_checkpoint_loads_alone(finished):
     workdir, config, _ = finished
     model = load_model(workdir)
     assert model.step == 4
-    assert model.config == config
+    assert model.config == run_config(config)
     with pytest.raises(UserError, match="no checkpoint of step 3, only of 2, 4"):
         load_model(workdir, step=3)
     with pytest.raises(UserError, match="No finished checkpoint"):
@@ -170,7 +170,7 @@ def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(tmp_path, mo
 
 def test_another_run_can_be_the_start(finished, tmp_path):
     workdir, config, _ = finished
-    config = from_dict(config.to_dict())
+    config = config.copy_and_resolve_references()
     config.checkpoint.resume = str(workdir)
     config.steps = 5
     config.evals.seg = {}
@@ -184,7 +184,7 @@ def test_another_run_can_be_the_start(finished, tmp_path):
 def test_a_changed_architecture_is_refused_before_anything_is_lost(finished, tmp_path):
     workdir, config, _ = finished
     before = (workdir / "config.json").read_text()
-    changed = from_dict(config.to_dict())
+    changed = config.copy_and_resolve_references()
     changed.model.embed_dim = 8
     with pytest.raises(UserError, match=r"model.embed_dim=16, the configuration 8"):
         train(changed, workdir)
@@ -198,7 +198,7 @@ def snapshot(folder):
 @pytest.mark.parametrize("change", ["order", "size", "data", "seed"])
 def test_other_inputs_are_refused_and_the_folder_stays(finished, tmp_path, change):
     workdir, config, _ = finished
-    config = from_dict(config.to_dict())
+    config = config.copy_and_resolve_references()
     config.steps = 5
     tokens = list(shapes.vocabulary())
     vocab = tmp_path / "vocab.txt"
@@ -208,7 +208,7 @@ def test_other_inputs_are_refused_and_the_folder_stays(finished, tmp_path, chang
         config.data.vocab = str(vocab)
         message = rf"vocabulary data.vocab='shapes' \({len(tokens)} tokens.*{vocab}"
     elif change == "data":
-        config.data.train.shapes.split = "test"
+        config.data.train.shapes["split"] = "test"
         message = "was trained on other data: 64 of 64 compared examples of data.train.shapes"
     else:
         config.seed = 1
@@ -222,7 +222,7 @@ def test_other_inputs_are_refused_and_the_folder_stays(finished, tmp_path, chang
 def test_the_vocabulary_may_move(finished, tmp_path):
     """WORKDIR/tokenizer is the one that was named otherwise before."""
     _, config, _ = finished
-    config = from_dict(config.to_dict())
+    config = config.copy_and_resolve_references()
     shutil.copytree(finished[0], tmp_path / "run")
     config.data.vocab = str(tmp_path / "run" / "tokenizer")
     config.evals.seg = {}
@@ -323,7 +323,7 @@ def test_bfloat16_trains_float32_parameters(tmp_path):
 
 def test_fewer_steps_than_already_made_are_refused(finished):
     workdir, config, _ = finished
-    shorter = from_dict(config.to_dict())
+    shorter = config.copy_and_resolve_references()
     shorter.steps = 3
     with pytest.raises(UserError, match="at step 4, beyond the 3 configured"):
         train(shorter, workdir)

@@ -92,11 +92,14 @@ def from_array(array: np.ndarray) -> Image.Image:
 
     uint8; uint16, which lose their low byte; bool; floats in [0, 1]. A ValueError refuses others.
     """
-    array = np.asarray(array)
+    kind, array = type(array).__name__, np.asarray(array)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        raise ValueError(f"the shape {array.shape} is not [H, W], [H, W, 1], [H, W, 3], [H, W, 4]")
+        raise ValueError(
+            f"{kind} of shape {array.shape} is not a path, the bytes of a file, an image of Pillow "
+            "or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
+        )
     if array.dtype.kind == "f":
         if not ((array >= 0) & (array <= 1)).all():
             raise ValueError("an array of floats must have values from 0 to 1")

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from simseg_jax.config import load_config
 from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
-from simseg_jax.data.pipeline import Examples, TrainBatches, on_device
+from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.reports.visualize import CELL, TEXT_HEIGHT, font
 from simseg_jax.runtime.command_line import accepted, make_parser
@@ -66,7 +66,7 @@ def main() -> None:
     rows = [examples[position + i] for i in range(count)]
     pictures = np.stack([row["image"] for row in rows])
     changed = pictures
-    if on_device(config.data):
+    if config.data.autoaugment_on_device:
         keys = draw_keys(config.seed, args.batch, config.batch_size)[:count]
         changed = np.asarray(jax.jit(augment_batch)(pictures, keys))
     for row in rows:

@@ -4,6 +4,7 @@ Every example is a pure function of (seed, position in the global stream): not o
 threads, workers or processes, nor of what was read before. The place to resume is one number.
 """
 
+import dataclasses
 import functools
 import hashlib
 import time
@@ -24,9 +25,11 @@ from simseg_jax.data.images import (
     read_crop,
 )
 from simseg_jax.data.mixture import Mixture
-from simseg_jax.data.pairs import BadExample, open_source
+from simseg_jax.data.pairs import BadExample, DataSetConfig, open_source
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.runtime.errors import NAMED, UserError
+from simseg_jax.runtime.ranges import FLAG, SHARE, TEXT, number, one_of, pair, whole
+from simseg_jax.runtime.settings import entries, setting
 
 # Examples that a thread or worker prepares at a time: enough to make the bookkeeping cheap.
 CHUNK = 32
@@ -36,9 +39,56 @@ NAME_BYTES = 200
 SAMPLE = 64  # Examples that identify a data set.
 
 
-def on_device(data) -> bool:
-    """Whether the training step has to apply AutoAugment itself."""
-    return data.autoaugment and data.transform == "fast"
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run is trained on and how its examples are made."""
+
+    train: dict[str, DataSetConfig] = entries(DataSetConfig)
+    mixture: str = setting(
+        "shuffle",
+        "shuffle: all data sets together; debiased: each batch from one",
+        one_of("shuffle", "debiased"),
+    )
+    vocab: str = setting(
+        "bert-base-uncased", "vocabulary: hub name, vocab.txt, tokenizer folder, shapes", TEXT
+    )
+    max_length: int = setting(25, "tokens per caption, [CLS] and [SEP] included", whole(3, 2**16))
+    edit_rate: float = setting(
+        0.2, "share of word pieces masked (50 %), replaced (10 %), deleted (40 %)", SHARE
+    )
+    crop_area: tuple[float, float] = setting(
+        (0.6, 1.0), "RandomResizedCrop: range of the area kept", pair(number(0, 1, above=True))
+    )
+    crop_aspect: tuple[float, float] = setting(
+        (3 / 4, 4 / 3), "RandomResizedCrop: range of width / height", pair(number(0.01, 100))
+    )
+    autoaugment: bool = setting(True, "AutoAugment, ImageNet policy", FLAG)
+    transform: str = setting(
+        "fast",
+        "fast: libjpeg-turbo, AutoAugment on the device; pil: all on hosts",
+        one_of("fast", "pil"),
+    )
+    max_bad: float = setting(
+        0.1, "stop when more than this share of the examples is damaged", SHARE
+    )
+    max_pixels: int = setting(
+        89_478_485, "larger images count as damaged: decompression bombs", whole(1)
+    )
+    threads: int = setting(
+        16, "threads that read and prepare examples, in every worker", whole(1, 256)
+    )
+    workers: int = setting(
+        0, "processes that do so; 0: only this one. One per core feeds most", whole(0, 256)
+    )
+    prefetch: int = setting(512, "examples prepared ahead, by every worker", whole(1, 2**14))
+    cache: str = setting(
+        "", "folder for indexes and copies of Parquet; '': ~/.cache/simseg_jax", TEXT
+    )
+
+    @property
+    def autoaugment_on_device(self) -> bool:
+        """Whether the training step has to apply AutoAugment itself."""
+        return self.autoaugment and self.transform == "fast"
 
 
 class Examples:
@@ -47,7 +97,9 @@ class Examples:
     image_size: side of the images in pixels; batch_size: the global one.
     """
 
-    def __init__(self, data, *, image_size: int, batch_size: int, encoder: TextEncoder, seed: int):
+    def __init__(
+        self, data: DataConfig, *, image_size: int, batch_size: int, encoder: TextEncoder, seed: int
+    ):
         if not data.train:
             raise UserError(
                 "The configuration names no data set: add one, as config.data.train.NAME = "

@@ -1,5 +1,6 @@
 """All evaluators of a configuration, by the prefix of their numbers, such as "seg/voc"."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +8,22 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from simseg_jax.config import Config
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.evaluators.classification import ClassificationEvaluator
-from simseg_jax.evaluators.retrieval import RetrievalEvaluator
+from simseg_jax.evaluators.classification import ClassificationConfig, ClassificationEvaluator
+from simseg_jax.evaluators.retrieval import RetrievalConfig, RetrievalEvaluator
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.runtime.settings import entries
+from simseg_jax.zeroshot.settings import SegmentationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalsConfig:
+    """The test sets of a run, each under a name of its own."""
+
+    seg: dict[str, SegmentationConfig] = entries(SegmentationConfig)
+    retrieval: dict[str, RetrievalConfig] = entries(RetrievalConfig)
+    classification: dict[str, ClassificationConfig] = entries(ClassificationConfig)
+
 
 # Each has `headline`, `count`, and run(params, progress), which yields names and numbers.
 KINDS: dict[str, Any] = {
@@ -21,12 +33,12 @@ KINDS: dict[str, Any] = {
 }
 
 
-def benchmarks_of(config: Config) -> dict[str, Config]:
-    """Every entry of `config.evals` by its prefix."""
+def entries_of(evals: EvalsConfig) -> dict[str, Any]:
+    """Every entry of `evals` by its prefix."""
     return {
         f"{kind}/{name}": settings
         for kind in KINDS
-        for name, settings in config.evals[kind].items()
+        for name, settings in getattr(evals, kind).items()
     }
 
 

@@ -1,5 +1,6 @@
 """Zero-shot classification: the class whose prompts are nearest to the image (table 8)."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -9,11 +10,33 @@ from jax.sharding import Mesh
 
 from simseg_jax.data.testsets.labelled import class_prompts, labelled_source, loader
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.evaluators.embedding import EmbeddingConfig, ImageEmbedder
 from simseg_jax.evaluators.metrics import top_accuracy
+from simseg_jax.runtime.ranges import SCENES, TEXT, one_of
+from simseg_jax.runtime.settings import setting
 from simseg_jax.runtime.sharding import local_mesh, local_params
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
 from simseg_jax.zeroshot.prompts import TEMPLATES
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationConfig(EmbeddingConfig):
+    """One entry of `evals.classification`: images with one class each."""
+
+    data: str = setting(
+        "folder",
+        "folder: ROOT/SPLIT/CLASS/IMAGE or a TFDS folder; shapes: generated",
+        one_of("folder", "shapes"),
+    )
+    root: str = setting("", "folder of the data", TEXT)
+    split: str = setting("", "subfolder, or split of the TFDS or generated data", TEXT)
+    names: str = setting(
+        "auto", "auto: CLIP's for ImageNet, else the folders'; file of `class: name, name`", TEXT
+    )
+    prompts: str = setting(
+        "imagenet", "templates: imagenet (the 80 of CLIP), plain, shapes", one_of(*TEMPLATES)
+    )
+    size: int = setting(256, "shapes: number of scenes", SCENES)
 
 
 class ClassificationEvaluator:
@@ -22,7 +45,12 @@ class ClassificationEvaluator:
     headline = "top1"
 
     def __init__(
-        self, graphdef: nnx.GraphDef, _patch: int, mesh: Mesh, encoder: TextEncoder, settings
+        self,
+        graphdef: nnx.GraphDef,
+        _patch: int,
+        mesh: Mesh,
+        encoder: TextEncoder,
+        settings: ClassificationConfig,
     ):
         self.settings = settings
         self.source = labelled_source(settings)
@@ -31,7 +59,7 @@ class ClassificationEvaluator:
         names = class_prompts(self.source.classes, settings.names)
         self.prompts = tokenize_prompts(encoder, names, TEMPLATES[settings.prompts])
         self.embed_classes = class_embedder(graphdef, self.mesh.size)
-        self.embed_images = ImageEmbedder(graphdef, mesh, settings)
+        self.embed_images = ImageEmbedder(graphdef, mesh, settings, settings.batch_size)
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[tuple]:
         """Yields ("top1", fraction) and ("top5", fraction)."""

@@ -1,5 +1,6 @@
 """Images -> one vector each: the shared part of retrieval, classification and linear probing."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,43 @@ from PIL import Image
 
 from simseg_jax.masks.refine import threads_of
 from simseg_jax.models.simseg import bind
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.ranges import BATCH, RESPONSES, SIDE, THREADS, one_of, whole
+from simseg_jax.runtime.settings import setting
 from simseg_jax.runtime.sharding import gather_bytes, local_mesh, local_params, to_global_batch
 from simseg_jax.zeroshot.engine import ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """How images are brought to the size that the encoder sees, and pooled."""
+
+    resize: int = setting(324, "side in pixels to which images are resized", SIDE)
+    crop: int = setting(288, "side of the central square that the model sees", SIDE)
+    aspect: str = setting(
+        "squash",
+        "squash: to a square of resize pixels, as the authors; keep: the shorter side to resize",
+        one_of("squash", "keep"),
+    )
+    m_image: int = setting(5, "M^I: responses per channel over patches", RESPONSES)
+    threads: int = setting(0, "threads that decode; 0: one per core, at most 32", THREADS)
+
+    def check_patches(self, patch_size: int, prefix: str = "") -> None:
+        """Raises a `UserError` unless the crop is a whole number of patches and in the image."""
+        if self.crop % patch_size or self.crop > self.resize:
+            raise UserError(
+                f"{prefix}crop={self.crop} must be a multiple of the patch size, which is "
+                f"{patch_size}, and at most {prefix}resize={self.resize}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig(ImageConfig):
+    """How many images are embedded, and what of their texts."""
+
+    m_text: int = setting(1, "M^T: responses per channel over words, padding masked", RESPONSES)
+    limit: int = setting(0, "use so many images; 0: all", whole(0))
+    batch_size: int = setting(32, "images per batch over all devices of a process", BATCH)
 
 
 def resize_and_crop(image: Image.Image, size: int, side: int, aspect: str = "squash") -> np.ndarray:
@@ -40,15 +76,21 @@ def resize_and_crop(image: Image.Image, size: int, side: int, aspect: str = "squ
 class ImageEmbedder:
     """Runs many images through the image encoder.
 
-    settings: with the attributes resize, crop, aspect, m_image, batch_size and threads. feature:
-    what stands for an image: "embedding", of unit length, or of the encoder's tokens after the
-    final norm "cls" or "mean", of the patches. Results do not depend on batch size, devices or
-    processes.
+    batch_size: images at a time. feature: what stands for an image: "embedding", of unit length,
+    or of the encoder's tokens after the final norm "cls" or "mean", of the patches. Results do not
+    depend on batch size, devices or processes.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, settings, feature: str = "embedding"):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        mesh: Mesh,
+        settings: ImageConfig,
+        batch_size: int,
+        feature: str = "embedding",
+    ):
         self.mesh, self.settings = local_mesh(mesh), settings
-        self.batch_size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
+        self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
         self.threads = threads_of(settings)
 
         def embed(params, images: jax.Array) -> jax.Array:

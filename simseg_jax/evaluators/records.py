@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from simseg_jax.runtime.dotted import first_difference
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.files import digest, naming
+from simseg_jax.runtime.settings import first_difference
 from simseg_jax.runtime.sharding import gather_bytes
 
 FORMAT = 2  # Of the lines. Records in another format are computed again.

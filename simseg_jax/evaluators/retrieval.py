@@ -1,5 +1,6 @@
 """Image-text retrieval: R@1, R@5, R@10 both ways and their sum (tables 6 and 7 of the paper)."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from simseg_jax.data.images import decode_image
-from simseg_jax.data.pairs import BadExample, open_source
+from simseg_jax.data.pairs import BadExample, PairsConfig, open_source
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.evaluators.embedding import EmbeddingConfig, ImageEmbedder
 from simseg_jax.evaluators.metrics import recall_at
 from simseg_jax.evaluators.ranking import nearest
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.ranges import whole
+from simseg_jax.runtime.settings import setting
 from simseg_jax.runtime.sharding import local_mesh, local_params
 from simseg_jax.zeroshot.classifier import text_embedder
 
@@ -30,8 +33,15 @@ class Ranked(NamedTuple):
     texts: list[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class RetrievalConfig(PairsConfig, EmbeddingConfig):
+    """One entry of `evals.retrieval`: images and captions that search each other."""
+
+    captions: int = setting(5, "captions used of every image; 0: all", whole(0))
+
+
 class RetrievalEvaluator:
-    """A set of images with several captions each; settings: an entry of `config.evals.retrieval`.
+    """A set of images with several captions each.
 
     Every caption searches all images, every image all captions; exact, ties by position. cache:
     folder for indexes and copies of the data, as `config.data.cache`.
@@ -45,7 +55,7 @@ class RetrievalEvaluator:
         _patch: int,
         mesh: Mesh,
         encoder: TextEncoder,
-        settings,
+        settings: RetrievalConfig,
         cache: str = "",
     ):
         self.settings, self.encoder = settings, encoder
@@ -54,7 +64,7 @@ class RetrievalEvaluator:
             tqdm.write(f"{settings.path}: {len(self.source):,} images; {self.source.problems}")
         self.count = min(len(self.source), settings.limit or len(self.source))
         self.mesh = local_mesh(mesh)
-        self.embed_images = ImageEmbedder(graphdef, mesh, settings)
+        self.embed_images = ImageEmbedder(graphdef, mesh, settings, settings.batch_size)
         self.embed_texts = text_embedder(graphdef, self.mesh.size)
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[tuple]:

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.testsets.classes import prompt_names
@@ -15,7 +16,7 @@ from simseg_jax.data.testsets.segmentation import segmentation_source
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.evaluators.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.evaluators.records import Record, total_confusion
-from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.runtime.files import digest
 from simseg_jax.runtime.sharding import local_params
 from simseg_jax.zeroshot.engine import Engine, ahead
@@ -55,6 +56,7 @@ class SegmentationEvaluator:
         self.inputs = digest([self.class_names, prompts])
         # The parameters last used and their class embeddings.
         self._embedded: tuple = (None, None)
+        self._said = False  # Which masks were turned.
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter):
         """Yields ("miou", fraction) and ("iou/<class>", fraction) for classes that occur.
@@ -103,6 +105,13 @@ class SegmentationEvaluator:
                         yield example, masks[:, i], [response.scores[i] for response in responses]
 
             yield from ahead(pool, self._record, finished(), 2 * self.settings.batch_size)
+        if self.source.turned and not self._said:
+            self._said = True
+            tqdm.write(
+                f"Masks turned upright with their images: {len(self.source.turned)}, of "
+                f"{some(sorted(self.source.turned))}. Their size does not tell whether they were "
+                "upright already: if so, store these images upright, without an EXIF orientation."
+            )
 
     def predictions(self, params, indices: Sequence[int]) -> Iterator[tuple]:
         """Yields (example, labels [H, W] of every variant, response of the first), for pictures."""
@@ -146,5 +155,5 @@ class SegmentationEvaluator:
         if not any((self.source[index]["mask"] != 255).any() for index in range(self.count)):
             raise UserError(
                 f"The benchmark {self.settings.data} in {self.settings.root!r} has no labelled "
-                f"pixel: all of its {self.count} masks are 255, which means ignore, everywhere."
+                "pixel: its masks are 255, which means ignore, everywhere."
             )

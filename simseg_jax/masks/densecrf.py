@@ -6,29 +6,38 @@ reference, pydensecrf, can do the same here (extra `crf`: it needs a C++ compile
 is the batched version for accelerators.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 from simseg_jax.masks.permutohedral import Lattice, embedding, position_lattice
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.ranges import number, one_of, whole
+from simseg_jax.runtime.settings import setting
 
 EPSILON = np.float32(1e-8)
 
 
-class CRF(NamedTuple):
-    """Kernels and iterations; the defaults are the paper protocol's.
+DEVIATION = number(0.01, 1000)
+COMPATIBILITY = number(0, 1000)
 
-    sxy: standard deviations in pixels; srgb: in colour levels 0..255; compat: weights of the terms.
-    """
 
-    gaussian_sxy: float = 3.0
-    gaussian_compat: float = 3.0
-    bilateral_sxy: float = 40.0
-    bilateral_srgb: float = 13.0
-    bilateral_compat: float = 10.0
-    iterations: int = 3
+@dataclasses.dataclass(frozen=True)
+class CRF:
+    """Where a dense CRF runs, its kernels and iterations; the default is the paper protocol's."""
+
+    gaussian_sxy: float = setting(3.0, "deviation of the position kernel in pixels", DEVIATION)
+    gaussian_compat: float = setting(3.0, "weight of that kernel", COMPATIBILITY)
+    bilateral_sxy: float = setting(40.0, "position deviation of the bilateral kernel", DEVIATION)
+    bilateral_srgb: float = setting(13.0, "its colour deviation in levels 0..255", DEVIATION)
+    bilateral_compat: float = setting(10.0, "weight of that kernel", COMPATIBILITY)
+    iterations: int = setting(3, "mean-field updates", whole(1, 1000))
+    backend: str = setting(
+        "auto",
+        "numpy (threads of the host), jax (device), auto: jax on GPUs only",
+        one_of("auto", "numpy", "jax"),
+    )
 
 
 PAPER = CRF()

@@ -4,15 +4,31 @@ Every pixel's mask value becomes, ten times over, a mean of its neighbours' valu
 similar colour weigh more. Local, parameter-free and all on the device, unlike the dense CRF.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from simseg_jax.runtime.ranges import several, whole
+from simseg_jax.runtime.settings import setting
+
 DILATIONS = (1, 2, 4, 8, 12, 24)
 # Differences count relative to a tenth of the local standard deviation; EPS guards flat regions.
 SHARPNESS, EPS = 0.1, 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class PAMR:
+    """How PAMR smooths masks."""
+
+    iterations: int = setting(10, "smoothing steps", whole(1, 1000))
+    dilations: tuple[int, ...] = setting(
+        DILATIONS,
+        "distances of the neighbours in pixels",
+        several(whole(1, 256), range(1, 17), "1 to 16 distances"),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("iterations", "dilations"))

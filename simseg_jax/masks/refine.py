@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from simseg_jax.masks.densecrf import CRF, crf_masks, import_pydensecrf, pydensecrf_masks
+from simseg_jax.masks.densecrf import crf_masks, import_pydensecrf, pydensecrf_masks
 from simseg_jax.masks.densecrf_jax import crf_masks as crf_masks_jax
 from simseg_jax.masks.densecrf_jax import lattice_size
 from simseg_jax.masks.pamr import pamr
@@ -38,11 +38,6 @@ def on_host(settings) -> bool:
 def threads_of(settings) -> int:
     """How many threads work on the host."""
     return settings.threads or min(32, os.cpu_count() or 1)
-
-
-def crf_of(settings) -> CRF:
-    """The kernels in the settings."""
-    return CRF(**{key: value for key, value in settings.crf.items() if key != "backend"})
 
 
 def denormalized_uint8(images: np.ndarray) -> np.ndarray:
@@ -100,7 +95,7 @@ def refine_on_device(
                 upsample(maps, factor),
                 positions,
                 vertices,
-                crf_of(settings),
+                settings.crf,
                 needed.any(axis=0),
             )
             return masks, count[None]
@@ -112,7 +107,7 @@ def refine_on_device(
         return masks, counts.max()
     if settings.refine == "pamr":
         options = settings.pamr
-        maps = pamr(images, upsample(maps, factor), options.iterations, tuple(options.dilations))
+        maps = pamr(images, upsample(maps, factor), options.iterations, options.dilations)
         return maps > 0.5, jnp.int32(0)
     return upsample(maps > 0.5, factor), jnp.int32(0)
 
@@ -147,7 +142,6 @@ def refine_on_host(
     Threads, not processes: NumPy and SciPy leave the interpreter's lock for nearly all of the time.
     """
     masks_of = pydensecrf_masks if settings.refine == "pydensecrf" else crf_masks
-    crf = crf_of(settings)
     size = images.shape[1]
 
     def refine(image: np.ndarray, maps: np.ndarray, needed: np.ndarray) -> np.ndarray:
@@ -155,7 +149,7 @@ def refine_on_host(
         if needed.any():
             factor = size // maps.shape[-1]
             foreground = maps[needed].repeat(factor, axis=1).repeat(factor, axis=2)
-            masks[needed] = masks_of(denormalized_uint8(image), foreground, crf)
+            masks[needed] = masks_of(denormalized_uint8(image), foreground, settings.crf)
         return masks
 
     return np.stack(list(pool.map(refine, images, maps, needed)))

@@ -9,35 +9,46 @@ from flax import nnx
 
 from simseg_jax.models.layers import (
     ACTIVATIONS,
+    DEPTH,
+    EPSILON,
+    HEADS,
     INIT,
+    WIDTH,
     apply_blocks,
     attention,
+    check_heads,
     dropout,
     linear,
 )
+from simseg_jax.runtime.ranges import BELOW_ONE, one_of, whole
+from simseg_jax.runtime.settings import setting
 from simseg_jax.runtime.sharding import constrain_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Architecture of the text encoder. `dropout` acts on embeddings, attention and residuals."""
+    """Architecture of the text encoder; the default is BERT-base, the paper's."""
 
-    vocab_size: int
-    max_positions: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    dropout: float = 0.1
-    activation: str = "gelu"
-    norm_eps: float = 1e-12
+    vocab_size: int = setting(
+        0, "rows of the word embedding; 0: the size of the vocabulary", whole(0, 2**24)
+    )
+    max_positions: int = setting(512, "rows of the position embedding", whole(3, 2**16))
+    width: int = setting(768, "channels of BERT", WIDTH)
+    depth: int = setting(12, "layers of BERT", DEPTH)
+    heads: int = setting(12, "attention heads of BERT", HEADS)
+    mlp_width: int = setting(3072, "hidden channels of its MLPs", WIDTH)
+    dropout: float = setting(0.1, "dropout of embeddings, attention and residuals", BELOW_ONE)
+    activation: str = setting("gelu", "of its MLPs", one_of(*ACTIVATIONS))
+    norm_eps: float = setting(1e-12, "epsilon of its LayerNorms", EPSILON)
 
     @classmethod
     def base(cls) -> "BertConfig":
-        """BERT-base, uncased vocabulary: the paper's text encoder."""
-        return cls(
-            vocab_size=30522, max_positions=512, width=768, depth=12, heads=12, mlp_width=3072
-        )
+        """BERT-base with its uncased English vocabulary."""
+        return cls(vocab_size=30522)
+
+    def check(self, prefix: str) -> None:
+        """Raises a `UserError` if the fields do not fit each other; prefix: of their names."""
+        check_heads(self.width, self.heads, prefix)
 
 
 PAD = 0  # id of [PAD] in every BERT vocabulary

@@ -7,11 +7,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.ranges import number, whole
+
 REMAT = ("none", "dots", "full")
+WIDTH = whole(1, 2**16)
+BLOCKS = 128  # At most; the deepest published ViTs have 48.
+DEPTH = whole(1, BLOCKS)
+HEADS = whole(1, 1024)
+EPSILON = number(1e-15, 0.1)
 FLASH_WIDTHS = range(8, 129, 8)  # Channels per head that cuDNN's attention takes.
 # Of weights and embeddings, as Hugging Face's BERT and timm's ViT. timm truncates at -2 and 2, a
 # hundred deviations from the mean, which is to say never.
 INIT = nnx.initializers.normal(0.02)
+
+
+def check_heads(width: int, heads: int, prefix: str) -> None:
+    """Raises a `UserError` unless every head gets as many channels; prefix: of their names."""
+    if width % heads:
+        raise UserError(f"{prefix}width={width} must be a multiple of {prefix}heads={heads}.")
 
 
 def dropout(

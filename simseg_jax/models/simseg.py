@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simseg_jax.models.bert import Bert, BertConfig
-from simseg_jax.models.layers import torch_linear_init
+from simseg_jax.models.layers import WIDTH, torch_linear_init
 from simseg_jax.models.pooling import mean_pool, top_m_pool
 from simseg_jax.models.vit import ViT, ViTConfig
+from simseg_jax.runtime.ranges import FLAG, RESPONSES, number, one_of
+from simseg_jax.runtime.settings import group, setting
 from simseg_jax.runtime.sharding import constrain_batch
 
 POOLS = ("loda", "mean", "cls")
@@ -18,21 +20,22 @@ POOLS = ("loda", "mean", "cls")
 
 @dataclasses.dataclass(frozen=True)
 class SimSegConfig:
-    """Architecture of the whole model.
+    """Architecture of the whole model."""
 
-    pool: "loda" (top-M per channel), "mean" (dense alignment) or "cls" (the CLS tokens, as CLIP).
-    m_image, m_text: M^I and M^T in training. mask_padding: keep [PAD] out of the text pooling while
-    training; the authors let it compete.
-    """
-
-    image: ViTConfig
-    text: BertConfig
-    embed_dim: int = 512
-    pool: str = "loda"
-    m_image: int = 5
-    m_text: int = 5
-    mask_padding: bool = False
-    temperature: float = 0.07
+    image: ViTConfig = group(ViTConfig)
+    text: BertConfig = group(BertConfig)
+    embed_dim: int = setting(512, "channels of the common embedding", WIDTH)
+    pool: str = setting(
+        "loda",
+        "loda: top-M per channel; mean: dense alignment; cls: CLS tokens, as CLIP",
+        one_of(*POOLS),
+    )
+    m_image: int = setting(5, "M^I in training: responses per channel over patches", RESPONSES)
+    m_text: int = setting(5, "M^T in training: responses per channel over words", RESPONSES)
+    mask_padding: bool = setting(
+        False, "keep [PAD] out of text pooling in training; the authors do not", FLAG
+    )
+    temperature: float = setting(0.07, "initial temperature", number(0.001, 0.5))
 
 
 class Projection(nnx.Module):

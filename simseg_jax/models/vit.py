@@ -8,51 +8,68 @@ from flax import nnx
 
 from simseg_jax.models.layers import (
     ACTIVATIONS,
+    DEPTH,
+    EPSILON,
     FLASH_WIDTHS,
+    HEADS,
     INIT,
+    WIDTH,
     apply_blocks,
     attention,
     can_flash,
+    check_heads,
     flash_attention,
     linear,
     torch_bias_init,
     torch_linear_init,
 )
+from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.ranges import FLAG, SHARE, SIDE, number, one_of, several
+from simseg_jax.runtime.settings import setting
 from simseg_jax.runtime.sharding import constrain_batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CHANNELS = range(3, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Architecture of the image encoder. Sizes in pixels (image, patch) or channels.
+    """Architecture of the image encoder; the default is ViT-S/16 at 224, the paper's."""
 
-    pre_norm: LayerNorm before the first block, as in CLIP. mean, std: of the input's channels in
-    [0, 1], which the encoder normalises with.
-    """
-
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    pre_norm: bool = False
-    activation: str = "gelu"
-    norm_eps: float = 1e-6
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    @classmethod
-    def s16(cls) -> "ViTConfig":
-        """ViT-S/16 at 224: the paper's image encoder."""
-        return cls(image_size=224, patch_size=16, width=384, depth=12, heads=6, mlp_width=1536)
+    image_size: int = setting(224, "side of training images in pixels", SIDE)
+    patch_size: int = setting(16, "side of a patch in pixels", SIDE)
+    width: int = setting(384, "channels of the ViT", WIDTH)
+    depth: int = setting(12, "blocks of the ViT", DEPTH)
+    heads: int = setting(6, "attention heads of the ViT", HEADS)
+    mlp_width: int = setting(1536, "hidden channels of its MLPs", WIDTH)
+    pre_norm: bool = setting(False, "LayerNorm before the first block, as in CLIP", FLAG)
+    activation: str = setting("gelu", "of its MLPs", one_of(*ACTIVATIONS))
+    norm_eps: float = setting(1e-6, "epsilon of its LayerNorms", EPSILON)
+    mean: tuple[float, ...] = setting(
+        IMAGENET_MEAN,
+        "of the channels in [0, 1]: what images are normalised with",
+        several(SHARE, CHANNELS, "three numbers"),
+    )
+    std: tuple[float, ...] = setting(
+        IMAGENET_STD,
+        "deviation of the channels",
+        several(number(0.001, 10), CHANNELS, "three numbers"),
+    )
 
     @classmethod
     def b16(cls) -> "ViTConfig":
         """ViT-B/16 at 224."""
-        return cls(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
+        return cls(width=768, heads=12, mlp_width=3072)
+
+    def check(self, prefix: str) -> None:
+        """Raises a `UserError` if the fields do not fit each other; prefix: of their names."""
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"{prefix}image_size={self.image_size} must be a multiple of "
+                f"{prefix}patch_size={self.patch_size}."
+            )
+        check_heads(self.width, self.heads, prefix)
 
 
 def _layer_norm(config: ViTConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

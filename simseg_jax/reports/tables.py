@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simseg_jax.reports.statistics import write_csv
-from simseg_jax.runtime.dotted import get, literal
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.settings import get, literal, plain
 
 
 class Table(NamedTuple):
@@ -52,7 +52,7 @@ def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
     values = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        current = get(settings, key)
+        current = get(plain(settings), key)
         if not equals or not text or isinstance(current, tuple):
             raise UserError(f"Cannot read --set={argument}: write --set=sigma_weight=0.5,1.")
         parts = [part.strip() for part in text.split(",")]

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from simseg_jax.config_keys import SEGMENTATION_KEYS
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.files import make_writable
 from simseg_jax.runtime.ranges import Accepts, shown, whole
+from simseg_jax.runtime.settings import field_of
 
 
 def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -59,22 +59,18 @@ def accepted(accepts: Accepts, kind: Callable[[str], Any] = int) -> Callable[[st
     return convert
 
 
-def add_key_option(parser, name: str, text: str) -> None:
-    """The option --NAME for a key of evals.seg, with the values that the key accepts."""
-    default, _, accepts = SEGMENTATION_KEYS[name]
-    parser.add_argument(f"--{name}", type=accepted(accepts, type(default)), help=text)
+def add_setting(parser, kind: type, name: str, text: str = "", default: Any = None) -> None:
+    """The option --NAME for a setting of class `kind`, with the values that it takes.
 
-
-def add_protocol_options(parser) -> None:
-    """What to change of the protocol of the checkpoint's benchmark; parser: or a group of one."""
-    add_key_option(parser, "refine", "mask refinement")
-    add_key_option(parser, "resolution", "side in pixels the model sees")
-    add_key_option(parser, "sigma_weight", "higher: fewer words are drawn")
-
-
-def protocol_settings(args: argparse.Namespace) -> dict:
-    """The keys of an entry of evals.seg that were given on the command line."""
-    return {k: getattr(args, k) for k in SEGMENTATION_KEYS if getattr(args, k, None) is not None}
+    text: the help, by default what the setting means. default: of the option.
+    """
+    field = field_of(kind, name)
+    parser.add_argument(
+        f"--{name}",
+        type=accepted(field.metadata["accepts"], type(field.default)),
+        default=default,
+        help=text or field.metadata["meaning"].replace("%", "%%"),
+    )
 
 
 def add_evals_options(parser: argparse.ArgumentParser) -> None:

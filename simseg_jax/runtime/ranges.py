@@ -1,10 +1,9 @@
 """What the value of a setting can be: a test and the words that complete "KEY=VALUE must be"."""
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from simseg_jax.runtime.errors import UserError, one_line
+from simseg_jax.runtime.errors import one_line
 
 LARGEST = 2**31 - 1  # The largest int32, which JAX counts with.
 
@@ -15,22 +14,6 @@ class Accepts(NamedTuple):
     text: str
     allows: Callable[[Any], bool]
     choices: tuple[str, ...] = ()
-
-
-class Key(NamedTuple):
-    """A setting, declared once. The default fixes the type."""
-
-    default: Any
-    meaning: str
-    accepts: Accepts
-
-    def check(self, name: str, value: Any) -> None:
-        """Raises a `UserError` that names the key, its value and what it takes."""
-        expected = type(self.default)
-        if type(value) is not expected:
-            raise UserError(f"{name}={shown(value)} must be of type {expected.__name__}.")
-        if not self.accepts.allows(value):
-            raise UserError(f"{name}={shown(value)} must be {self.accepts.text}.")
 
 
 def shown(value: Any) -> str:
@@ -87,21 +70,17 @@ def pair(each: Accepts) -> Accepts:
     return several(each, range(2, 3), "two numbers, the smaller first", ordered=True)
 
 
-def _is_rule(value: Any) -> bool:
-    if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)):
-        return False
-    try:
-        re.compile(value[0])
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return number(0, 1e6).allows(value[1])
-
-
+# The upper ends lie far above sensible values: they keep slips (a digit too many, a value meant for
+# another key) from taking hours or all of the memory.
+SEED = whole(0, 2**32 - 1)  # What both NumPy and JAX take.
+BATCH = whole(1, 2**20)
+SIDE = whole(1, 4096)  # In pixels.
+RESPONSES = whole(1, 256)
+THREADS = whole(0, 256)
+SCENES = whole(1, 10**8)
+DECAY = number(0, 10)
+BELOW_ONE = number(0, 1, below=True)
+LEARNING_RATE = number(0, 100, above=True)
 SHARE = number(0, 1)
 FLAG = Accepts("True or False", lambda value: isinstance(value, bool))
 TEXT = Accepts("text", lambda value: "\0" not in value)
-RULES = several(
-    Accepts("(a regular expression, a number from 0 to 1e+06)", _is_rule),
-    range(1, 1001),
-    "at least one rule",
-)

@@ -2,9 +2,10 @@
 
 The mesh has two axes, `data` and `fsdp`. The batch is split over both; with fsdp > 1 every large
 parameter (and its optimiser moments) is also split over `fsdp`. All functions run under plain
-`jax.jit`: XLA inserts the collectives.
+`jax.jit`, where XLA inserts the collectives; only `gather_batch` is one of our own.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,10 +15,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.ranges import whole
+from simseg_jax.runtime.settings import setting
 
 BATCH = P(("data", "fsdp"))
 # Below this many elements gathering a parameter costs more than holding it everywhere.
 MIN_SHARDED_SIZE = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged."""
+
+    fsdp: int = setting(
+        1, "devices that share one copy of the parameters; the rest is data", whole(1)
+    )
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence | None = None) -> Mesh:

@@ -22,10 +22,10 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from simseg_jax import config as config_lib
-from simseg_jax.config import Config
 from simseg_jax.runtime.errors import UserError, one_line, reading, some
+from simseg_jax.runtime.ranges import TEXT, whole
 from simseg_jax.runtime.remote import is_remote
+from simseg_jax.runtime.settings import setting
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
@@ -35,15 +35,29 @@ UNUSABLE = set("[]*?\\\0")
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, where, and what a run goes on from."""
+
+    every: int = setting(1000, "steps between checkpoints; the last step is always saved", whole(1))
+    keep: int = setting(3, "newest checkpoints kept", whole(1))
+    directory: str = setting(
+        "", "folder or URL (gs://) of the checkpoints; '': WORKDIR/checkpoints", TEXT
+    )
+    resume: str = setting(
+        "", "WORKDIR of another run to start from when this one has no checkpoint", TEXT
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """The metadata of a checkpoint.
 
-    position: examples of the training stream that led to this state. identity: identifies the
-    vocabulary and the data sets, see `resume.identity`. checksums, shapes: of every array by its
-    path. Checkpoints of older versions lack the last three.
+    config: the configuration as nested dicts. position: examples of the training stream that led
+    to this state. identity: identifies the vocabulary and the data sets, see `resume.identity`.
+    checksums, shapes: of every array by its path. Checkpoints of older versions lack these three.
     """
 
-    config: Config
+    config: dict[str, Any]
     position: int
     identity: dict[str, Any] | None = None
     checksums: dict[str, str] | None = None
@@ -91,7 +105,7 @@ class Checkpoints:
             "optimizer": {"opt": state["opt"], "step": state["step"]},
         }
         content = {
-            "config": record.config.to_dict(),
+            "config": record.config,
             "position": record.position,
             "identity": record.identity,
             "checksums": checksums(trees),
@@ -180,12 +194,12 @@ def read_record(path: epath.Path) -> Record:
         digest = content.pop("digest", None)
         if digest not in (None, _digest(content)):
             raise ValueError("its description differs from what was written")
-        known = content if digest else {"position": content["position"]}
-        record = Record(**{**known, "config": config_lib.from_dict(content["config"])})
+        known = content if digest else {key: content[key] for key in ("config", "position")}
+        record = Record(**known)
         if type(record.position) is not int or not 0 <= record.position < 2**62:
             raise ValueError(f"position={record.position!r} is no number of examples")
     except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(_damaged(path, error)) from error
+        raise UserError(damaged(path, error)) from error
     return record
 
 
@@ -200,7 +214,7 @@ def read_metadata(path: epath.Path) -> dict[str, Any]:
         if not isinstance(content["init_timestamp_nsecs"], int):
             raise ValueError("no time at which it was written")
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(_damaged(path, error)) from error
+        raise UserError(damaged(path, error)) from error
     return content
 
 
@@ -238,7 +252,7 @@ def load_arrays(path: epath.Path, abstract: dict) -> dict:
         with first_error_only():
             return ocp.load_checkpointables(str(path), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for unreadable files.
-        raise UserError(_damaged(path, error)) from error
+        raise UserError(damaged(path, error)) from error
 
 
 @contextlib.contextmanager
@@ -319,7 +333,8 @@ def _by_path(tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _damaged(path: epath.Path, error: Exception) -> str:
+def damaged(path: epath.Path, error: Exception) -> str:
+    """The sentence about a checkpoint that cannot be read."""
     return (
         f"The checkpoint {path} cannot be read ({type(error).__name__}: {one_line(error, 100)}). "
         "If it is damaged or incomplete, move it away: the next older one is used then."

@@ -1,15 +1,66 @@
 """AdamW, the warm-up and cosine schedule, and per-parameter rules by regular expression."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
 
 from simseg_jax.models.simseg import path_string
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.ranges import (
+    BELOW_ONE,
+    DECAY,
+    LEARNING_RATE,
+    SHARE,
+    Accepts,
+    number,
+    several,
+)
+from simseg_jax.runtime.settings import setting
 
 Rules = Sequence[tuple[str, float]]
+
+
+def _is_rule(value: Any) -> bool:
+    if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)):
+        return False
+    try:
+        re.compile(value[0])
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return number(0, 1e6).allows(value[1])
+
+
+RULES = several(
+    Accepts("(a regular expression, a number from 0 to 1e+06)", _is_rule),
+    range(1, 1001),
+    "at least one rule",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and the rules of single parameters."""
+
+    lr: float = setting(3e-4, "peak learning rate", LEARNING_RATE)
+    warmup: float = setting(0.025, "share of the steps with linear warm-up from 0", BELOW_ONE)
+    final_lr: float = setting(
+        0.1, "learning rate at the end of the cosine, as a share of the peak", SHARE
+    )
+    b1: float = setting(0.9, "AdamW beta 1", BELOW_ONE)
+    b2: float = setting(0.98, "AdamW beta 2", BELOW_ONE)
+    eps: float = setting(1e-6, "AdamW epsilon", number(1e-15, 0.1))
+    weight_decay: float = setting(0.2, "decoupled weight decay", DECAY)
+    clip_norm: float = setting(0.0, "bound on the global gradient norm; 0: none", number(0, 1e6))
+    lr_rules: tuple[tuple[str, float], ...] = setting(
+        ((".*", 1.0),), "(path pattern, lr multiplier), first match; 0 freezes", RULES
+    )
+    decay_rules: tuple[tuple[str, float], ...] = setting(
+        ((".*", 1.0),), "(path pattern, weight-decay multiplier), first match", RULES
+    )
 
 
 def cosine_schedule(
@@ -32,10 +83,10 @@ def match_rules(rules: Rules, params, what: str):
 
     def value(path, _leaf) -> float:
         name = path_string(path)
-        for index, (pattern, number) in enumerate(rules):
+        for index, (pattern, factor) in enumerate(rules):
             if re.fullmatch(pattern, name):
                 used.add(index)
-                return float(number)
+                return float(factor)
         missed.append(name)
         return 0.0
 

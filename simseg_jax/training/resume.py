@@ -3,11 +3,10 @@
 import re
 from typing import Any
 
-from simseg_jax.config import Config
 from simseg_jax.data.pipeline import Examples
 from simseg_jax.data.text import vocabulary_identity
-from simseg_jax.runtime.dotted import leaves
 from simseg_jax.runtime.errors import UserError, some
+from simseg_jax.runtime.settings import leaves
 from simseg_jax.training.checkpoint import Record
 
 # Keys and groups of keys that a run may change when it goes on from its own checkpoint: its length,
@@ -27,11 +26,14 @@ def identity(tokenizer, examples: Examples) -> dict[str, Any]:
     return {"vocabulary": vocabulary_identity(tokenizer), "data": examples.identity()}
 
 
-def changes(saved: Record, config: Config, now: dict[str, Any], where: str, own: bool) -> list[str]:
+def changes(
+    saved: Record, config: dict[str, Any], now: dict[str, Any], where: str, own: bool
+) -> list[str]:
     """What differs from the checkpoint, `key old -> new` each; a `UserError` for what must not.
 
-    now: `identity` of this run. where: names the checkpoint. own: it belongs to this very run; when
-    it is another's (`checkpoint.resume`), only the model and the vocabulary must be the same.
+    config: of this run, as nested dicts. now: its `identity`. where: names the checkpoint. own: it
+    belongs to this very run; when it is another's (`checkpoint.resume`), only the model and the
+    vocabulary must be the same.
     """
     advice = (
         "Set it back, or start a new run from this one: another --workdir and "
@@ -59,7 +61,7 @@ def changes(saved: Record, config: Config, now: dict[str, Any], where: str, own:
     return found
 
 
-def _differences(saved: Config, config: Config) -> dict[str, tuple[str, str]]:
+def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Key -> (old, new) as text; an evaluation or data set that is there only once is one entry."""
     before, after = dict(leaves(saved)), dict(leaves(config))
     different = {}
@@ -80,12 +82,14 @@ def _may_change(key: str) -> bool:
     )
 
 
-def _compare_vocabularies(saved: Record, config: Config, now: dict[str, Any], where: str) -> None:
+def _compare_vocabularies(
+    saved: Record, config: dict[str, Any], now: dict[str, Any], where: str
+) -> None:
     there, here = (x["vocabulary"] for x in (saved.identity or now, now))
     if there != here:
         names = [
             f"data.vocab={name!r} ({x['tokens']} tokens, digest {x['digest']})"
-            for name, x in ((saved.config.data.vocab, there), (config.data.vocab, here))
+            for name, x in ((saved.config["data"]["vocab"], there), (config["data"]["vocab"], here))
         ]
         raise UserError(
             f"{where} was trained with the vocabulary {names[0]}, this run has {names[1]}: words "

@@ -10,7 +10,6 @@ JSON = 8 << 20  # Bytes of a JSON file beside the weights or in a model folder.
 TENSORS = 20_000  # In one file; a ViT and a BERT of twelve blocks have 351.
 NAME = 500  # Characters of a tensor's name.
 DIMENSIONS = 8  # Of a tensor.
-BLOCKS = 128  # Of an encoder; the deepest published ViTs have 48.
 
 
 def inflated(size: int) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from simseg_jax.models.layers import BLOCKS
 from simseg_jax.runtime.errors import UserError, some
-from simseg_jax.weights import bounds
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -31,7 +31,7 @@ def usual_names(tensors: Tensors) -> dict[str, np.ndarray]:
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         stacked = re.match(r"(.*Transformer/encoderblock)/(.*)", name)
-        if stacked and tensor.ndim and len(tensor) <= bounds.BLOCKS:
+        if stacked and tensor.ndim and len(tensor) <= BLOCKS:
             # big_vision with its blocks in a loop.
             parts = {f"{stacked[1]}_{i}/{stacked[2]}": part for i, part in enumerate(tensor)}
         else:

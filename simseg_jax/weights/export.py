@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from simseg_jax.data.testsets.classes import top_k
 from simseg_jax.masks.postprocess import closing, compose, min_max
 from simseg_jax.masks.refine import refine_image
 from simseg_jax.models.simseg import bind, make_model
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.weights.load import TrainedModel
 from simseg_jax.zeroshot.paper import respond
-from simseg_jax.zeroshot.segmenter import Segmenter
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 IMAGE, TEXT, SEGMENTER = "image_encoder", "text_encoder", "segmenter"
@@ -28,10 +28,17 @@ CLASSES = "classes.npz"
 
 
 def write_programs(
-    folder: Path, segmenter: Segmenter, platforms: Sequence[str], dtype: Any = np.float32
+    folder: Path,
+    model: TrainedModel,
+    settings: SegmentationConfig,
+    names: Sequence[str],
+    class_embeddings: np.ndarray,
+    platforms: Sequence[str],
+    dtype: Any = np.float32,
 ) -> None:
-    """Writes one file per program, and names and embeddings of the words as classes.npz.
+    """Writes one file per program, and the names and embeddings of the classes as classes.npz.
 
+    names: of C classes, the background first. class_embeddings: float32 [C, D].
     image_encoder: uint8 [B, S, S, 3] -> unit-length embeddings [B, D], projected tokens [B, N, D].
     text_encoder: ids int32 [B, T], mask bool [B, T] -> unit-length embeddings [B, D].
     segmenter: uint8 [B, S, S, 3], class embeddings float32 [C, D], the first that of the
@@ -39,14 +46,12 @@ def write_programs(
     B and C are free, C at least `top_k` and at most 256. dtype: of the parameters inside; products
     are float32.
     """
-    model, settings = segmenter.model, segmenter.settings
     if settings.protocol != "paper" or settings.refine == "pydensecrf":
         raise UserError(
             "The exported segmenter follows the paper protocol in JAX: choose --refine=none, crf "
             "or pamr and a benchmark with protocol=paper."
         )
-    names = ["background", *segmenter.words, *segmenter.contrast]
-    least = max(top_k(settings), settings.candidates)
+    least = max(settings.class_scores, settings.candidates)
     if len(names) < least:
         raise UserError(f"The threshold needs {least} classes, the background included: add words.")
     if len(names) > 256:
@@ -98,5 +103,4 @@ def write_programs(
         arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         exported = export.export(jax.jit(function), platforms=platforms)(*arguments)
         (folder / f"{name}{SUFFIX}").write_bytes(exported.serialize())
-    embedded = np.asarray(segmenter.class_embeddings[settings.m_text])
-    np.savez(folder / CLASSES, names=np.array(names), embeddings=embedded)
+    np.savez(folder / CLASSES, names=np.array(names), embeddings=class_embeddings)

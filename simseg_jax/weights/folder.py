@@ -24,11 +24,11 @@ from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from simseg_jax import config as config_lib
-from simseg_jax.config import Config
+from simseg_jax.config import RunConfig, published
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.runtime.errors import UserError, one_line, some
 from simseg_jax.runtime.files import sha256
+from simseg_jax.runtime.settings import to_json
 from simseg_jax.runtime.sharding import place
 from simseg_jax.training.checkpoint import (
     CONFIG,
@@ -105,7 +105,7 @@ def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConf
 def write_folder(
     folder: Path,
     *,
-    config: Config,
+    config: RunConfig,
     tokenizer,
     origin: dict[str, Any],
     weights: str,
@@ -119,8 +119,7 @@ def write_folder(
     """
     with complete(folder) as partial:
         write_weights(partial)
-        public = config_lib.published(config)
-        (partial / CONFIG).write_text(config_lib.to_json(public) + "\n", encoding="utf-8")
+        (partial / CONFIG).write_text(to_json(published(config)) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(partial / TOKENIZER)
         (partial / CARD).write_text(card, encoding="utf-8")
         files = sorted(f for f in partial.rglob("*") if f.is_file() and f.name != CARD)

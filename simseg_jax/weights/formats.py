@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from simseg_jax.models.layers import BLOCKS
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights import bounds, layouts
+from simseg_jax.weights import layouts
 from simseg_jax.weights.choice import Tensors
 from simseg_jax.weights.layouts import Entry
 
@@ -53,10 +54,8 @@ def _count(tensors: Tensors, pattern: str) -> int:
     numbers = [m[1] for m in (re.match(pattern, name) for name in tensors) if m]
     largest = max(numbers, key=lambda number: (len(number), number), default="-1")
     # Checked before anything is built for them.
-    if len(largest) > 3 or int(largest) >= bounds.BLOCKS:
-        raise UserError(
-            f"The weights number a block {largest[:20]}: at most {bounds.BLOCKS} are read."
-        )
+    if len(largest) > 3 or int(largest) >= BLOCKS:
+        raise UserError(f"The weights number a block {largest[:20]}: at most {BLOCKS} are read.")
     return int(largest) + 1
 
 

@@ -1,6 +1,5 @@
 """Weights a training run starts from (`config.init`), and what they decide of its architecture."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simseg_jax.config import Config
-from simseg_jax.config_checks import validate
+from simseg_jax.config import RunConfig
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.settings import changed, plain
 from simseg_jax.weights import authors
 from simseg_jax.weights.load import load_model, open_source
 from simseg_jax.weights.towers import SIDES, read_tower, refuse_infinite
@@ -28,53 +27,56 @@ class Pretrained(NamedTuple):
     notes: list[str]
 
 
-def adopt(config: Config, tokenizer) -> Pretrained:
-    """Reads what `config.init` names and sets `config.model` to its architecture.
+def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
+    """Reads what `config.init` names; the configuration gets its architecture.
 
     tokenizer: of the run, which must be that of a pretrained text encoder.
     """
     params, notes = {}, []
+    changes: dict[str, Any] = {}
     if config.init.model:
         architecture, loaded, vocabulary, note = _read_model(config.init.model)
         _check_vocabulary(config.init.model, vocabulary, tokenizer)
         for side in SIDES:
-            _set(config, side, dataclasses.asdict(getattr(architecture, side)))
-        config.model.embed_dim = architecture.embed_dim
+            changes |= _adopted(side, plain(getattr(architecture, side)))
+        changes["model.embed_dim"] = architecture.embed_dim
         params = loaded
         notes.append(f"The model starts from {config.init.model}.{note}")
     for side in SIDES:
-        source = config.init[side]
+        source = getattr(config.init, side)
         if source:
             form, settings, encoder, vocabulary, note = _read_encoder(source, side)
             if side == "text":
                 _check_vocabulary(source, vocabulary, tokenizer)
-            _set(config, side, settings)
+            changes |= _adopted(side, settings)
             params[f"{side}_encoder"] = encoder
             notes.append(
                 f"The {SIDES[side]} starts from {source}: {form}, {settings['depth']} blocks of "
                 f"width {settings['width']}.{note}"
             )
-    if params:
-        validate(config)
+    config = changed(config, changes)
     image = params.get("image_encoder")
     if image:
         grid = config.model.image.image_size // config.model.image.patch_size
         resized = resize_position_embedding(jnp.asarray(image["pos_embed"]), (grid, grid))
         params["image_encoder"] = {**image, "pos_embed": np.asarray(resized)}
-    return Pretrained(params, notes)
+    return config, Pretrained(params, notes)
 
 
-def keep_architecture(config: Config, saved: Config) -> None:
-    """Sets what `config.init` decides of `config.model` as in the checkpoint a run goes on from."""
+def keep_architecture(config: RunConfig, saved: RunConfig) -> RunConfig:
+    """The configuration with what `init` decides of the model as in the checkpoint of `saved`."""
+    changes: dict[str, Any] = {}
     for side in SIDES:
-        if config.init.model or config.init[side]:
-            _set(config, side, saved.model[side].to_dict())
+        if config.init.model or getattr(config.init, side):
+            changes |= _adopted(side, plain(getattr(saved.model, side)))
     if config.init.model:
-        config.model.embed_dim = saved.model.embed_dim
+        changes["model.embed_dim"] = saved.model.embed_dim
+    return changed(config, changes)
 
 
-def _set(config: Config, side: str, settings: dict[str, Any]) -> None:
-    config.model[side].update({k: v for k, v in settings.items() if k not in KEPT[side]})
+def _adopted(side: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an encoder decides of a configuration, by dotted name."""
+    return {f"model.{side}.{k}": v for k, v in settings.items() if k not in KEPT[side]}
 
 
 def _read_model(source: str):
@@ -91,7 +93,7 @@ def _read_encoder(source: str, side: str):
     path, weights = open_source(source)
     if weights is None:
         architecture, params, vocabulary = _trained(path)
-        settings = dataclasses.asdict(getattr(architecture, side))
+        settings = plain(getattr(architecture, side))
         return "simseg_jax", settings, params[f"{side}_encoder"], vocabulary, ""
     tower = read_tower(weights, side)
     return tower.format, tower.settings, tower.params, _tokenizer_beside(path), f" {tower.note}"

@@ -10,8 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from simseg_jax import config as config_lib
-from simseg_jax.config import Config
+from simseg_jax.config import RunConfig, compute_dtype, from_file, model_config, of_checkpoint
 from simseg_jax.data.text import TextEncoder, load_tokenizer, vocabulary_identity
 from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.runtime.errors import UserError, reading, some
@@ -25,7 +24,6 @@ from simseg_jax.training.checkpoint import (
     completed_steps,
     load_run,
     read_metadata,
-    read_record,
     with_sharding,
 )
 from simseg_jax.weights.folder import MANIFEST, is_model_folder, read_manifest, read_params
@@ -39,7 +37,7 @@ class TrainedModel:
     identity: tells its results from those of other checkpoints. origin: where it came from.
     """
 
-    config: Config
+    config: RunConfig
     step: int
     architecture: SimSegConfig
     graphdef: nnx.GraphDef
@@ -53,7 +51,7 @@ class TrainedModel:
     @property
     def parts(self) -> tuple[nnx.GraphDef, int, Mesh, TextEncoder]:
         """What evaluators and `Engine` take: structure, patch size, mesh and text encoder."""
-        return self.graphdef, self.config.model.image.patch_size, self.mesh, self.encoder
+        return self.graphdef, self.architecture.image.patch_size, self.mesh, self.encoder
 
 
 def is_trained(folder: Path) -> bool:
@@ -86,7 +84,7 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
     folder = fetch(source)
     if is_model_folder(folder):
         manifest = read_manifest(folder)
-        config, origin = config_lib.from_file(folder / CONFIG), manifest["origin"]
+        config, origin = from_file(folder / CONFIG), manifest["origin"]
         if step is not None:
             raise UserError(f"{source} was exported: it has one state only, leave --step out.")
         at_step = origin.get("step", 0)
@@ -97,8 +95,7 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
         read = functools.partial(read_params, folder, manifest)
     else:
         path, at_step = _checkpoint(folder, step)
-        record = read_record(path)
-        config = record.config
+        config, record = of_checkpoint(path)
         identity = {"step": at_step, "written": read_metadata(path)["init_timestamp_nsecs"]}
         origin = {"source": str(folder), "format": "training run", "step": at_step}
         trained_with = record.identity and record.identity["vocabulary"]
@@ -116,7 +113,7 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
 
 
 def assemble_model(
-    config: Config,
+    config: RunConfig,
     tokenizer,
     read: Callable[[SimSegConfig, Any], dict],
     step: int,
@@ -125,11 +122,11 @@ def assemble_model(
     dtype=None,
 ) -> TrainedModel:
     """A `TrainedModel`; read(architecture, shape structs with shardings) gives its parameters."""
-    architecture = config_lib.model_config(config, len(tokenizer))
+    architecture = model_config(config, len(tokenizer))
     mesh = make_mesh()
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
     params = read(architecture, with_sharding(shapes, state_sharding(shapes, mesh)))
-    dtype = dtype or config_lib.compute_dtype(config)
+    dtype = dtype or compute_dtype(config)
     return TrainedModel(
         config=config,
         step=step,

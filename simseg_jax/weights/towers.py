@@ -10,13 +10,11 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from simseg_jax.config import default_config
-from simseg_jax.config_checks import validate
 from simseg_jax.models.bert import Bert, BertConfig
-from simseg_jax.models.simseg import params_of, path_string
+from simseg_jax.models.simseg import SimSegConfig, params_of, path_string
 from simseg_jax.models.vit import ViT, ViTConfig
-from simseg_jax.runtime.dotted import assign
 from simseg_jax.runtime.errors import UserError, one_line, reading, some
+from simseg_jax.runtime.settings import typed
 from simseg_jax.weights.choice import Tensors, choose, prefixes, take, usual_names
 from simseg_jax.weights.formats import FORMATS, Format
 from simseg_jax.weights.layouts import Entry, kinds
@@ -95,17 +93,11 @@ def check_settings(sides: Mapping[str, Mapping[str, Any]], **model: Any) -> None
 
     sides: settings by side; model: those of the whole model.
     """
-    config = default_config()
-    config.data.max_length = 3  # The shortest: not a matter of the weights.
     try:
-        for side, settings in sides.items():
-            for key, value in settings.items():
-                if key == "vocab_size" and value == 0:  # In a configuration: not known yet.
-                    raise UserError("vocab_size=0 must be at least 1.")
-                assign(config, f"model.{side}.{key}", value)
-        for key, value in model.items():
-            assign(config, f"model.{key}", value)
-        validate(config)
+        # In a configuration 0 stands for a size that is not known yet.
+        if sides.get("text", {}).get("vocab_size") == 0:
+            raise UserError("vocab_size=0 must be at least 1.")
+        typed(SimSegConfig, {**sides, **model})
     except UserError as error:
         raise UserError(f"The weights describe an impossible model: {one_line(error)}") from error
 

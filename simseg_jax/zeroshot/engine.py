@@ -17,20 +17,21 @@ from PIL import Image
 
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.masks.refine import threads_of
-from simseg_jax.runtime.dotted import leaves
+from simseg_jax.runtime.settings import leaves, plain
 from simseg_jax.runtime.sharding import local_mesh
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
 from simseg_jax.zeroshot.paper import PaperProtocol
 from simseg_jax.zeroshot.prompts import TEMPLATES
+from simseg_jax.zeroshot.settings import SegmentationConfig
 from simseg_jax.zeroshot.standard import StandardProtocol
 
 PROTOCOLS = {"paper": PaperProtocol, "standard": StandardProtocol}
 
 
-def before_encoder(settings) -> tuple:
+def before_encoder(settings: SegmentationConfig) -> tuple:
     """The settings that decide what the encoder sees: variants of an `Engine` share them."""
     variable = PROTOCOLS[settings.protocol].variable
-    return tuple(item for item in leaves(settings) if item[0].split(".")[0] not in variable)
+    return tuple(item for item in leaves(plain(settings)) if item[0].split(".")[0] not in variable)
 
 
 # What a stream holds: something to keep, its image, and (height, width) of the mask wanted; or
@@ -54,7 +55,7 @@ class Engine:
         patch_size: int,
         mesh: Mesh,
         encoder: TextEncoder,
-        variants: Sequence,
+        variants: Sequence[SegmentationConfig],
         names: Sequence[Sequence[str]],
         background: bool = True,
     ):

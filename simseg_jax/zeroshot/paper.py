@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from simseg_jax.data.images import resize
-from simseg_jax.data.testsets.classes import top_k
 from simseg_jax.masks.densecrf_jax import lattice_size
 from simseg_jax.masks.postprocess import (
     adaptive_threshold,
@@ -37,6 +36,7 @@ from simseg_jax.masks.refine import (
 )
 from simseg_jax.models.simseg import SimSeg, bind, l2_normalize
 from simseg_jax.runtime.sharding import to_global_batch
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 CPU_CHUNK = 4
 
@@ -74,7 +74,7 @@ def respond(
     model: SimSeg,
     tokens: jax.Array,
     class_embeddings: jax.Array,
-    settings,
+    settings: SegmentationConfig,
     grid: int,
     background: bool,
 ) -> Response:
@@ -88,7 +88,7 @@ def respond(
     scores = jnp.matmul(embedding, class_embeddings.T, precision=highest)
     if not background:
         scores = scores.at[:, 0].set(-jnp.inf)
-    count = min(top_k(settings), scores.shape[1] - (not background))
+    count = min(settings.class_scores, scores.shape[1] - (not background))
     threshold = adaptive_threshold(scores, count, settings.sigma_weight)
     classes, drawn = candidate_classes(scores, threshold, settings.candidates)
     patches = l2_normalize(tokens[:, 1:])
@@ -121,7 +121,7 @@ class PaperProtocol:
         graphdef: nnx.GraphDef,
         patch_size: int,
         mesh: Mesh,
-        variants: Sequence,
+        variants: Sequence[SegmentationConfig],
         background: bool = True,
     ):
         self.graphdef, self.mesh, self.variants = graphdef, mesh, variants
@@ -131,7 +131,7 @@ class PaperProtocol:
         # whose thresholds only say which of the masks are needed.
         stages: dict[tuple, dict[tuple, list[int]]] = {}
         for v, settings in enumerate(variants):
-            refinement = (settings.refine, *settings.crf.values(), *settings.pamr.values())
+            refinement = (settings.refine, settings.crf, settings.pamr)
             candidates = (settings.m_image, settings.m_text, settings.candidates)
             stages.setdefault(refinement, {}).setdefault(candidates, []).append(v)
         self.stages = [list(blocks.values()) for blocks in stages.values()]

@@ -23,6 +23,7 @@ from simseg_jax.models.simseg import bind, l2_normalize
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.sharding import BATCH, to_global_batch
 from simseg_jax.zeroshot.paper import project
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 # Results are padded to multiples of this, so that few programs serve images of all sizes.
 BUCKET = 64
@@ -54,7 +55,7 @@ class StandardProtocol:
         graphdef: nnx.GraphDef,
         patch_size: int,
         mesh: Mesh,
-        variants: Sequence,
+        variants: Sequence[SegmentationConfig],
         background: bool = True,
     ):
         self.graphdef, self.mesh, self.variants = graphdef, mesh, variants

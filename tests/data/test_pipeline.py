@@ -3,9 +3,8 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_trees_equal, tiny_config
+from support import assert_trees_equal, data_set, tiny_config
 
-from simseg_jax.config import data_set
 from simseg_jax.data import pipeline
 from simseg_jax.data.pairs import BadExample, Problems
 from simseg_jax.data.pipeline import Examples, TrainBatches

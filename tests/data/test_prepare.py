@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from pairs_support import IMAGES, make_pairs, write_csv, write_tar
 from PIL import ExifTags, Image
+from support import data_set
 
-from simseg_jax.config import data_set
 from simseg_jax.data.images import decode_image, read_header
 from simseg_jax.data.pairs import open_source
 from simseg_jax.data.prepare import __main__ as prepare

@@ -4,9 +4,8 @@ import json
 
 import pytest
 from pairs_support import IMAGES, make_pairs, write_array_record, write_coco, write_csv, write_tar
-from support import assert_trees_equal, tiny_config
+from support import assert_trees_equal, data_set, tiny_config
 
-from simseg_jax.config import data_set
 from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.runtime.errors import UserError

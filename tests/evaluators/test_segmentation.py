@@ -4,7 +4,7 @@ import pytest
 from conftest import SHARED
 from support import tiny_config, tiny_eval
 
-from simseg_jax.config import model_config
+from simseg_jax.config import model_config, run_config
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.simseg import init_params, make_model
@@ -18,7 +18,7 @@ VOC = SHARED / "data" / "VOCdevkit" / "VOC2012"
 @pytest.fixture(scope="module")
 def model():
     tokenizer = load_tokenizer("shapes")
-    architecture = model_config(tiny_config(), len(tokenizer))
+    architecture = model_config(run_config(tiny_config()), len(tokenizer))
     params = init_params(architecture, jax.random.key(0))
     return make_model(architecture), params, TextEncoder(tokenizer, 25)
 

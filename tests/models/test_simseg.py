@@ -20,7 +20,7 @@ TINY = SimSegConfig(
 
 
 @pytest.mark.parametrize(
-    ("image", "expected"), [(ViTConfig.s16(), 21_665_664), (ViTConfig.b16(), 85_798_656)]
+    ("image", "expected"), [(ViTConfig(), 21_665_664), (ViTConfig.b16(), 85_798_656)]
 )
 def test_full_size_parameter_counts(image, expected):
     # timm's vit_{small,base}_patch16_224 without head; HF's bert-base-uncased without pooler.

@@ -13,9 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from support import tiny_config, tiny_eval
+from support import classification_eval, retrieval_eval, tiny_config, tiny_eval
 
-from simseg_jax.config import classification_eval, retrieval_eval
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.processes import STOPPED, StopSignal, join_processes, only_run
 from simseg_jax.train import train

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support import tiny_config
 
-from simseg_jax.config import model_config
+from simseg_jax.config import model_config, run_config
 from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.models.simseg import init_params, make_model
@@ -45,14 +45,14 @@ def run(devices: int, fsdp: int):
     config.optim.eps = 1e-3
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     data, vocab_size = batches()
-    architecture = model_config(config, vocab_size)
+    architecture = model_config(run_config(config), vocab_size)
     graphdef = make_model(architecture)
 
     def init():
         return initial_state(init_params(architecture, jax.random.key(0)), optimizer)
 
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
-    optimizer, _ = make_optimizer(config, STEPS, shapes)
+    optimizer, _ = make_optimizer(run_config(config).optim, STEPS, shapes)
     shardings = state_sharding(jax.eval_shape(init), mesh)
     update = jit_update(make_update(graphdef, optimizer, seed=0), shardings, mesh)
     with jax.set_mesh(mesh):

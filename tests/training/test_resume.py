@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from support import tiny_config, tiny_eval
+from ml_collections import ConfigDict
+from support import data_set, tiny_config, tiny_eval
 
-from simseg_jax.config import data_set, from_dict
-from simseg_jax.runtime.dotted import assign, get
+from simseg_jax.config import run_config
 from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.settings import assign, get, plain
 from simseg_jax.training.checkpoint import Record
 from simseg_jax.training.resume import changes
 
@@ -48,14 +49,14 @@ MODEL = {"model.embed_dim": 8, "model.pool": "mean", "model.text.dropout": 0.0}
 
 
 def compare(config, identity=None, own=True, saved_identity=IDENTITY):
-    saved = Record(tiny_config(), 0, saved_identity)
-    return changes(saved, config, identity or IDENTITY, "The checkpoint X", own)
+    saved = Record(tiny_config().to_dict(), 0, saved_identity)
+    return changes(saved, config.to_dict(), identity or IDENTITY, "The checkpoint X", own)
 
 
 def changed(key, value):
-    config = tiny_config()
-    assign(config, key, value)
-    return config
+    values = tiny_config().to_dict()
+    assign(values, key, value)
+    return ConfigDict(values)
 
 
 def test_nothing_changed():
@@ -64,7 +65,7 @@ def test_nothing_changed():
 
 @pytest.mark.parametrize("key", ALLOWED)
 def test_what_may_change_is_said(key):
-    old = get(tiny_config(), key)
+    old = get(tiny_config().to_dict(), key)
     note = ["the learning rate follows the new length"] if key in ("steps", "epochs") else []
     assert compare(changed(key, ALLOWED[key])) == [f"{key} {old!r} -> {ALLOWED[key]!r}", *note]
 
@@ -73,7 +74,7 @@ def test_what_may_change_is_said(key):
 def test_what_must_not_change_is_refused(key):
     """Another run that starts from the checkpoint may change it."""
     config = changed(key, REFUSED[key])
-    old = get(tiny_config(), key)
+    old = get(tiny_config().to_dict(), key)
     with pytest.raises(UserError) as refused:
         compare(config)
     message = str(refused.value)
@@ -145,6 +146,7 @@ def test_checkpoints_without_an_identity():
 def test_keys_added_since_have_their_defaults():
     saved = tiny_config().to_dict()
     del saved["loss_chunk"], saved["data"]["max_pixels"], saved["data"]["train"]["shapes"]["weight"]
-    record = Record(from_dict(saved), 0, IDENTITY)
-    assert changes(record, tiny_config(), IDENTITY, "X", True) == []
-    assert np.size(changes(record, changed("loss_chunk", 2), IDENTITY, "X", True)) == 1
+    record = Record(plain(run_config(saved)), 0, IDENTITY)
+    assert changes(record, tiny_config().to_dict(), IDENTITY, "X", True) == []
+    changed_values = changed("loss_chunk", 2).to_dict()
+    assert np.size(changes(record, changed_values, IDENTITY, "X", True)) == 1

@@ -121,7 +121,7 @@ def full_size_names(image: ViTConfig, text: BertConfig) -> dict[str, tuple[int, 
 
 @pytest.mark.parametrize(
     "image",
-    [ViTConfig.s16(), pytest.param(ViTConfig.b16(), marks=pytest.mark.slow)],
+    [ViTConfig(), pytest.param(ViTConfig.b16(), marks=pytest.mark.slow)],
     ids=["ViT-S", "ViT-B"],
 )
 def test_full_size_checkpoints_use_every_name_once(image):

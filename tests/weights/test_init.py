@@ -13,10 +13,10 @@ from conftest import GOLDENS
 from safetensors.numpy import load_file, save_file
 from support import assert_close, assert_trees_equal, tiny_config
 
-from simseg_jax.config import load_config
+from simseg_jax.config import load_config, run_config
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.models.simseg import SimSegConfig, bind, init_params, make_model
-from simseg_jax.models.vit import ViTConfig, resize_position_embedding
+from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.train import train
 from simseg_jax.weights.init import adopt
@@ -106,13 +106,13 @@ def test_a_key_chooses_what_a_run_starts_from(sources, tmp_path):
     plain = read_tower(read_weights(sources / "vit"), "image").params
     cases = (("", 2, "model_ema"), ("#model_ema", 2, "model_ema"), ("#model", 1, "model"))
     for key, factor, taken in cases:
-        config = starting_config(image=f"{tmp_path}/both.pth{key}")
-        found = adopt(config, tokenizer)
+        config = run_config(starting_config(image=f"{tmp_path}/both.pth{key}"))
+        _, found = adopt(config, tokenizer)
         scale = found.params["image_encoder"]["norm"]["scale"]
         np.testing.assert_array_equal(scale, factor * plain["norm"]["scale"])
         assert f" Taken: 30 tensors under {taken}; ignored: " in found.notes[0]
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
-    config = starting_config(image=f"{tmp_path}/run#model")
+    config = run_config(starting_config(image=f"{tmp_path}/run#model"))
     with pytest.raises(UserError, match="it has no #model, leave that out"):
         adopt(config, tokenizer)
 
@@ -177,16 +177,14 @@ def test_minilm_agrees_with_transformers(minilm):
     config = tiny_config()
     config.init.text = config.data.vocab = minilm
     tokenizer = load_tokenizer(minilm)
-    pretrained = adopt(config, tokenizer)
+    config, pretrained = adopt(run_config(config), tokenizer)
     text = config.model.text
     assert (text.depth, text.width, text.heads, text.vocab_size) == (6, 384, 12, 30522)
     ids, mask = TextEncoder(tokenizer, 25).batch([str(s) for s in golden["sentences"]])
     np.testing.assert_array_equal(ids, golden["ids"])
     np.testing.assert_array_equal(mask, golden["mask"])
     tower = read_tower(read_weights(Path(minilm)), "text")
-    architecture = SimSegConfig(
-        image=ViTConfig(**config.model.image), text=tower.config, embed_dim=8
-    )
+    architecture = SimSegConfig(image=config.model.image, text=tower.config, embed_dim=8)
     params = init_params(architecture, jax.random.key(0))
     params["text_encoder"] = pretrained.params["text_encoder"]
     hidden = bind(make_model(architecture), params).text_encoder(jnp.asarray(ids), mask)

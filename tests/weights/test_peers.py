@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("name", "image"),
-    [("vit_small_patch16_224", ViTConfig.s16()), ("vit_base_patch16_224", ViTConfig.b16())],
+    [("vit_small_patch16_224", ViTConfig()), ("vit_base_patch16_224", ViTConfig.b16())],
 )
 def test_the_authors_encoders_at_full_size(name, image):
     torch = pytest.importorskip("torch", reason="the peer: pip install torch torchvision timm")

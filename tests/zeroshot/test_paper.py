@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close
+from support import assert_close, segmentation_eval
 
-from simseg_jax.config import segmentation_eval
 from simseg_jax.masks.postprocess import resize_nearest
 from simseg_jax.masks.refine import denormalized_uint8, image_for_crf
 from simseg_jax.runtime.errors import UserError

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close
+from support import assert_close, segmentation_eval
 
-from simseg_jax.config import segmentation_eval
 from simseg_jax.masks.pamr import pamr
 from simseg_jax.models.simseg import bind
+from simseg_jax.runtime.settings import plain
 from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.zeroshot.standard import StandardProtocol, bilinear
 
@@ -35,7 +35,8 @@ PAMR = {"refine": "pamr", "pamr": {"iterations": 3, "dilations": (3,)}}
 
 def settings_of(**settings):
     return segmentation_eval(
-        **{"protocol": "standard", "resolution": 64, "window": 64, "stride": 32, **settings}
+        **{"protocol": "standard", "refine": "none", "resolution": 64, "window": 64, "stride": 32}
+        | settings
     )
 
 
@@ -111,7 +112,7 @@ def class_values(encode, classes, image, shape, settings) -> np.ndarray:
             cosines = (classes @ patches.T).reshape(-1, crop_h // PATCH, crop_w // PATCH)
             maps = interpolate(cosines, crop_h, crop_w)
             if settings.refine == "pamr":
-                maps = np.asarray(pamr(window[None], maps[None], **settings.pamr)[0])
+                maps = np.asarray(pamr(window[None], maps[None], **plain(settings.pamr))[0])
             canvas[:, top:bottom, left:right] += maps
             count[top:bottom, left:right] += 1
     assert count.min() > 0

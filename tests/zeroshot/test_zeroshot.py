@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from support import assert_close, tiny_config, tiny_eval
 
-from simseg_jax.config import model_config
+from simseg_jax.config import model_config, run_config
 from simseg_jax.data.shapes import scene
 from simseg_jax.data.testsets.classes import class_names, prompt_names
 from simseg_jax.data.text import TextEncoder, load_tokenizer
@@ -28,7 +28,7 @@ def test_templates_and_classes():
 @pytest.fixture(scope="module")
 def model():
     tokenizer = load_tokenizer("shapes")
-    architecture = model_config(tiny_config(), len(tokenizer))
+    architecture = model_config(run_config(tiny_config()), len(tokenizer))
     params = init_params(architecture, jax.random.key(0))
     return make_model(architecture), params, TextEncoder(tokenizer, 12)
 

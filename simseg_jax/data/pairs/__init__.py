@@ -24,6 +24,6 @@
 """
 
 from simseg_jax.data.pairs.example import BadExample, Problems
-from simseg_jax.data.pairs.opening import content, open_source
+from simseg_jax.data.pairs.opening import DataSetConfig, PairsConfig, content, open_source
 
-__all__ = ["BadExample", "Problems", "content", "open_source"]
+__all__ = ["BadExample", "DataSetConfig", "PairsConfig", "Problems", "content", "open_source"]

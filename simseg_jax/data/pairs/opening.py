@@ -1,5 +1,6 @@
 """One entry point for all formats of training pairs."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from simseg_jax.data.pairs.tars import TarSource
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.files import digest, stamp
+from simseg_jax.runtime.ranges import SCENES, TEXT, number, one_of
+from simseg_jax.runtime.settings import setting
 
 # File names that tell a format. A folder has the first format that any of its files has:
 # img2dataset leaves Parquet and JSON with statistics beside its tars.
@@ -22,12 +25,44 @@ SHARDED = {"webdataset": TarSource, "array_record": RecordSource, "parquet": Par
 TABLES = {"csv": r"\.(csv|tsv|txt|token)$", "coco": r"\.jsonl?$"}
 
 
-def open_source(settings, cache: str = ""):
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """Where image-caption pairs are and how to read them."""
+
+    path: str = setting(
+        "", "file, folder, pattern ({000..331}, *) or URL (gs://, s3://, hf://) of the data", TEXT
+    )
+    format: str = setting(
+        "auto",
+        "of the data; auto: told by the files",
+        one_of("auto", "csv", "coco", "tfds", "array_record", "webdataset", "parquet", "shapes"),
+    )
+    split: str = setting(
+        "",
+        "tfds, Karpathy's JSON: name of the split; csv, coco: file listing the images; '': all",
+        TEXT,
+    )
+    images: str = setting("", "csv, coco: folder of the images, relative to the table's", TEXT)
+    image_key: str = setting("", "column or feature with the image; '': the usual names", TEXT)
+    caption_key: str = setting(
+        "", "column or feature with the caption or captions; '': the usual names", TEXT
+    )
+    size: int = setting(8192, "shapes: number of generated scenes", SCENES)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSetConfig(PairsConfig):
+    """A data set to train on."""
+
+    weight: float = setting(
+        1.0, "times an epoch shows this data set; 0.5 shows half of it", number(1e-6, 1000)
+    )
+
+
+def open_source(settings: PairsConfig, cache: str = ""):
     """The source of the training pairs that `settings` describes.
 
-    settings: with the attributes path, format, split, images, image_key, caption_key and size, as
-    in `data.train` of the configuration. cache: folder for indexes and copies, '' for
-    ~/.cache/simseg_jax.
+    cache: folder for indexes and copies, '' for ~/.cache/simseg_jax.
     """
     path, form = settings.path, settings.format
     folder = Path(cache or "~/.cache/simseg_jax").expanduser()
@@ -55,7 +90,7 @@ def open_source(settings, cache: str = ""):
         raise UserError(f"Cannot open the training data {path}: {error}.") from error
 
 
-def content(settings, source) -> str:
+def content(settings: PairsConfig, source) -> str:
     """A digest of the files of an open source; it changes when any of them does.
 
     It covers names, sizes and times of change. Images of a table count only if they are local.

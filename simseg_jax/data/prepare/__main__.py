@@ -1,6 +1,7 @@
 """`python -m simseg_jax.data.prepare`: image-caption pairs of any format -> TFDS data set."""
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import re
@@ -8,18 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simseg_jax.config import data_set
-from simseg_jax.config_checks import validate_data_set
-from simseg_jax.config_keys import DATA_SET_KEYS, KEYS, SEED
-from simseg_jax.data.pairs import content
+from simseg_jax.data.pairs import PairsConfig, content
+from simseg_jax.data.pipeline import DataConfig
 from simseg_jax.data.prepare.assemble import VERSION, check_same, make_data_set, read_back
 from simseg_jax.data.prepare.shards import Job, open_once
 from simseg_jax.data.prepare.vocabulary import train_vocabulary
-from simseg_jax.runtime.command_line import accepted, make_parser
+from simseg_jax.runtime.command_line import accepted, add_setting, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import appearing
 from simseg_jax.runtime.processes import keeping
-from simseg_jax.runtime.ranges import SHARE, whole
+from simseg_jax.runtime.ranges import SEED, SHARE, whole
+from simseg_jax.runtime.settings import field_of, typed
 
 SHARD_LENGTH = 10_000
 EPILOG = """examples:
@@ -52,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check(args)
     output = Path(args.output).expanduser()
     settings = {key: getattr(args, key) for key in _source_keys()} | {"path": args.path}
-    validate_data_set(data_set(**settings))
+    described = typed(PairsConfig, settings)
     open_once.cache_clear()
     source = open_once(**settings)
-    job = _job(args, settings, content(data_set(**settings), source), len(source))
+    job = _job(args, settings, content(described, source), len(source))
     final = output / VERSION
     if final.exists():
         check_same(final, job)
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _source_keys() -> list[str]:
-    return [key for key in DATA_SET_KEYS if key not in ("path", "weight")]
+    return [field.name for field in dataclasses.fields(PairsConfig) if field.name != "path"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,16 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         "Turns image-caption pairs of any format into a TFDS data set of ArrayRecord shards.",
         EPILOG,
     )
-    parser.add_argument("path", nargs="?", default="", help=DATA_SET_KEYS["path"][1])
+    parser.add_argument(
+        "path", nargs="?", default="", help=field_of(PairsConfig, "path").metadata["meaning"]
+    )
     parser.add_argument("--output", required=True, help="folder to write, DIR in what follows")
     for key in _source_keys():
-        default, meaning, accepts = DATA_SET_KEYS[key]
-        parser.add_argument(
-            f"--{key}",
-            type=accepted(accepts, type(default)),
-            default=default,
-            help=meaning.replace("%", "%%"),
-        )
+        add_setting(parser, PairsConfig, key, default=getattr(PairsConfig, key))
     add = parser.add_argument
     add(
         "--short_side",
@@ -107,12 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         default=90,
         help="of these JPEGs, 1 to 100 (%(default)s)",
     )
-    add(
-        "--max_pixels",
-        type=accepted(KEYS["data"]["max_pixels"].accepts),
-        default=KEYS["data"]["max_pixels"][0],
-        help="larger images count as damaged (%(default)s)",
-    )
+    text = "larger images count as damaged (%(default)s)"
+    add_setting(parser, DataConfig, "max_pixels", text, DataConfig.max_pixels)
     add(
         "--max_bad",
         type=accepted(SHARE, float),

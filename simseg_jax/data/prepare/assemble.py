@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from simseg_jax.config import data_set
 from simseg_jax.data.images import decode_image
-from simseg_jax.data.pairs import Problems, open_source
+from simseg_jax.data.pairs import PairsConfig, Problems, open_source
 from simseg_jax.data.prepare import card
 from simseg_jax.data.prepare.shards import (
     DROPPED,
@@ -103,7 +102,7 @@ def check_same(folder: Path, job: Job) -> None:
 
 def read_back(folder: Path, job: Job):
     """The written examples, as a source of training pairs."""
-    settings = data_set(path=str(folder), format="tfds", split=job.split_name)
+    settings = PairsConfig(path=str(folder), format="tfds", split=job.split_name)
     return open_source(settings)
 
 

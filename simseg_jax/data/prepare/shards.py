@@ -20,9 +20,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from simseg_jax.config import data_set
 from simseg_jax.data.images import decode_image, open_image
-from simseg_jax.data.pairs import BadExample, open_source, tf_example
+from simseg_jax.data.pairs import BadExample, PairsConfig, open_source, tf_example
 from simseg_jax.runtime.errors import NAMED, UserError, one_line
 from simseg_jax.runtime.files import appearing
 
@@ -265,7 +264,7 @@ def _hash(pair: dict[str, Any]) -> int:
 @functools.lru_cache(maxsize=1)
 def open_once(**settings):
     """The source of a job, once per process; its index lies in the cache folder of the machine."""
-    return open_source(data_set(**settings))
+    return open_source(PairsConfig(**settings))
 
 
 def _order(job: Job, folder: Path) -> np.ndarray:

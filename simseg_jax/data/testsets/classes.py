@@ -27,7 +27,7 @@ class Labels(NamedTuple):
 
 # By the data key. The authors take 10 scores on VOC and COCO-Object, where few objects stand before
 # a background, and 30 on Context, where every pixel has a class; the others go by what they show.
-BENCHMARKS = {
+TEST_SETS = {
     "shapes": Labels("shapes", True, 10),
     "voc": Labels("voc", True, 10),
     "voc20": Labels("voc", False, 10),
@@ -40,11 +40,6 @@ BENCHMARKS = {
 }
 
 
-def top_k(settings) -> int:
-    """Class scores that set the threshold, of an entry of `config.evals.seg`: 0 is the data's."""
-    return settings.top_k or BENCHMARKS[settings.data].top_k
-
-
 def label_set(name: str) -> tuple[str, ...]:
     """Names of the classes of a label set, such as coco, in label order without background."""
     return tuple(first for first, _ in _read(name))
@@ -52,7 +47,7 @@ def label_set(name: str) -> tuple[str, ...]:
 
 def class_names(data: str) -> tuple[str, ...]:
     """Names of the labels 0..C-1 of a benchmark; "background" first where it is one of them."""
-    labels = BENCHMARKS[data]
+    labels = TEST_SETS[data]
     return ("background",) * labels.background + label_set(labels.label_set)
 
 
@@ -63,7 +58,7 @@ def prompt_names(data: str, names: str = "original") -> tuple[tuple[str, ...], .
     some) or the path of a text file of your own with one line per class, read like synonyms.
     Raises a `UserError` if that file is missing or has another number of classes.
     """
-    name, background, _ = BENCHMARKS[data]
+    name, background, _ = TEST_SETS[data]
     if names == "original":
         classes = [(first,) for first in label_set(name)]
     elif names == "synonyms":

@@ -20,7 +20,7 @@ from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.pairs.example import IMAGE_KEYS, choose_key
 from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
 from simseg_jax.data.testsets.classes import read_label_file
-from simseg_jax.runtime.errors import UserError, one_line, reading
+from simseg_jax.runtime.errors import UserError, one_line, reading, some
 from simseg_jax.runtime.files import digest, stamp
 from simseg_jax.runtime.remote import is_hidden
 
@@ -61,7 +61,7 @@ def class_prompts(classes: tuple[str, ...], names: str) -> list[tuple[str, ...]]
             return [(name.replace("_", " "),) for name in classes]
     missing = [name for name in classes if name not in known]
     if missing:
-        raise UserError(f"{names} has no line for {len(missing)} classes, such as {missing[0]!r}.")
+        raise UserError(f"{names} has no line for the classes {some(map(repr, missing))}.")
     return [known[name] for name in classes]
 
 

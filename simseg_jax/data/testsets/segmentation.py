@@ -1,23 +1,22 @@
 """Segmentation benchmarks: images with a label per pixel.
 
-A source has `__len__`, `names` of its images, no two alike, `class_names`, `background` and, per
-index, {"name": str, "image": encoded bytes or uint8 array, "mask": uint8 [H, W] of the upright
-image}; stamp(index) is another one when image or mask have changed. Labels are 0..C-1, and 255 is
-"ignore". If `background` is true, label 0 is the class "background"; if not, every label is a real
-class and pixels without one are 255.
+A source has `__len__`, `names` of its images, no two alike, `class_names`, `background`, `turned`
+(files of images read so far whose masks were turned along on trust) and, per index, {"name": str,
+"image": encoded bytes or uint8 array, "mask": uint8 [H, W] of the upright image}; stamp(index) is
+another one when image or mask have changed. Labels are 0..C-1, and 255 is "ignore". If `background`
+is true, label 0 is the class "background"; if not, every label is a real class and pixels without
+one are 255.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from simseg_jax.data import shapes
 from simseg_jax.data.images import read_header, turned
 from simseg_jax.data.testsets import folders as layouts
-from simseg_jax.data.testsets.classes import BENCHMARKS, class_names
+from simseg_jax.data.testsets.classes import TEST_SETS, class_names
 from simseg_jax.data.testsets.pascal_context import context
 from simseg_jax.runtime.errors import UserError, require_file
 from simseg_jax.runtime.files import stamp
@@ -50,6 +49,7 @@ class ShapesSegmentation:
 
     class_names = class_names("shapes")
     background = True
+    turned: frozenset[str] = frozenset()
 
     def __init__(self, size: int, split: str):
         self.split = shapes.check_split(split)
@@ -81,10 +81,10 @@ class SegmentationFolder:
 
     def __init__(self, data: str, root: str, split: str):
         self.class_names = class_names(data)
-        self.background = BENCHMARKS[data].background
+        self.background = TEST_SETS[data].background
         self.layout = LAYOUTS[data](Path(root).expanduser(), split)
         self.names = self.layout.names
-        self.said = False  # That masks are turned.
+        self.turned: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -98,15 +98,9 @@ class SegmentationFolder:
     def __getitem__(self, index: int) -> dict:
         path = self._image(index)
         image = path.read_bytes()
-        mask, along = upright_mask(self.layout.masks.labels(self.names[index]), image, path)
-        if along and not self.said:
-            self.said = True
-            tqdm.write(
-                f"The mask of {path.name} has the size in which the image is stored and is turned "
-                "upright with it, as are others of that kind. If such masks are upright already, "
-                "remove the orientation (EXIF) from these images.",
-                file=sys.stderr,
-            )
+        mask, trusted = upright_mask(self.layout.masks.labels(self.names[index]), image, path)
+        if trusted:
+            self.turned.add(path.name)
         if not self.background:
             mask = WITHOUT_BACKGROUND[mask]
         return {"name": Path(self.names[index]).name, "image": image, "mask": mask}
@@ -117,17 +111,19 @@ class SegmentationFolder:
 
 
 def upright_mask(mask: np.ndarray, image: bytes, path: Path) -> tuple[np.ndarray, bool]:
-    """(the mask uint8 [H, W] of the encoded `image` of file `path`, whether it had to be turned).
+    """(upright mask uint8 [H, W] of the encoded `image` of file `path`, whether on trust).
 
-    Upright as `decode_image`'s. A mask of the size in which the image is stored is turned with it;
-    one of the upright size is upright already. A `UserError` refuses any other.
+    A mask of the size in which the image is stored is turned with it; one of the upright size is
+    upright already. Where both sizes are the same it is turned, on trust that it belongs to the
+    stored pixels. A `UserError` refuses any other size.
     """
     try:
         width, height, stored = read_header(image)
     except Exception as error:  # PIL raises whatever a damaged file leads it to.
         raise UserError(f"{path} is damaged or not an image: unpack it again.") from error
     if mask.shape == (height, width):
-        return np.asarray(turned(Image.fromarray(mask), stored)), stored > 1
+        same = stored < 5 or width == height
+        return np.asarray(turned(Image.fromarray(mask), stored)), stored > 1 and same
     if stored >= 5 and mask.shape == (width, height):
         return mask, False
     raise UserError(

@@ -1,33 +1,41 @@
 """Images and words -> masks, in Python: the `Segmenter` class and the checks of its words."""
 
+import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from simseg_jax.config import Config, first_segmentation, segmentation_eval
-from simseg_jax.config_checks import validate_segmentation
-from simseg_jax.config_keys import KEYS
+from simseg_jax.config import first_segmentation
 from simseg_jax.data.images import decode_image, open_image
+from simseg_jax.data.pipeline import DataConfig
 from simseg_jax.data.testsets.classes import prompt_names
 from simseg_jax.masks.postprocess import label_type
 from simseg_jax.reports.visualize import labels_in
+from simseg_jax.runtime.command_line import add_setting
 from simseg_jax.runtime.errors import UserError, one_line, some
-from simseg_jax.runtime.ranges import Key
+from simseg_jax.runtime.settings import changed, typed
 from simseg_jax.weights.load import TrainedModel
 from simseg_jax.zeroshot.classifier import unknown_words
 from simseg_jax.zeroshot.engine import Engine
 from simseg_jax.zeroshot.paper import Response
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
-MAX_PIXELS: Key = KEYS["data"]["max_pixels"]
 Picture = Image.Image | np.ndarray | bytes | str | Path
+PROTOCOL_OPTIONS = {
+    "refine": "mask refinement",
+    "resolution": "side in pixels the model sees",
+    "sigma_weight": "higher: fewer words are drawn",
+}
 # What other programs put between words or around them: refused on the command line.
 ODD = set(';\n\t"“”，、；')  # noqa: RUF001
 
@@ -62,14 +70,13 @@ class Segmenter:
         model: TrainedModel,
         words: Sequence[str],
         contrast: Sequence[str] | None = None,
-        max_pixels: int = MAX_PIXELS.default,
+        max_pixels: int = DataConfig.max_pixels,
         **settings,
     ):
-        MAX_PIXELS.check("max_pixels", max_pixels)
-        self.model, self.max_pixels = model, max_pixels
-        base = first_segmentation(model.config).to_dict()
-        self.settings = segmentation_eval(**{**base, **settings})
-        validate_segmentation(self.settings, model.config.model.image.patch_size)
+        self.model = model
+        self.max_pixels = typed(DataConfig, {"max_pixels": max_pixels}).max_pixels
+        self.settings = changed(first_segmentation(model.config), settings)
+        self.settings.check_patches(model.architecture.image.patch_size)
         self.words = check_words(words)
         unknown = unknown_words(model.encoder, self.words)
         if unknown:
@@ -89,6 +96,12 @@ class Segmenter:
         self.engine = Engine(*model.parts, [self.settings], names)
         self.class_embeddings = self.engine.embed(model.params)
 
+    @property
+    def classes(self) -> tuple[list[str], np.ndarray]:
+        """(names, the background's first, their unit-length embeddings float32 [C, D])."""
+        names = ["background", *self.words, *self.contrast]
+        return names, np.asarray(self.class_embeddings[self.settings.m_text])
+
     def segment(self, images: Iterable[Picture]) -> Iterator[Segmentation]:
         """Yields one answer per image, in order; images are read as they are needed.
 
@@ -96,8 +109,8 @@ class Segmenter:
         `data.images.from_array` takes them, all of them seen as viewers show them. A `UserError`
         names one that cannot be read.
         """
-        one = isinstance(images, str | bytes | Path | Image.Image) or getattr(images, "ndim", 4) < 4
-        if one or not isinstance(images, Iterable):
+        one = isinstance(images, str | bytes | bytearray | io.IOBase | Path | Image.Image)
+        if one or getattr(images, "ndim", 4) < 4 or not isinstance(images, Iterable):
             raise UserError("Give segment() a list of images, for one image segment([image]).")
         return (answer for _, answer in self.answers(images))
 
@@ -167,14 +180,26 @@ def _pixels(picture: Picture) -> int:
     return math.prod(getattr(picture, "shape", ())[:2])
 
 
-def words_of(settings: Config) -> list[str]:
+def add_protocol_options(parser) -> None:
+    """What to change of the protocol of the checkpoint's test set; parser: or a group of one."""
+    for name, text in PROTOCOL_OPTIONS.items():
+        add_setting(parser, SegmentationConfig, name, text)
+
+
+def protocol_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    names = (field.name for field in dataclasses.fields(SegmentationConfig))
+    return {name: v for name in names if (v := getattr(args, name, None)) is not None}
+
+
+def words_of(settings: SegmentationConfig) -> list[str]:
     """The classes of a benchmark, an entry of evals.seg, without the background."""
     classes = prompt_names(settings.data, settings.names)
     return [name for name, *_ in classes if name != "background"]
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a command line: commas between them, spaces and empty ones dropped.
+    """The words of a command line: commas between them, spaces dropped; none of an empty text.
 
     A `UserError` refuses bytes that are no text, and what looks like another separator or quoting:
     whether it belongs to a word or stands between two is not known.
@@ -191,7 +216,7 @@ def split_words(text: str) -> list[str]:
             f"{odd!r} in {one_line(text, 60)!r} may belong to a word or stand between two: write "
             "commas between the words, without quotes."
         )
-    return [word.strip() for word in text.split(",") if word.strip()]
+    return [word.strip() for word in text.split(",")] if text.strip() else []
 
 
 def check_words(words: Sequence[str], what: str = "words") -> tuple[str, ...]:
@@ -209,7 +234,7 @@ def check_words(words: Sequence[str], what: str = "words") -> tuple[str, ...]:
     words = tuple(words) if isinstance(words, Iterable) else (words,)
     for word in words:
         if not isinstance(word, str) or not word.strip() or (not word.isascii() and _broken(word)):
-            raise UserError(f"{what} are texts that are not empty, not {word!r}.")
+            raise UserError(f"{what} are texts that are not empty, not {word!r}: leave it out.")
     words = tuple(" ".join(word.split()) for word in words)
     if not words and what == "words":
         raise UserError('Give at least one word to look for, for example --words="dog, grass".')
