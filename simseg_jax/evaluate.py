@@ -92,7 +92,7 @@ def main() -> None:
         # All of them first, so that a missing file is found now.
         for prefix, settings in benchmarks.items():
             with failed.set_aside(prefix):
-                evaluators |= make_evaluators({prefix: settings}, *model.parts, config.data.cache)
+                evaluators |= make_evaluators(model, {prefix: settings}, config.data.cache)
         for prefix, evaluator in evaluators.items():
             kind, name = prefix.split("/")
             with failed.set_aside(prefix):
@@ -233,8 +233,8 @@ def collect(
     Those that `folder` holds for the same files are not evaluated again; new ones are added as they
     come.
     """
-    variants = [plain(settings) for settings in evaluator.variants]
-    material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in variants]
+    several = [plain(settings) for settings in evaluator.several]
+    material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in several]
     identity = {"checkpoint": model.identity, "settings": dict(enumerate(material))}
     store = RecordStore(folder, identity, evaluator.inputs)
     kept = store.read()

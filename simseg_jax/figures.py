@@ -137,7 +137,7 @@ def responses_of(
         return patches @ own, texts @ patches.T, texts @ own
 
     self_map, maps, scores = map(np.asarray, respond(model.params, pixels, ids, mask))
-    grid = settings.resolution // model.architecture.image.patch_size
+    grid = settings.resolution // model.patch_size
     return Responses(pixels, self_map.reshape(grid, grid), maps.reshape(-1, grid, grid), scores)
 
 
@@ -148,7 +148,7 @@ def draw_responses(args: argparse.Namespace):
     model = load_model(args.checkpoint, args.step)
     settings = first_segmentation(model.config)
     settings = dataclasses.replace(settings, resolution=args.resolution or settings.resolution)
-    settings.check_patches(model.architecture.image.patch_size)
+    settings.check_patches(model.patch_size)
     answer = responses_of(model, image, args.caption, settings)
     figure, axes = _panels(1, 2 + len(args.caption), extra=0.6)
     axes[0, 0].imshow(answer.image)
@@ -173,7 +173,7 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     if settings.protocol != "paper":
         raise UserError("A gallery with and without dense CRF needs protocol=paper.")
     variants = [dataclasses.replace(settings, refine=refine) for refine in ("none", "crf")]
-    evaluator = SegmentationEvaluator(*model.parts, *variants)
+    evaluator = SegmentationEvaluator(model, *variants)
     count = min(args.count, evaluator.count)
     indices = np.linspace(0, evaluator.count - 1, count).round().astype(int).tolist()
     titles = ("image", "ground truth", "without CRF", "with CRF")
@@ -203,7 +203,7 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
     settings = _first(config, args.benchmark, "retrieval")
-    evaluator = RetrievalEvaluator(*model.parts, settings, config.data.cache)
+    evaluator = RetrievalEvaluator(model, settings, config.data.cache)
     ranked = evaluator.rank(model.params, tqdm)
     count = min(args.count, len(ranked.texts))
     figure, axes = _panels(count, 5, extra=0.3 * count)

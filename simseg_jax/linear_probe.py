@@ -107,8 +107,8 @@ def features_of(
     # Together, as embedding is: a process may have lost its file.
     if all(found == b"kept" for found in gather_bytes(b"kept" if kept else b"")):
         return kept
-    settings.check_patches(model.architecture.image.patch_size)
-    embed = ImageEmbedder(model.graphdef, model.mesh, settings, settings.images, settings.feature)
+    settings.check_patches(model.patch_size)
+    embed = ImageEmbedder(model, settings, settings.images, settings.feature)
     indices = range(len(source))
     features, found = embed(model.params, indices, loader(source), image_bar(split))
     labels = np.array(found)

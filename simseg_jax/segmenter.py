@@ -76,7 +76,7 @@ class Segmenter:
         self.model = model
         self.max_pixels = typed(DataConfig, {"max_pixels": max_pixels}).max_pixels
         self.settings = changed(first_segmentation(model.config), settings)
-        self.settings.check_patches(model.architecture.image.patch_size)
+        self.settings.check_patches(model.patch_size)
         self.words = check_words(words)
         unknown = unknown_words(model.encoder, self.words)
         if unknown:
@@ -93,7 +93,7 @@ class Segmenter:
         names = [(name,) for name in ("background", *self.words, *self.contrast)]
         if len(names) > 1 << 16:
             raise UserError(f"At most 65,535 words and contrast words, not {len(names) - 1:,}.")
-        self.engine = Engine(*model.parts, [self.settings], names)
+        self.engine = Engine(model, [self.settings], names)
         self.class_embeddings = self.engine.embed(model.params)
 
     @property

@@ -135,17 +135,17 @@ def sweep(
     # Settings that agree in everything up to the encoder share a pass over the images.
     passes: dict[tuple, list[tuple]] = {}
     for combination in itertools.product(*table.values.values()):
-        variant = changed(settings, dict(zip(table.values, combination, strict=True)))
-        variant.check_patches(model.architecture.image.patch_size)
-        passes.setdefault(before_encoder(variant), []).append((combination, variant))
+        setting = changed(settings, dict(zip(table.values, combination, strict=True)))
+        setting.check_patches(model.patch_size)
+        passes.setdefault(before_encoder(setting), []).append((combination, setting))
     make_writable(folder)
     rows = []
     for number, group in enumerate(passes.values(), 1):
-        evaluator = SegmentationEvaluator(*model.parts, *[variant for _, variant in group])
+        evaluator = SegmentationEvaluator(model, *[settings for _, settings in group])
         name = f"pass {number} of {len(passes)}"
         records, _ = collect(model, evaluator, name, folder / f"pass-{number}")
-        for variant, (combination, _) in enumerate(group):
-            scores = dict(evaluator.scores(evaluator.confusion(records, variant)))
+        for number, (combination, _) in enumerate(group):
+            scores = dict(evaluator.scores(evaluator.confusion(records, number)))
             row = dict(zip(table.values, combination, strict=True))
             row["miou"] = scores["miou"]
             row |= paper_columns(table, combination)

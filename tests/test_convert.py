@@ -60,7 +60,7 @@ def class_embeddings(orbax, golden):
     ids, mask = (golden[f"seg_class_{name}"] for name in ("ids", "mask"))
     classes = np.repeat(np.arange(len(ids)), ids.shape[1])
     prompts = Prompts(ids.reshape(-1, 25).astype(np.int32), mask.reshape(-1, 25), classes)
-    return class_embedder(model.graphdef)(model.params, prompts, 1)
+    return class_embedder(model)(model.params, prompts, 1)
 
 
 def test_predictions_of_the_converted_checkpoint_are_the_references(
@@ -71,7 +71,7 @@ def test_predictions_of_the_converted_checkpoint_are_the_references(
     assert_close(class_embeddings, golden["seg_class_embedding"])
     # The folder alone decides the protocol.
     (settings,) = model.config.evals.seg.values()
-    protocol = PaperProtocol(model.graphdef, 16, model.mesh, [settings])
+    protocol = PaperProtocol(model, [settings])
     images = np.stack([golden[f"seg/{photo}/input_uint8"] for photo in PHOTOS] * 4)
     with jax.set_mesh(model.mesh):
         started = protocol.start(model.params, {1: class_embeddings}, {"image": images})

@@ -1,7 +1,4 @@
-"""From class scores and similarity maps to index masks (method of the paper, section 3.3).
-
-The jax functions are batched and traceable; they run inside one jitted program per batch.
-"""
+"""Masks at the size of patches, of the model's input and of the image: upsampling, closing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,30 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def adaptive_threshold(scores: jax.Array, top_k: int, sigma_weight: float) -> jax.Array:
-    """Mean plus sigma_weight standard deviations (unbiased) of the top-k scores: [B, C] -> [B]."""
-    top, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
-    return jnp.mean(top, axis=1) + sigma_weight * jnp.std(top, axis=1, ddof=1)
-
-
-def candidate_classes(
-    scores: jax.Array, threshold: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
-    """The `count` best classes in order and which of them may be drawn: int32, bool [B, count].
-
-    Class 0 (background) takes a place but is never drawn.
-    """
-    best, classes = jax.lax.top_k(scores, min(count, scores.shape[1]))
-    return classes, (best >= threshold[:, None]) & (classes != 0)
-
-
-def min_max(maps: jax.Array) -> jax.Array:
-    """Each map [..., h, w] scaled to [0, 1]; a constant map becomes 0."""
-    low = maps.min(axis=(-2, -1), keepdims=True)
-    spread = maps.max(axis=(-2, -1), keepdims=True) - low
-    return jnp.where(spread > 0, (maps - low) / jnp.where(spread > 0, spread, 1), 0)
 
 
 def upsample(maps: jax.Array, factor: int) -> jax.Array:
@@ -56,20 +29,6 @@ def closing(masks: jax.Array, side: int = 7) -> jax.Array:
         for axis in (masks.ndim - 1, masks.ndim - 2):
             masks = along(masks, axis, initial, operation)
     return masks
-
-
-def compose(masks: jax.Array, scores: jax.Array, classes: jax.Array, drawn: jax.Array) -> jax.Array:
-    """Index masks [B, H, W] of `label_type` from per-candidate masks [B, K, H, W].
-
-    The original multiplies every mask with its class score and takes the argmax over classes with
-    0 for the background. Candidates come in descending order of score, so that is the first
-    candidate whose mask is set, provided its score is positive.
-    """
-    drawn &= jnp.take_along_axis(scores, classes, axis=1) > 0
-    masks = masks & drawn[:, :, None, None]
-    first = jnp.argmax(masks, axis=1)
-    label = jnp.take_along_axis(classes[:, :, None, None], first[:, None], axis=1)[:, 0]
-    return jnp.where(masks.any(axis=1), label, 0).astype(label_type(scores.shape[1]))
 
 
 def label_type(classes: int) -> Any:

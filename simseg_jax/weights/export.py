@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from simseg_jax.masks.postprocess import closing, compose, min_max
+from simseg_jax.masks.postprocess import closing
 from simseg_jax.masks.refine import refine_image
 from simseg_jax.models.simseg import bind, make_model
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.load import TrainedModel
-from simseg_jax.zeroshot.paper import respond
+from simseg_jax.zeroshot.paper import compose, min_max, respond
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -64,7 +64,6 @@ def write_programs(
     graphdef = make_model(model.architecture, jnp.float32)
     stored = jax.tree.map(lambda x: np.asarray(x).astype(dtype), model.params)
     size = settings.resolution
-    grid = size // model.architecture.image.patch_size
 
     def bound():
         return bind(graphdef, jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), stored))
@@ -80,15 +79,14 @@ def write_programs(
     def segment(images, class_embeddings):
         network = bound()
         _, tokens = network.encode_image(network.normalize(images))
-        response = respond(network, tokens, class_embeddings, settings, grid, True)
+        response = respond(network, tokens, class_embeddings, settings)
         maps = min_max(response.similarity)
         # One image after the other: the lattice of a CRF needs a size that is known beforehand.
         masks = jax.lax.map(
             lambda arguments: refine_image(settings, *arguments), (images, maps, response.drawn)
         )
         closed = closing(masks, settings.closing)
-        labels = compose(closed, response.scores, response.classes, response.drawn)
-        return labels, response.scores, response.threshold
+        return compose(closed, response), response.scores, response.threshold
 
     length, width = model.config.data.max_length, model.architecture.embed_dim
     (b,) = export.symbolic_shape("b", constraints=["b >= 1"])
