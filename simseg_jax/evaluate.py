@@ -152,10 +152,10 @@ class Failures:
 def evaluation_config(config: RunConfig, file: str | None, overrides: list[str]) -> RunConfig:
     """The configuration of a checkpoint with its evals from `file` (if any) and overrides."""
     for override in overrides:
-        if not override.startswith("--config.evals."):
+        if not override.startswith(("--config.evals.", "--config.data.cache=")):
             raise UserError(
                 f"{override!r} is no option here: the model is fixed by its checkpoint, only "
-                "--config.evals... can be overridden (see --help)."
+                "--config.evals... and --config.data.cache can be overridden (see --help)."
             )
     if file:
         config = dataclasses.replace(config, evals=load_config(file).evals)

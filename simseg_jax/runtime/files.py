@@ -4,12 +4,16 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.errors import UserError, reading
+
+CACHE = "SIMSEG_CACHE"
 
 
 def stamp(path: str | Path) -> str:
@@ -43,20 +47,39 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A file to write, renamed to `path` on success: no file there is ever incomplete."""
+    """A place to write a file or folder, renamed to `path` on success: it is never incomplete.
+
+    Several processes may write the same `path` at once.
+    """
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # A long name would not fit twice.
     try:
         with naming(path):
             yield partial
         partial.replace(path)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path, advice: str = "Get the file again.") -> Any:
+    """The content of a JSON file; a `UserError` with the advice if it is none."""
+    with reading(str(path), advice):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, content) -> None:
     """Writes indented JSON that replaces `path` at once."""
     with appearing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def cache_folder(configured: str = "") -> Path:
+    """Where everything is kept that is made once and used again: indexes, copies, programs.
+
+    The key `data.cache`, else the environment variable SIMSEG_CACHE, else ~/.cache/simseg_jax.
+    """
+    return Path(configured or os.environ.get(CACHE) or "~/.cache/simseg_jax").expanduser()
 
 
 def make_writable(folder: Path) -> Path:

@@ -27,10 +27,10 @@ def contrastive_loss(
     """
     tau, pairs = clip_temperature(temperature), jnp.arange(len(images))
     logits = similarities(images, texts) / tau
+    to_images = jax.nn.logsumexp(logits, axis=0)
     matched = jnp.take_along_axis(logits, pairs[:, None], axis=1)[:, 0]
     # A cross entropy is the logarithm of the sum over a row or a column, less the pair's logit.
     to_texts = jax.nn.logsumexp(logits, axis=1) - 2 * matched
-    to_images = jax.nn.logsumexp(logits, axis=0)
     loss = (to_texts.sum() + to_images.sum()) / (2 * len(images))
     # The first of the best images of a text, as argmax finds it; that would gather all logits'
     # maxima on every device, while these two send B numbers each.
