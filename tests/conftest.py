@@ -29,6 +29,7 @@ if "SIMSEG_JAX_TEST_CACHE" not in os.environ:
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -91,4 +92,4 @@ def photographs():
 def golden_model():
     """(config, graphdef, params) of the authors' miniature model behind the reference outputs."""
     config, params, _ = read_model(read_weights(GOLDENS / "model.pth"), 3, 2)
-    return config, make_model(config), params
+    return config, make_model(config), jax.tree.map(jnp.asarray, params)

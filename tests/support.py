@@ -39,7 +39,8 @@ def assert_trees_equal(first, second):
 def golden_batch(golden):
     """Images NHWC float32, ids and mask of the reference batch."""
     images = golden["image"].astype(np.float32).transpose(0, 2, 3, 1)
-    return jnp.asarray(images), jnp.asarray(golden["input_ids"]), golden["attention_mask"] > 0
+    mask = jnp.asarray(golden["attention_mask"] > 0)
+    return jnp.asarray(images), jnp.asarray(golden["input_ids"]), mask
 
 
 def run(monkeypatch, capsys, module, *arguments):
@@ -110,6 +111,7 @@ def tiny_eval(**settings):
 
 def model_of(architecture, encoder=None, devices=1):
     """An architecture as evaluators take it, in float32 on some of the fake devices."""
+    encoder = encoder or TextEncoder(load_tokenizer("shapes"), 25)
     mesh = make_mesh(devices=jax.devices()[:devices])
     return Model(architecture, make_model(architecture), encoder, mesh)
 

@@ -6,14 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Shaped
 
 
-def upsample(maps: jax.Array, factor: int) -> jax.Array:
+def upsample(
+    maps: Shaped[Array, "*B h w"], factor: int
+) -> Shaped[Array, "*B h*{factor} w*{factor}"]:
     """Nearest-neighbour upsampling of [..., h, w] by an integer factor."""
     return jnp.repeat(jnp.repeat(maps, factor, axis=-2), factor, axis=-1)
 
 
-def closing(masks: jax.Array, side: int = 7) -> jax.Array:
+def closing(masks: Bool[Array, "*B H W"], side: int = 7) -> Bool[Array, "*B H W"]:
     """One dilation, then one erosion of boolean [..., H, W] by a square of `side` pixels.
 
     Pixels outside the image count for neither, as in OpenCV.
@@ -36,7 +39,9 @@ def label_type(classes: int) -> Any:
     return np.uint8 if classes <= 256 else np.uint16
 
 
-def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_nearest(
+    mask: Shaped[np.ndarray, "h w"], height: int, width: int
+) -> Shaped[np.ndarray, "{height} {width}"]:
     """[h, w] -> [height, width] as OpenCV's INTER_NEAREST, at every pixel.
 
     OpenCV takes the source index floor(i * (1 / (new / old))). Rounded twice, that is not

@@ -6,13 +6,14 @@ of the host. `refine_image` is one traceable function for programs that leave th
 
 import functools
 from concurrent.futures import Executor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from simseg_jax.masks.densecrf import CRF, crf_masks, import_pydensecrf, pydensecrf_masks
 from simseg_jax.masks.densecrf_jax import crf_masks as crf_masks_jax
@@ -24,6 +25,7 @@ from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.runtime.sharding import BATCH, make_mesh, replicated
 
 
+@runtime_checkable
 class Refinement(Protocol):
     """The settings of this file: the part of `SegmentationConfig` that it reads."""
 
@@ -49,7 +51,12 @@ class Refiner:
         refine = functools.partial(refine_on_device, settings, mesh=mesh)
         self.refine_jit = jax.jit(refine, static_argnames="vertices")
 
-    def start(self, images: jax.Array, maps: jax.Array, needed: jax.Array) -> Any:
+    def start(
+        self,
+        images: UInt8[Array, "B S S 3"],
+        maps: Float[Array, "B K g g"],
+        needed: Bool[Array, "B K"],
+    ) -> Any:
         """images: uint8 [B, S, S, 3]; maps: [B, K, g, g]; needed: bool [B, K], the other masks
         will not be looked at.
         """
@@ -85,7 +92,7 @@ def on_host(settings: Refinement) -> bool:
     return settings.refine == "crf" and backend == "numpy"
 
 
-def denormalized_uint8(images: np.ndarray) -> np.ndarray:
+def denormalized_uint8(images: UInt8[np.ndarray, "*B 3"]) -> UInt8[np.ndarray, "*B 3"]:
     """What the original hands to its CRF: normalise, undo it, truncate, all in float32.
 
     Rounding on the way makes some values one level darker than the input.
@@ -95,7 +102,7 @@ def denormalized_uint8(images: np.ndarray) -> np.ndarray:
     return ((normalized * std + mean) * np.float32(255)).astype(np.uint8)
 
 
-def image_for_crf(images: jax.Array) -> jax.Array:
+def image_for_crf(images: UInt8[Array, "*B 3"]) -> UInt8[Array, "*B 3"]:
     """uint8 [..., 3] as the original hands it to its CRF: some levels are one darker."""
     levels = denormalized_uint8(np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1))
     # Looked up, because fused arithmetic could round to another level.
@@ -117,13 +124,13 @@ def positions_for(settings: Refinement, size: int, images: int, mesh: Mesh) -> B
 
 def refine_on_device(
     settings: Refinement,
-    images: jax.Array,
-    maps: jax.Array,
-    needed: jax.Array,
+    images: UInt8[Array, "B S S 3"],
+    maps: Float[Array, "B K g g"],
+    needed: Bool[Array, "B K"],
     positions: BatchLattice | None,
     vertices: int,
     mesh: Mesh,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Bool[Array, "B K S S"], Int[Array, ""]]:
     """Masks bool [B, K, S, S] and the lattice vertices needed per image (0 without CRF).
 
     images: uint8 [B, S, S, 3]; maps: [B, K, g, g] in [0, 1]; needed: bool [B, K], the masks that
@@ -157,8 +164,11 @@ def refine_on_device(
 
 
 def refine_image(
-    settings: Refinement, image: jax.Array, maps: jax.Array, needed: jax.Array
-) -> jax.Array:
+    settings: Refinement,
+    image: UInt8[Array, "S S 3"],
+    maps: Float[Array, "K g g"],
+    needed: Bool[Array, " K"],
+) -> Bool[Array, "K S S"]:
     """Masks bool [K, S, S] of one image, with as much room for its lattice as it takes.
 
     image: uint8 [S, S, 3]; maps: [K, g, g]; needed: bool [K]. Where no host can look at the count
@@ -182,11 +192,11 @@ def refine_image(
 
 def refine_on_host(
     settings: Refinement,
-    images: np.ndarray,
-    maps: np.ndarray,
-    needed: np.ndarray,
+    images: UInt8[np.ndarray, "B S S 3"],
+    maps: Float[np.ndarray, "B K g g"],
+    needed: Bool[np.ndarray, "B K"],
     pool: Executor,
-) -> np.ndarray:
+) -> Bool[np.ndarray, "B K S S"]:
     """Masks bool [B, K, S, S]; those not needed stay empty. Images are spread over the threads.
 
     Threads, not processes: NumPy and SciPy leave the interpreter's lock for nearly all of the time.

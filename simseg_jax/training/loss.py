@@ -6,18 +6,19 @@ all similarities.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from simseg_jax.runtime.sharding import constrain_batch, device_count, gather_batch
 
 
-def clip_temperature(temperature: jax.Array) -> jax.Array:
+def clip_temperature(temperature: Float[Array, ""]) -> Float[Array, ""]:
     """The temperature in effect: the parameter clipped to [0.001, 0.5], as the authors do."""
     return jnp.clip(temperature, 0.001, 0.5)
 
 
 def contrastive_loss(
-    images: jax.Array, texts: jax.Array, temperature: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    images: Float[Array, "B D"], texts: Float[Array, "B D"], temperature: Float[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean of the image-to-text and text-to-image cross entropies; pair i belongs to row i.
 
     images, texts: unit-length embeddings [B, D], B the global batch. Under jit with the batch
@@ -45,7 +46,7 @@ def contrastive_loss(
     return loss, metrics
 
 
-def similarities(images: jax.Array, texts: jax.Array) -> jax.Array:
+def similarities(images: Float[Array, "B D"], texts: Float[Array, "B D"]) -> Float[Array, "B B"]:
     """Cosines [B, B] of every image (row) and text; rows are split over devices as the images."""
     rows = images.reshape(device_count(), -1, images.shape[1])
     cosines = _cosines(rows, gather_batch(texts))
@@ -53,8 +54,11 @@ def similarities(images: jax.Array, texts: jax.Array) -> jax.Array:
 
 
 def chunked_contrastive_loss(
-    images: jax.Array, texts: jax.Array, temperature: jax.Array, chunk: int
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    images: Float[Array, "B D"],
+    texts: Float[Array, "B D"],
+    temperature: Float[Array, ""],
+    chunk: int,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`contrastive_loss` in less memory: no more than chunk x B similarities per device at a time.
 
     chunk: images per device compared at a time; it divides those a device has, or is larger. Sums

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 from PIL import Image
 
 from simseg_jax.data.images import resize
@@ -43,7 +44,9 @@ class Response(NamedTuple):
         return Response(*(field[index] for field in self))
 
 
-def project(model: SimSeg, images: jax.Array, mesh: Mesh) -> jax.Array:
+def project(
+    model: SimSeg, images: UInt8[Array, "B H W 3"], mesh: Mesh
+) -> Float[Array, "B tokens D"]:
     """Projected tokens [B, 1 + N, D] of uint8 images [B, H, W, 3]."""
 
     def tokens(images: jax.Array) -> jax.Array:
@@ -59,8 +62,8 @@ def project(model: SimSeg, images: jax.Array, mesh: Mesh) -> jax.Array:
 
 def respond(
     model: SimSeg,
-    tokens: jax.Array,
-    class_embeddings: jax.Array,
+    tokens: Float[Array, "B tokens D"],
+    class_embeddings: Float[Array, "C D"],
     settings: SegmentationConfig,
     background: bool = True,
 ) -> Response:
@@ -91,15 +94,17 @@ def respond(
     )
 
 
-def adaptive_threshold(scores: jax.Array, top_k: int, sigma_weight: float) -> jax.Array:
+def adaptive_threshold(
+    scores: Float[Array, "B C"], top_k: int, sigma_weight: float
+) -> Float[Array, " B"]:
     """Mean plus sigma_weight standard deviations (unbiased) of the top-k scores: [B, C] -> [B]."""
     top, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
     return jnp.mean(top, axis=1) + sigma_weight * jnp.std(top, axis=1, ddof=1)
 
 
 def candidate_classes(
-    scores: jax.Array, threshold: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
+    scores: Float[Array, "B C"], threshold: Float[Array, " B"], count: int
+) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
     """The `count` best classes in order and which of them may be drawn: int32, bool [B, count].
 
     Class 0 (background) takes a place but is never drawn.
@@ -108,14 +113,14 @@ def candidate_classes(
     return classes, (best >= threshold[:, None]) & (classes != 0)
 
 
-def min_max(maps: jax.Array) -> jax.Array:
+def min_max(maps: Float[Array, "*B h w"]) -> Float[Array, "*B h w"]:
     """Each map [..., h, w] scaled to [0, 1]; a constant map becomes 0."""
     low = maps.min(axis=(-2, -1), keepdims=True)
     spread = maps.max(axis=(-2, -1), keepdims=True) - low
     return jnp.where(spread > 0, (maps - low) / jnp.where(spread > 0, spread, 1), 0)
 
 
-def compose(masks: jax.Array, response: Response) -> jax.Array:
+def compose(masks: Bool[Array, "B K H W"], response: Response) -> UInt[Array, "B H W"]:
     """Index masks [B, H, W] of `label_type` from per-candidate masks [B, K, H, W].
 
     The original multiplies every mask with its class score and takes the argmax over classes with

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from simseg_jax.masks.pamr import pamr
@@ -167,7 +168,7 @@ class StandardProtocol:
 
 
 @functools.lru_cache(maxsize=32)  # Up to 7 MB each.
-def bilinear(size: int, target: int) -> np.ndarray:
+def bilinear(size: int, target: int) -> Float[np.ndarray, "{target} {size}"]:
     """The matrix float32 [target, size] of bilinear interpolation.
 
     As PyTorch with align_corners=False: pixel centres, borders repeat, no antialiasing.

@@ -57,7 +57,7 @@ def predict_all(golden_model, golden, class_embeddings, photos, several, devices
 
 
 def test_threshold_is_mean_plus_unbiased_deviation_of_the_top():
-    scores = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(3, 20)), jnp.float32)
     top = np.sort(scores, axis=1)[:, -10:]
     expected = top.mean(axis=1) + 0.5 * top.std(axis=1, ddof=1)
     np.testing.assert_allclose(adaptive_threshold(scores, 10, 0.5), expected, rtol=1e-5)

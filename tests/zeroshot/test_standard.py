@@ -1,6 +1,7 @@
 """The standard protocol against an independent reading that works pixel by pixel."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,7 +66,7 @@ def predict(golden_model, classes, images, shapes, several, background=True, dev
     protocol = StandardProtocol(model_of(architecture, devices=devices), several, background)
     loaded = [protocol.load(image, shape) for image, shape in zip(images, shapes, strict=True)]
     batch = {name: np.stack([arrays[name] for arrays in loaded]) for name in loaded[0]}
-    embeddings = {1: classes, 2: classes[::-1]}
+    embeddings = {1: jnp.asarray(classes), 2: jnp.asarray(classes[::-1])}
     with jax.set_mesh(protocol.mesh):
         masks, scores = protocol.finish(protocol.start(params, embeddings, batch))
     assert masks.dtype == np.uint8
