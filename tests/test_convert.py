@@ -297,6 +297,13 @@ def test_too_little_room_is_seen_before_orbax_writes(monkeypatch, capsys, orbax,
     assert not list(tmp_path.iterdir())
 
 
+def test_metrics_that_cannot_be_read(monkeypatch, capsys, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "metrics.jsonl").write_bytes(b"[1]\n\xff")
+    error = message(monkeypatch, capsys, convert, run, tmp_path / "model")
+    assert re.search(r"Cannot read .*metrics\.jsonl", error)
+
+
 def test_a_run_that_lost_something_is_told_in_one_sentence(workdir):
     for change, expected in (
         (
@@ -310,6 +317,3 @@ def test_a_run_that_lost_something_is_told_in_one_sentence(workdir):
         change()
         with pytest.raises(UserError, match=expected):
             load_model(workdir, 77 if "77" in expected else None)
-    (workdir / "metrics.jsonl").write_bytes(b"[1]\n\xff")
-    with pytest.raises(UserError, match=r"Cannot read .*metrics\.jsonl"):
-        convert._results(workdir)
