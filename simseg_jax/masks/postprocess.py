@@ -34,8 +34,11 @@ def closing(masks: Bool[Array, "*B H W"], side: int = 7) -> Bool[Array, "*B H W"
     return masks
 
 
-def label_type(classes: int) -> Any:
-    """The unsigned integer type that holds labels of so many classes, at most 65,536."""
+def label_type(classes) -> Any:
+    """The unsigned integer type that holds labels of so many classes, at most 65,536.
+
+    classes: an int, or a dimension of an exported program.
+    """
     return np.uint8 if classes <= 256 else np.uint16
 
 
