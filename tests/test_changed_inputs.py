@@ -224,7 +224,7 @@ def test_a_set_without_a_labelled_pixel_costs_no_other(capsys, home, evaluated):
     assert json.loads((home / "out" / "result.json").read_text())["results"] == expected
     with pytest.raises(SystemExit):
         evaluated("only", names=("void",))
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: The benchmark voc in")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: The test set voc in")
 
 
 def test_a_failed_evaluation_leaves_no_earlier_result(capsys, home, evaluated):

@@ -35,13 +35,13 @@ def mean_iou(ious: Float[np.ndarray, " C"]) -> float:
 
 
 def recall_at(
-    nearest: tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "M K"]],
+    nearest: tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "M L"]],
     owners: Int[np.ndarray, " M"],
     k: int,
 ) -> tuple[float, float]:
     """R@k of image-to-text and text-to-image retrieval, fractions.
 
-    nearest: (int [N, K], int [M, K]) of `evaluators.ranking.nearest`, K >= k. owners: int [M], the
+    nearest: (int [N, K], int [M, L]) of `evaluators.ranking.nearest`, K, L >= k. owners: int [M], the
     image of every text. An image counts as right if one of its texts is among the first k.
     """
     of_images, of_texts = nearest

@@ -122,7 +122,7 @@ def test_vectors_do_not_depend_on_batches_and_devices(model, feature):
         results.append(vectors)
         assert_close(results[-1], results[0], 1e-6)
     network = bind(model.graphdef, params)
-    image = network.normalize(resize_and_crop(images[3], 40, 32)[None])
+    image = network.normalize(jnp.asarray(resize_and_crop(images[3], 40, 32))[None])
     tokens = network.image_encoder(image)[0]
     expected = {
         "embedding": network.encode_image(image)[0][0],
@@ -176,8 +176,8 @@ def test_recall_of_the_model_is_that_of_its_similarities(model):
     network = bind(model.graphdef, params)
     examples = [evaluator.source[i] for i in range(20)]
     pixels = [resize_and_crop(Image.fromarray(e["image"]), 40, 32) for e in examples]
-    images = np.asarray(network.encode_image(network.normalize(np.stack(pixels)))[0])
-    ids, mask = model.encoder.batch([e["captions"][0] for e in examples])
+    images = np.asarray(network.encode_image(network.normalize(jnp.stack(pixels)))[0])
+    ids, mask = map(jnp.asarray, model.encoder.batch([e["captions"][0] for e in examples]))
     texts = np.asarray(network.encode_text(ids, mask, m=1, mask_padding=True))
     similarity = images @ texts.T
     total = 0.0
@@ -209,10 +209,13 @@ def test_classification_is_the_nearest_class(model):
     network = bind(model.graphdef, params)
     examples = [evaluator.source[i] for i in range(24)]
     pixels = [resize_and_crop(Image.fromarray(e["image"]), 40, 32) for e in examples]
-    images = np.asarray(network.encode_image(network.normalize(np.stack(pixels)))[0])
+    images = np.asarray(network.encode_image(network.normalize(jnp.stack(pixels)))[0])
     classes = []
     for name in evaluator.source.classes:
-        ids, mask = model.encoder.batch([template.format(name) for template in TEMPLATES["shapes"]])
+        ids, mask = map(
+            jnp.asarray,
+            model.encoder.batch([template.format(name) for template in TEMPLATES["shapes"]]),
+        )
         mean = np.asarray(network.encode_text(ids, mask, m=1, mask_padding=True)).mean(axis=0)
         classes.append(mean / np.linalg.norm(mean))
     order = np.argsort(-images @ np.stack(classes).T, axis=1)

@@ -187,7 +187,8 @@ def test_minilm_agrees_with_transformers(minilm):
     architecture = SimSegConfig(image=config.model.image, text=tower.config, embed_dim=8)
     params = init_params(architecture, jax.random.key(0))
     params["text_encoder"] = pretrained.params["text_encoder"]
-    hidden = bind(make_model(architecture), params).text_encoder(jnp.asarray(ids), mask)
+    encoder = bind(make_model(architecture), params).text_encoder
+    hidden = encoder(jnp.asarray(ids), jnp.asarray(mask))
     assert_close(hidden[:, :, ::12], golden["hidden"])
 
 
