@@ -299,10 +299,9 @@ def captions(_home: Path) -> Case:
 
 def weights(home: Path) -> Case:
     """Damaged weights: whole and finite, or refused; with checksums the very same."""
-    from simseg_jax.weights.authors import is_whole_model, read_model
     from simseg_jax.weights.choice import usual_names
     from simseg_jax.weights.load import load_model, open_source
-    from simseg_jax.weights.towers import find_towers, read_tower
+    from simseg_jax.weights.towers import find_towers, is_whole_model, read_model, read_tower
 
     sources = [*sorted((GOLDENS / "neighbours").glob("*/")), GOLDENS / "model.pth"]
     converted = home / "converted"

@@ -30,14 +30,13 @@ from simseg_jax.segmenter import (
     split_words,
     words_of,
 )
-from simseg_jax.weights import authors, folder
 from simseg_jax.weights import export as programs
+from simseg_jax.weights import folder, towers
 from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.weights.choice import usual_names
+from simseg_jax.weights.containers import ARCHITECTURE, META
 from simseg_jax.weights.load import TrainedModel, assemble_model, load_model, open_source
-from simseg_jax.weights.sources import ARCHITECTURE, META
 from simseg_jax.weights.torch_file import save_tensors
-from simseg_jax.weights.towers import find_towers, read_tower, refuse_infinite
 
 FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
 EPILOG = """examples:
@@ -107,15 +106,15 @@ def read(args: argparse.Namespace) -> TrainedModel:
     path, weights = open_source(args.source)
     if weights is None:
         model = load_model(path, args.step, jnp.dtype(jnp.float32))
-        refuse_infinite(model.params)
+        towers.refuse_infinite(model.params)
         return dataclasses.replace(model, origin=model.origin | _results(path))
-    if not authors.is_whole_model(weights):
-        names = ", ".join(form.name for form, _ in find_towers(usual_names(weights.tensors)))
+    if not towers.is_whole_model(weights):
+        names = ", ".join(form.name for form, _ in towers.find_towers(usual_names(weights.tensors)))
         raise UserError(
             f"{args.source} holds {names or 'nothing known here'}, not a whole model: start a run "
             "from an encoder with --config.init.image or --config.init.text."
         )
-    architecture, params, note = authors.read_model(weights, args.image_heads, args.text_heads)
+    architecture, params, note = towers.read_model(weights, args.image_heads, args.text_heads)
     print(note)
     config = changed(of_architecture(architecture), {"data.vocab": args.vocab})
     meta = {key: value for key, value in weights.meta.items() if key != META}
@@ -138,8 +137,8 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
     params = folder.cast(model.params, jnp.dtype(args.dtype))
     if args.to == "pth":
         content = {
-            "state_dict": authors.state_dict(params, architecture),
-            META: {ARCHITECTURE: authors.describe(architecture)},
+            "state_dict": towers.state_dict(params),
+            META: {ARCHITECTURE: towers.describe(architecture)},
         }
         with folder.complete(destination, folder=False) as partial:
             save_tensors(partial, content)
@@ -192,18 +191,18 @@ def describe(args: argparse.Namespace) -> None:
         model = load_model(path, args.step)
         _print_model(model.architecture, model.origin)
         return
-    if authors.is_whole_model(weights):
-        model = authors.read_model(weights, args.image_heads, args.text_heads)
+    if towers.is_whole_model(weights):
+        model = towers.read_model(weights, args.image_heads, args.text_heads)
         _print_model(model.config, {"format": "authors' checkpoint", **weights.origin})
         print(model.note)
         return
-    sides = dict.fromkeys(form.side for form, _ in find_towers(usual_names(weights.tensors)))
+    sides = dict.fromkeys(form.side for form, _ in towers.find_towers(usual_names(weights.tensors)))
     if not sides:
         raise UserError(
             f"{args.source} is in no format known here; its tensors: {some(weights.tensors)}."
         )
     for side in sides:
-        tower = read_tower(weights, side, getattr(args, f"{side}_heads"))
+        tower = towers.read_tower(weights, side, getattr(args, f"{side}_heads"))
         _print_fields(f"{tower.format} ({side} encoder)", tower.settings)
         print(f"{tower.note} Start from it with --config.init.{side}={args.source}")
 

@@ -36,8 +36,8 @@ from support import tiny_config, tiny_eval
 
 from simseg_jax.models.simseg import make_model
 from simseg_jax.train import train
-from simseg_jax.weights.authors import read_model
-from simseg_jax.weights.sources import read_weights
+from simseg_jax.weights.containers import read_weights
+from simseg_jax.weights.towers import read_model
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests train the same tiny model: compile it once per session.

@@ -1,4 +1,4 @@
-"""Choosing one of the models in a file: wrappers of training code, prefixes, averages, the key.
+"""Which of the models in a file: current names, prefixes, averages, the user's key.
 
 A checkpoint may hold a model several times: raw and averaged, student and teacher. What precedes
 the names of a model's tensors, the prefix, tells them apart.
@@ -6,39 +6,37 @@ the names of a model's tensors, the prefix, tells them apart.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import numpy as np
 
 from simseg_jax.models.layers import BLOCKS
 from simseg_jax.runtime.errors import UserError, some
+from simseg_jax.weights.containers import Tensors
+from simseg_jax.weights.formats import VARIANTS
 
-Tensors = Mapping[str, np.ndarray]
-
-# Wrappers of training code, which leave a part of their own in the names.
-WRAPPER = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 # Averages of the parameters: where a file has them, their authors evaluate these.
 AVERAGED = r"(^|[._/])(ema|teacher)([._/]|$)"
 OPTIMIZER = r"(^|[./])opt(im|imizer|imizer_state|_state)?[./]"
 
 
 def usual_names(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Tensors under the current names of their code base, without the parts of wrappers."""
+    """Tensors under the names that `formats` knows, each block by itself."""
     usual: dict[str, np.ndarray] = {}
-    for old, tensor in tensors.items():
-        name = re.sub(WRAPPER, "", old)
-        # Old BERTs, converted from TensorFlow.
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+    for name, tensor in tensors.items():
+        for variant, known in VARIANTS.items():
+            name = re.sub(variant, known, name)
+        parts = {name: tensor}
         stacked = re.match(r"(.*Transformer/encoderblock)/(.*)", name)
         if stacked and tensor.ndim and len(tensor) <= BLOCKS:
-            # big_vision with its blocks in a loop.
+            # big_vision with its blocks in a loop: their parameters lie in one array.
             parts = {f"{stacked[1]}_{i}/{stacked[2]}": part for i, part in enumerate(tensor)}
-        else:
-            parts = {name: tensor}
         twice = usual.keys() & parts.keys()
         if twice:
-            raise UserError(f"The weights hold {some(sorted(twice))} twice, with and without DDP.")
+            raise UserError(
+                f"The weights hold {some(sorted(twice))} twice: under two names that mean the same "
+                "(as with and without DDP's module.)."
+            )
         usual |= parts
     return usual
 

@@ -37,8 +37,8 @@ from simseg_jax.training.checkpoint import (
     load_arrays,
     refuse_unusable,
 )
-from simseg_jax.weights import authors
-from simseg_jax.weights.sources import META, read_json, read_weights
+from simseg_jax.weights import towers
+from simseg_jax.weights.containers import META, read_json, read_weights
 
 MANIFEST, CARD = "manifest.json", "README.md"
 PARAMS, SAFETENSORS = "params", "model.safetensors"
@@ -96,7 +96,7 @@ def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConf
         return load_arrays(epath.Path(folder / PARAMS), {"params": shapes})["params"]
     if manifest.get("weights") == SAFETENSORS:
         tensors = read_weights(folder / SAFETENSORS).tensors
-        return place(authors.fit(tensors, architecture), shapes)
+        return place(towers.fit(tensors, architecture), shapes)
     raise UserError(
         f"{folder} holds exported programs, not parameters: take the folder they were made from."
     )
@@ -177,8 +177,8 @@ def write_orbax(folder: Path, params: dict) -> None:
 
 def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
     """Parameters under the authors' names in PyTorch's layouts."""
-    tensors = authors.state_dict(params, architecture)
-    metadata = {"format": "pt", META: authors.describe(architecture)}
+    tensors = towers.state_dict(params)
+    metadata = {"format": "pt", META: towers.describe(architecture)}
     save_file(tensors, folder / SAFETENSORS, metadata)
 
 

@@ -12,9 +12,8 @@ from simseg_jax.data.text import load_tokenizer
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.settings import changed, plain
-from simseg_jax.weights import authors
 from simseg_jax.weights.load import load_model, open_source
-from simseg_jax.weights.towers import SIDES, read_tower, refuse_infinite
+from simseg_jax.weights.towers import SIDES, read_model, read_tower, refuse_infinite
 
 # What stays the run's own choice.
 KEPT = {"image": ("image_size",), "text": ("dropout",)}
@@ -84,7 +83,7 @@ def _read_model(source: str):
     path, weights = open_source(source)
     if weights is None:
         return *_trained(path), ""
-    architecture, params, note = authors.read_model(weights)
+    architecture, params, note = read_model(weights)
     return architecture, params, None, f" {note}"
 
 

@@ -1,7 +1,8 @@
-"""One encoder out of a checkpoint of any code base we know: its architecture and parameters."""
+"""A model out of the weights of any code base: one encoder, or a whole SimSeg of the authors."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,18 +10,21 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from simseg_jax.models.bert import Bert, BertConfig
-from simseg_jax.models.simseg import SimSegConfig, params_of, path_string
+from simseg_jax.models.simseg import SimSeg, SimSegConfig, params_of
 from simseg_jax.models.vit import ViT, ViTConfig
 from simseg_jax.runtime.errors import UserError, one_line, reading, some
-from simseg_jax.runtime.settings import typed
-from simseg_jax.weights.choice import Tensors, choose, prefixes, take, usual_names
-from simseg_jax.weights.formats import FORMATS, Format
-from simseg_jax.weights.layouts import Entry, kinds
-from simseg_jax.weights.sources import Weights
+from simseg_jax.runtime.settings import plain, typed
+from simseg_jax.weights.choice import choose, prefixes, take, usual_names
+from simseg_jax.weights.containers import ARCHITECTURE, META, Tensors, Weights
+from simseg_jax.weights.formats import AUTHORS, BERT, ENCODERS, IMAGE, TEXT, TIMM
+from simseg_jax.weights.table import Format, architecture, shape_of
 
+Architecture = ViTConfig | BertConfig | SimSegConfig
 SIDES = {"image": "image encoder (ViT)", "text": "text encoder (BERT)"}
+CONVOLUTION = "patch_embed/proj/kernel"
 # Names that tell why a model cannot be represented.
 FOREIGN = (
     (r"reg_token|register_token|storage_token", "register tokens"),
@@ -35,24 +39,31 @@ FOREIGN = (
 class Tower(NamedTuple):
     """An encoder.
 
-    settings: what the files say of the architecture, with the names of its class. note: which
-    tensors were taken and which were not, a sentence.
+    settings: what the files say of the architecture, by the names in `config`, where the rest has
+    its default. note: which tensors were taken and which were not, a sentence.
     """
 
     format: str
+    config: ViTConfig | BertConfig
     settings: dict[str, Any]
     params: dict
     note: str
 
-    @property
-    def config(self) -> ViTConfig | BertConfig:
-        """The architecture; what the files do not say takes the default."""
-        return _config(self.settings)
+
+class WholeModel(NamedTuple):
+    """A SimSeg model. note: which tensors were taken and which were not, a sentence."""
+
+    config: SimSegConfig
+    params: dict
+    note: str
+
+
+# ---- reading
 
 
 def find_towers(tensors: Tensors) -> list[tuple[Format, str]]:
     """The encoders in a file: their format and the prefix of their tensors."""
-    return [(form, prefix) for form in FORMATS for prefix in prefixes(tensors, form.signature)]
+    return [(form, prefix) for form in ENCODERS for prefix in prefixes(tensors, form.signature)]
 
 
 def read_tower(weights: Weights, side: str, heads: int | None = None) -> Tower:
@@ -69,14 +80,13 @@ def read_tower(weights: Weights, side: str, heads: int | None = None) -> Tower:
         prefix = choose(forms, weights.key, SIDES[side])
         form = forms[prefix]
         inside, note = take(tensors, prefix, [p for _, p in towers], form.unused)
-        settings = form.describe(inside, weights.settings, heads)
-        check_settings({side: settings})
-        config = _config(settings)
-        params = assemble(inside, form.table(config, kinds(inside)), shapes_of(config))
-        return Tower(form.name, settings, params, note)
+        told = architecture(form, inside, weights.settings, heads)
+        config = getattr(_possible({side: told}), side)
+        params = _assemble(inside, form, config)
+        return Tower(form.name, config, {k: getattr(config, k) for k in told}, params, note)
 
 
-def _no_tower(tensors: Tensors, towers: Sequence[tuple[Format, str]], side: str) -> str:
+def _no_tower(tensors: Tensors, towers: list[tuple[Format, str]], side: str) -> str:
     kinds = some(dict.fromkeys(form.name for form, _ in towers)) or "no encoder known here"
     hint = ""
     if side == "text" and any("token_embedding" in name for name in tensors):
@@ -88,58 +98,106 @@ def _no_tower(tensors: Tensors, towers: Sequence[tuple[Format, str]], side: str)
     )
 
 
-def check_settings(sides: Mapping[str, Mapping[str, Any]], **model: Any) -> None:
-    """A `UserError` for an architecture of a file that no configuration could have.
+def is_whole_model(weights: Weights) -> bool:
+    """Whether the weights are those of a SimSeg model and not of one encoder."""
+    return bool(prefixes(usual_names(weights.tensors), AUTHORS.signature))
 
-    sides: settings by side; model: those of the whole model.
+
+def read_model(
+    weights: Weights, image_heads: int | None = None, text_heads: int | None = None
+) -> WholeModel:
+    """Architecture and parameters of a checkpoint of the authors, whatever wrapped it.
+
+    The number of heads leaves no trace there: by default heads are 64 channels wide, as in every
+    model the authors published. All unknown, missing and mis-shaped names are reported together.
     """
+    with reading("the weights", "Take other weights of the same model."):
+        tensors = usual_names(weights.tensors)
+        found = prefixes(tensors, AUTHORS.signature)
+        if not found:
+            raise UserError(
+                f"Not a SimSeg checkpoint: it has no entry {AUTHORS.signature}. The weights of one "
+                "encoder serve as config.init.image or config.init.text."
+            )
+        prefix = choose(found, weights.key, "SimSeg model")
+        tensors, note = take(tensors, prefix, found, AUTHORS.unused)
+        described = weights.meta.get(META, {}).get(ARCHITECTURE)
+        if described and not (image_heads or text_heads):
+            with reading("the description of the architecture beside the weights"):
+                fields = json.loads(described)
+                sides = {side: fields.pop(side) for side in SIDES}
+                config = _possible({**sides, **fields})
+        else:
+            config = _of_shapes(tensors, image_heads, text_heads)
+            if not (image_heads and text_heads):
+                note += (
+                    f" The file does not tell the attention heads: {config.image.heads} (image) "
+                    f"and {config.text.heads} (text) were taken, one per 64 channels unless given."
+                )
+        return WholeModel(config, fit(tensors, config), note)
+
+
+def _of_shapes(tensors: Tensors, image_heads: int | None, text_heads: int | None) -> SimSegConfig:
+    image, text = (
+        {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        for prefix in (IMAGE, TEXT)
+    )
+    text_heads = text_heads or max(shape_of(text, BERT.signature, 2)[1] // 64, 1)
+    return _possible(
+        {
+            "image": architecture(TIMM, image, {}, image_heads),
+            "text": architecture(BERT, text, {}, text_heads),
+            "embed_dim": tensors[AUTHORS.signature].shape[0],
+        }
+    )
+
+
+def _possible(fields: Mapping[str, Any]) -> SimSegConfig:
+    """The architecture with these fields; a `UserError` if no configuration could have them."""
     try:
-        # In a configuration 0 stands for a size that is not known yet.
-        if sides.get("text", {}).get("vocab_size") == 0:
+        config = typed(SimSegConfig, fields)
+        # In a run's configuration 0 stands for the size of its vocabulary.
+        if "text" in fields and not config.text.vocab_size:
             raise UserError("vocab_size=0 must be at least 1.")
-        typed(SimSegConfig, {**sides, **model})
+        return config
     except UserError as error:
         raise UserError(f"The weights describe an impossible model: {one_line(error)}") from error
 
 
-def _config(settings: dict[str, Any]) -> ViTConfig | BertConfig:
-    kind = BertConfig if "vocab_size" in settings else ViTConfig
-    return kind(**settings)
+def fit(tensors: Tensors, config: SimSegConfig) -> dict:
+    """The parameters of `config` from tensors with the authors' names."""
+    return _assemble(tensors, AUTHORS, config)
 
 
-def shapes_of(config: ViTConfig | BertConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of an encoder, by path."""
-    kind: Any = ViT if isinstance(config, ViTConfig) else Bert
-    return leaves_of(jax.eval_shape(lambda: params_of(kind(config, jnp.float32, nnx.Rngs(0)))))
-
-
-def leaves_of(params) -> dict[str, tuple[int, ...]]:
-    """The shapes of nested parameters by path."""
-    return {path_string(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
-
-
-def assemble(
-    tensors: Tensors, table: Sequence[Entry], shapes: Mapping[str, tuple[int, ...]]
-) -> dict:
-    """Nested float32 parameters from the tensors that a table names; it has to name all of them.
+def _assemble(tensors: Tensors, form: Format, config: Architecture) -> dict:
+    """Nested float32 parameters of a model from the tensors of a file, all of which it must use.
 
     One `UserError` reports all missing, unexpected and mis-shaped names, another all parameters
     with values that are not finite.
     """
-    found, problems = {}, []
-    for entry in table:
-        missing = [name for name in entry.names if name not in tensors]
+    shapes = shapes_of(config)
+    kinds = {_kind(name) for name in tensors}
+    found, used, problems = {}, set(), []
+    for path, shape in shapes.items():
+        layer, _, leaf = path.rpartition("/")
+        names = form.tensors(path)
+        linear = f"{layer}/kernel" in shapes
+        if leaf == "bias" and linear and form.free_bias and _kind(names[0]) not in kinds:
+            found[path] = np.zeros(shape, np.float32)
+            continue
+        scale = [name for name in form.tensors(f"{layer} *") if _kind(name) in kinds]
+        used.update(names + scale)
+        missing = [name for name in names + scale if name not in tensors]
         problems += [f"missing {name}" for name in missing]
         if missing:
             continue
-        shape = shapes[entry.path]
-        value = _parameter([tensors[name] for name in entry.names], entry, shape)
+        given = {name: tensors[name] for name in names + scale}
+        value = _parameter(path, list(given.values()), bool(scale), "/" in names[0], shape)
         if value is None:
-            given = " and ".join(f"{n} {tensors[n].dtype}{tensors[n].shape}" for n in entry.names)
-            problems.append(f"{given} cannot become {entry.path} of shape {shape}")
+            given = " and ".join(f"{name} {x.dtype}{x.shape}" for name, x in given.items())
+            problems.append(f"{given} cannot become {path} of shape {shape}")
         else:
-            found[entry.path] = value
-    used = {name for entry in table for name in entry.names}
+            found[path] = value
     rest = [name for name in tensors if name not in used]
     problems += [f"unexpected {name}" for name in rest]
     if problems:
@@ -151,43 +209,86 @@ def assemble(
             + some(problem[:70] for problem in problems)
         )
     refuse_infinite(found)
-    return nest(found)
+    return unflatten_dict(found, sep="/")
 
 
-def _parameter(parts: list[np.ndarray], entry: Entry, shape: tuple) -> np.ndarray | None:
-    """A parameter of its tensors, zero without any; None if they do not fit.
+def _kind(name: str) -> str:
+    """What the tensors of all blocks have in common: a model has a kind in each of them or none."""
+    return re.sub(r"\d+", "#", name)
 
-    Whole numbers are quantised weights, whose scale is not known here.
-    """
-    if any(x.dtype.kind != "f" and x.dtype != ml_dtypes.bfloat16 for x in parts):
+
+def _parameter(
+    path: str, tensors: list[np.ndarray], scaled: bool, flax: bool, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """One parameter of its tensors, the last a LayerScale if `scaled`; None if they do not fit."""
+    # Whole numbers are quantised weights, whose scale is not known here.
+    if any(x.dtype.kind != "f" and x.dtype != ml_dtypes.bfloat16 for x in tensors):
         return None
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            parts = [np.asarray(x, np.float32) for x in parts]
-            value = entry.layout.read(*parts) if parts else np.zeros(shape, np.float32)
+            parts = [np.asarray(x, np.float32) for x in tensors]
+            factor = parts.pop() if scaled else None
+            value = _our_layout(path, parts, flax)
+            value = value if factor is None else value * factor
     except (ValueError, IndexError):
         return None
     return value if value.shape == shape else None
 
 
+def _our_layout(path: str, parts: list[np.ndarray], flax: bool) -> np.ndarray:
+    """Tensors of PyTorch or Flax, laid out as here and joined side by side."""
+    leaf = path.rpartition("/")[2]
+    if leaf in ("cls_token", "pos_embed"):  # Some have fewer axes, of size one.
+        parts = [x.reshape((1,) * (3 - x.ndim) + x.shape) for x in parts]
+    elif flax and leaf == "bias":  # [heads, channels] of query, key and value.
+        parts = [x.reshape(-1) for x in parts]
+    elif flax and leaf == "kernel" and len(parts) > 1:  # Theirs: [in, heads, channels].
+        parts = [x.reshape(x.shape[0], -1) for x in parts]
+    elif flax and leaf == "kernel":  # [heads, channels, out] of attention, [p, p, 3, width].
+        parts = [x.reshape(-1, x.shape[-1]) for x in parts]
+    elif path.endswith(CONVOLUTION):  # [width, 3, p, p] -> the product [p * p * 3, width].
+        parts = [x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]) for x in parts]
+    elif leaf == "kernel":  # [out, in].
+        parts = [x.T for x in parts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
 def refuse_infinite(params: dict) -> None:
     """A `UserError` if some of these parameters, nested or not, are not finite."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    wrong = [path_string(path) for path, x in leaves if not np.isfinite(x).all()]
+    flat = flatten_dict(params, sep="/")
+    wrong = [path for path, x in flat.items() if not np.isfinite(x).all()]
     if wrong:
         raise UserError(
-            f"{len(wrong)} of {len(leaves)} parameters hold NaN or infinite values: {some(wrong)}. "
+            f"{len(wrong)} of {len(flat)} parameters hold NaN or infinite values: {some(wrong)}. "
             "The training that wrote them diverged, or the file is damaged: take another one."
         )
 
 
-def nest(flat: Mapping[str, Any]) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+def shapes_of(config: Architecture) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of an encoder or a whole model, by path."""
+    kind: Any = {ViTConfig: ViT, BertConfig: Bert, SimSegConfig: SimSeg}[type(config)]
+    params = jax.eval_shape(lambda: params_of(kind(config, jnp.float32, nnx.Rngs(0))))
+    return {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
+
+
+# ---- writing
+
+
+def state_dict(params: dict) -> dict[str, np.ndarray]:
+    """The parameters under the authors' names in PyTorch's layouts: the inverse of `fit`."""
+    tensors = {}
+    for path, value in flatten_dict(params, sep="/").items():
+        x = np.asarray(value)
+        if path.endswith(CONVOLUTION):
+            patch = round((len(x) / 3) ** 0.5)
+            x = x.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
+        elif path.endswith("/kernel"):
+            x = x.T
+        (name,) = AUTHORS.tensors(path)
+        tensors[name] = np.array(x, order="C")
+    return tensors
+
+
+def describe(config: SimSegConfig) -> str:
+    """What goes beside the tensors, so that `read_model` need not guess."""
+    return json.dumps(plain(config))

@@ -7,8 +7,9 @@ from conftest import GOLDENS
 from support import assert_trees_equal
 
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights import authors
-from simseg_jax.weights.sources import Weights, read_weights, split_key
+from simseg_jax.weights import towers
+from simseg_jax.weights.containers import Weights, read_weights
+from simseg_jax.weights.sources import split_key
 from simseg_jax.weights.torch_file import load_tensors, save_tensors
 from simseg_jax.weights.towers import read_tower
 
@@ -131,13 +132,13 @@ def test_whole_models_are_found_as_encoders_are(prefix, golden_model, tmp_path):
     content = {"state_dict": prefixed(prefix, tensors), "ema": averaged(tensors), "meta": {"a": 1}}
     save_tensors(path, content)
     weights = read_weights(path)
-    assert authors.is_whole_model(weights)
-    found = authors.read_model(weights, 3, 2)
+    assert towers.is_whole_model(weights)
+    found = towers.read_model(weights, 3, 2)
     assert_trees_equal(found.params, jax.tree.map(lambda x: 2 * x, golden_model[2]))
     assert found.note.startswith("Taken: 82 tensors under ema; ignored: state_dict (82).")
     assert "one per 64 channels" not in found.note
-    assert "1 (image) and 1 (text) were taken" in authors.read_model(weights).note
-    raw = authors.read_model(read_weights(path, "state_dict"), 3, 2)
+    assert "1 (image) and 1 (text) were taken" in towers.read_model(weights).note
+    raw = towers.read_model(read_weights(path, "state_dict"), 3, 2)
     assert_trees_equal(raw.params, golden_model[2])
     assert read_weights(path, "state_dict").origin["key"] == "state_dict"
 

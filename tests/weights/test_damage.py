@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from simseg_jax.models.layers import BLOCKS
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights.sources import read_weights
+from simseg_jax.weights.containers import read_weights
 from simseg_jax.weights.towers import read_tower
 
 NEIGHBOURS = GOLDENS / "neighbours"

@@ -19,9 +19,9 @@ from simseg_jax.models.simseg import SimSegConfig, bind, init_params, make_model
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.train import train
+from simseg_jax.weights.containers import read_weights
 from simseg_jax.weights.init import adopt
 from simseg_jax.weights.load import load_model
-from simseg_jax.weights.sources import read_weights
 from simseg_jax.weights.torch_file import save_tensors
 from simseg_jax.weights.towers import read_tower
 

@@ -11,7 +11,8 @@ from conftest import GOLDENS
 
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import sources
-from simseg_jax.weights.sources import fetch, read_weights
+from simseg_jax.weights.containers import read_weights
+from simseg_jax.weights.sources import fetch
 from simseg_jax.weights.towers import read_tower
 
 NEIGHBOURS = GOLDENS / "neighbours"
@@ -161,7 +162,8 @@ import os
 os.environ.update(HF_ENDPOINT="http://127.0.0.1:%d" % server.server_port, HF_HUB_OFFLINE="0")
 
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights.sources import fetch, read_weights
+from simseg_jax.weights.containers import read_weights
+from simseg_jax.weights.sources import fetch
 from simseg_jax.weights.towers import read_tower
 
 for source in ("someone/bert", "someone/bert@main"):

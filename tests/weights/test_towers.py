@@ -15,7 +15,7 @@ from support import assert_close
 from simseg_jax.models.bert import Bert
 from simseg_jax.models.vit import ViT
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights.sources import Weights, read_weights
+from simseg_jax.weights.containers import Weights, read_weights
 from simseg_jax.weights.towers import read_tower
 
 NEIGHBOURS = GOLDENS / "neighbours"
