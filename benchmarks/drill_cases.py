@@ -299,9 +299,9 @@ def captions(_home: Path) -> Case:
 
 def weights(home: Path) -> Case:
     """Damaged weights: whole and finite, or refused; with checksums the very same."""
-    from simseg_jax.weights.choice import usual_names
+    from simseg_jax.weights.formats import AUTHORS
     from simseg_jax.weights.load import load_model, open_source
-    from simseg_jax.weights.towers import find_towers, is_whole_model, read_model, read_tower
+    from simseg_jax.weights.towers import formats_in, read_model, read_tower
 
     sources = [*sorted((GOLDENS / "neighbours").glob("*/")), GOLDENS / "model.pth"]
     converted = home / "converted"
@@ -312,9 +312,10 @@ def weights(home: Path) -> Case:
         _, weights = open_source(path)
         if weights is None:
             return [load_model(path).params]
-        if is_whole_model(weights):
-            return [read_model(weights)[1]]
-        sides = {form.side for form, _ in find_towers(usual_names(weights.tensors))}
+        found = formats_in(weights)
+        if AUTHORS in found:
+            return [read_model(weights).params]
+        sides = {form.side for form in found}
         return [read_tower(weights, side).params for side in sorted(sides) or ("image",)]
 
     def case(rng: np.random.Generator, place: Path) -> None:

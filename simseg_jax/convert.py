@@ -33,8 +33,8 @@ from simseg_jax.segmenter import (
 from simseg_jax.weights import export as programs
 from simseg_jax.weights import folder, towers
 from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
-from simseg_jax.weights.choice import usual_names
 from simseg_jax.weights.containers import ARCHITECTURE, META
+from simseg_jax.weights.formats import AUTHORS
 from simseg_jax.weights.load import TrainedModel, assemble_model, load_model, open_source
 from simseg_jax.weights.torch_file import save_tensors
 
@@ -108,8 +108,9 @@ def read(args: argparse.Namespace) -> TrainedModel:
         model = load_model(path, args.step, jnp.dtype(jnp.float32))
         towers.refuse_infinite(model.params)
         return dataclasses.replace(model, origin=model.origin | _results(path))
-    if not towers.is_whole_model(weights):
-        names = ", ".join(form.name for form, _ in towers.find_towers(usual_names(weights.tensors)))
+    found = towers.formats_in(weights)
+    if AUTHORS not in found:
+        names = ", ".join(form.name for form in found)
         raise UserError(
             f"{args.source} holds {names or 'nothing known here'}, not a whole model: start a run "
             "from an encoder with --config.init.image or --config.init.text."
@@ -191,17 +192,17 @@ def describe(args: argparse.Namespace) -> None:
         model = load_model(path, args.step)
         _print_model(model.architecture, model.origin)
         return
-    if towers.is_whole_model(weights):
+    found = towers.formats_in(weights)
+    if AUTHORS in found:
         model = towers.read_model(weights, args.image_heads, args.text_heads)
         _print_model(model.config, {"format": "authors' checkpoint", **weights.origin})
         print(model.note)
         return
-    sides = dict.fromkeys(form.side for form, _ in towers.find_towers(usual_names(weights.tensors)))
-    if not sides:
+    if not found:
         raise UserError(
             f"{args.source} is in no format known here; its tensors: {some(weights.tensors)}."
         )
-    for side in sides:
+    for side in dict.fromkeys(form.side for form in found):
         tower = towers.read_tower(weights, side, getattr(args, f"{side}_heads"))
         _print_fields(f"{tower.format} ({side} encoder)", tower.settings)
         print(f"{tower.note} Start from it with --config.init.{side}={args.source}")

@@ -61,9 +61,10 @@ class WholeModel(NamedTuple):
 # ---- reading
 
 
-def find_towers(tensors: Tensors) -> list[tuple[Format, str]]:
-    """The encoders in a file: their format and the prefix of their tensors."""
-    return [(form, prefix) for form in ENCODERS for prefix in prefixes(tensors, form.signature)]
+def formats_in(weights: Weights) -> list[Format]:
+    """The formats of all models in some weights, `AUTHORS` first; those of encoders follow it."""
+    tensors = usual_names(weights.tensors)
+    return [form for form in (AUTHORS, *ENCODERS) if prefixes(tensors, form.signature)]
 
 
 def read_tower(weights: Weights, side: str, heads: int | None = None) -> Tower:
@@ -73,7 +74,7 @@ def read_tower(weights: Weights, side: str, heads: int | None = None) -> Tower:
     """
     with reading("the weights", "Take other weights of the same model."):
         tensors = usual_names(weights.tensors)
-        towers = find_towers(tensors)
+        towers = [(f, prefix) for f in ENCODERS for prefix in prefixes(tensors, f.signature)]
         forms = {prefix: form for form, prefix in towers if form.side == side}
         if not forms:
             raise UserError(_no_tower(tensors, towers, side))
@@ -96,11 +97,6 @@ def _no_tower(tensors: Tensors, towers: list[tuple[Format, str]], side: str) -> 
         f"There is not one {SIDES[side]} in the weights: {kinds} in it.{hint} Its tensors are "
         f"under {names}."
     )
-
-
-def is_whole_model(weights: Weights) -> bool:
-    """Whether the weights are those of a SimSeg model and not of one encoder."""
-    return bool(prefixes(usual_names(weights.tensors), AUTHORS.signature))
 
 
 def read_model(
@@ -255,7 +251,7 @@ def _our_layout(path: str, parts: list[np.ndarray], flax: bool) -> np.ndarray:
 
 def refuse_infinite(params: dict) -> None:
     """A `UserError` if some of these parameters, nested or not, are not finite."""
-    flat = flatten_dict(params, sep="/")
+    flat = _by_path(params)
     wrong = [path for path, x in flat.items() if not np.isfinite(x).all()]
     if wrong:
         raise UserError(
@@ -268,7 +264,11 @@ def shapes_of(config: Architecture) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of an encoder or a whole model, by path."""
     kind: Any = {ViTConfig: ViT, BertConfig: Bert, SimSegConfig: SimSeg}[type(config)]
     params = jax.eval_shape(lambda: params_of(kind(config, jnp.float32, nnx.Rngs(0))))
-    return {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
+    return {path: x.shape for path, x in _by_path(params).items()}
+
+
+def _by_path(params: dict) -> dict[str, Any]:
+    return flatten_dict(params, sep="/")
 
 
 # ---- writing
@@ -277,7 +277,7 @@ def shapes_of(config: Architecture) -> dict[str, tuple[int, ...]]:
 def state_dict(params: dict) -> dict[str, np.ndarray]:
     """The parameters under the authors' names in PyTorch's layouts: the inverse of `fit`."""
     tensors = {}
-    for path, value in flatten_dict(params, sep="/").items():
+    for path, value in _by_path(params).items():
         x = np.asarray(value)
         if path.endswith(CONVOLUTION):
             patch = round((len(x) / 3) ** 0.5)

@@ -9,6 +9,7 @@ from support import assert_trees_equal
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import towers
 from simseg_jax.weights.containers import Weights, read_weights
+from simseg_jax.weights.formats import AUTHORS
 from simseg_jax.weights.sources import split_key
 from simseg_jax.weights.torch_file import load_tensors, save_tensors
 from simseg_jax.weights.towers import read_tower
@@ -132,7 +133,7 @@ def test_whole_models_are_found_as_encoders_are(prefix, golden_model, tmp_path):
     content = {"state_dict": prefixed(prefix, tensors), "ema": averaged(tensors), "meta": {"a": 1}}
     save_tensors(path, content)
     weights = read_weights(path)
-    assert towers.is_whole_model(weights)
+    assert AUTHORS in towers.formats_in(weights)
     found = towers.read_model(weights, 3, 2)
     assert_trees_equal(found.params, jax.tree.map(lambda x: 2 * x, golden_model[2]))
     assert found.note.startswith("Taken: 82 tensors under ema; ignored: state_dict (82).")
