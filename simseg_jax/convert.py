@@ -30,8 +30,7 @@ from simseg_jax.segmenter import (
     split_words,
     words_of,
 )
-from simseg_jax.weights import export as programs
-from simseg_jax.weights import folder, towers
+from simseg_jax.weights import export, folder, towers
 from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.weights.containers import ARCHITECTURE, META
 from simseg_jax.weights.formats import AUTHORS
@@ -80,7 +79,7 @@ def main() -> None:
     group.add_argument("--text_heads", type=accepted(HEADS), help="default: one per 64 channels")
     group = parser.add_argument_group("--to=stablehlo")
     group.add_argument("--words", help="classes.npz holds these; default: the benchmark's classes")
-    group.add_argument("--platforms", default=",".join(programs.PLATFORMS), help="with commas")
+    group.add_argument("--platforms", default=",".join(export.PLATFORMS), help="with commas")
     add_protocol_options(group)
     args = parser.parse_args()
     cache_programs()
@@ -134,8 +133,8 @@ def read(args: argparse.Namespace) -> TrainedModel:
 
 def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> None:
     """Writes `model` as `args.to` and `args.dtype` say."""
-    architecture, name = model.architecture, destination.name
-    params = folder.cast(model.params, jnp.dtype(args.dtype))
+    architecture, dtype = model.architecture, jnp.dtype(args.dtype)
+    params = folder.cast(model.params, dtype)
     if args.to == "pth":
         content = {
             "state_dict": towers.state_dict(params),
@@ -144,45 +143,24 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
         with folder.complete(destination, folder=False) as partial:
             save_tensors(partial, content)
         return
-    if args.to == "stablehlo":
+    segmenter, platforms = None, args.platforms.split(",")
+    weights, use = folder.PARAMS, FOLDER_USE.format(name=destination.name)
+    if args.to == "safetensors":
+        weights, use = folder.SAFETENSORS, use + PYTORCH_USE
+    elif args.to == "stablehlo":
         segmenter = _segmenter(model, args)
-        settings, platforms = segmenter.settings, args.platforms.split(",")
-        weights = "programs"
-        use = PROGRAMS_USE.format(
-            platforms=", ".join(platforms),
-            size=settings.resolution,
-            least=max(settings.class_scores, settings.candidates),
-            refine=settings.refine,
-            sigma=settings.sigma_weight,
-            m_image=settings.m_image,
-            m_text=settings.m_text,
-            width=architecture.embed_dim,
-            length=model.config.data.max_length,
-        )
-
-        def write_weights(path: Path) -> None:
-            dtype = jnp.dtype(args.dtype)
-            programs.write_programs(path, model, settings, *segmenter.classes, platforms, dtype)
-    elif args.to == "safetensors":
-        weights, use = folder.SAFETENSORS, FOLDER_USE.format(name=name) + PYTORCH_USE
-
-        def write_weights(path: Path) -> None:
-            folder.write_safetensors(path, params, architecture)
-    else:
-        weights, use = folder.PARAMS, FOLDER_USE.format(name=name)
-
-        def write_weights(path: Path) -> None:
-            folder.write_orbax(path, params)
-
-    folder.write_folder(
-        destination,
-        config=model.config,
-        tokenizer=model.tokenizer,
-        origin=model.origin,
-        weights=weights,
-        card=model_card(name, architecture, model.origin, use),
-        write_weights=write_weights,
-    )
+        weights, use = folder.PROGRAMS, _programs_use(model, segmenter, platforms)
+    card = model_card(destination.name, architecture, model.origin, use)
+    with folder.writing(
+        destination, model.config, model.tokenizer, model.origin, weights, card
+    ) as partial:
+        if segmenter:
+            settings, classes = segmenter.settings, segmenter.classes
+            export.write_programs(partial, model, settings, *classes, platforms, dtype)
+        elif weights == folder.SAFETENSORS:
+            folder.write_safetensors(partial, params, architecture)
+        else:
+            folder.write_orbax(partial, params)
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -224,6 +202,16 @@ def _segmenter(model: TrainedModel, args: argparse.Namespace) -> Segmenter:
     classes = words_of(first_segmentation(model.config))
     words = split_words(args.words) if args.words else classes
     return Segmenter(model, words, **protocol_settings(args))
+
+
+def _programs_use(model: TrainedModel, segmenter: Segmenter, platforms: list[str]) -> str:
+    return PROGRAMS_USE.format(
+        platforms=", ".join(platforms),
+        settings=segmenter.settings,
+        least=export.least_classes(segmenter.settings),
+        width=model.architecture.embed_dim,
+        length=model.config.data.max_length,
+    )
 
 
 def _results(path: Path) -> dict[str, Any]:

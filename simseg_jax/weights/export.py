@@ -27,6 +27,11 @@ SUFFIX = ".stablehlo"
 CLASSES = "classes.npz"
 
 
+def least_classes(settings: SegmentationConfig) -> int:
+    """How many classes the segmenter needs, the background included."""
+    return max(settings.class_scores, settings.candidates)
+
+
 def write_programs(
     folder: Path,
     model: TrainedModel,
@@ -51,7 +56,7 @@ def write_programs(
             "The exported segmenter follows the paper protocol in JAX: choose --refine=none, crf "
             "or pamr and a benchmark with protocol=paper."
         )
-    least = max(settings.class_scores, settings.candidates)
+    least = least_classes(settings)
     if len(names) < least:
         raise UserError(f"The threshold needs {least} classes, the background included: add words.")
     if len(names) > 256:

@@ -2,7 +2,7 @@
 
     config.json         the configuration: architecture, text length, protocols
     tokenizer/          the vocabulary
-    params/ or model.safetensors
+    params/ (Orbax), model.safetensors or exported programs
     README.md           the model card
     manifest.json       format, origin and SHA-256 of every file
 
@@ -12,7 +12,7 @@ It is complete or not there at all: written under another name, then renamed.
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,7 +41,8 @@ from simseg_jax.weights import towers
 from simseg_jax.weights.containers import META, read_json, read_weights
 
 MANIFEST, CARD = "manifest.json", "README.md"
-PARAMS, SAFETENSORS = "params", "model.safetensors"
+# What holds the parameters, as the manifest says.
+PARAMS, SAFETENSORS, PROGRAMS = "params", "model.safetensors", "programs"
 FORMAT = "simseg_jax 1"
 
 
@@ -84,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _used_files(folder: Path) -> list[str]:
-    """What `trained.load_model` may read in a folder besides the manifest."""
+    """What `load.load_model` may read in a folder besides the manifest."""
     inside = [f for part in (TOKENIZER, PARAMS) for f in (folder / part).rglob("*") if f.is_file()]
     files = [*inside, *(folder / name for name in (CONFIG, SAFETENSORS))]
     return [f.relative_to(folder).as_posix() for f in files if f.is_file()]
@@ -102,23 +103,17 @@ def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConf
     )
 
 
-def write_folder(
-    folder: Path,
-    *,
-    config: RunConfig,
-    tokenizer,
-    origin: dict[str, Any],
-    weights: str,
-    card: str,
-    write_weights: Callable[[Path], None],
-) -> None:
-    """Writes a model folder.
+@contextlib.contextmanager
+def writing(
+    folder: Path, config: RunConfig, tokenizer, origin: dict[str, Any], weights: str, card: str
+) -> Iterator[Path]:
+    """A place to write the parameters to; a complete model folder appears once they are there.
 
-    weights: what holds the parameters, `PARAMS`, `SAFETENSORS` or "programs"; write_weights(folder)
-    writes that. card: the model card. origin: where the parameters came from.
+    origin: where the parameters came from. weights: what holds them, `PARAMS`, `SAFETENSORS` or
+    `PROGRAMS`. card: the model card.
     """
     with complete(folder) as partial:
-        write_weights(partial)
+        yield partial
         (partial / CONFIG).write_text(to_json(published(config)) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(partial / TOKENIZER)
         (partial / CARD).write_text(card, encoding="utf-8")

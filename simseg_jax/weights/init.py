@@ -15,6 +15,7 @@ from simseg_jax.runtime.settings import changed, plain
 from simseg_jax.weights.load import load_model, open_source
 from simseg_jax.weights.towers import SIDES, read_model, read_tower, refuse_infinite
 
+PARTS = ("model", *SIDES)  # What `config.init` may name a source for.
 # What stays the run's own choice.
 KEPT = {"image": ("image_size",), "text": ("dropout",)}
 
@@ -26,6 +27,16 @@ class Pretrained(NamedTuple):
     notes: list[str]
 
 
+class _Source(NamedTuple):
+    """What was read. fields: of `SimSegConfig`; params and fields may have more than is needed."""
+
+    format: str
+    fields: dict[str, Any]
+    params: dict
+    tokenizer: Any
+    note: str
+
+
 def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
     """Reads what `config.init` names; the configuration gets its architecture.
 
@@ -33,25 +44,22 @@ def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
     """
     params, notes = {}, []
     changes: dict[str, Any] = {}
-    if config.init.model:
-        architecture, loaded, vocabulary, note = _read_model(config.init.model)
-        _check_vocabulary(config.init.model, vocabulary, tokenizer)
-        for side in SIDES:
-            changes |= _adopted(side, plain(getattr(architecture, side)))
-        changes["model.embed_dim"] = architecture.embed_dim
-        params = loaded
-        notes.append(f"The model starts from {config.init.model}.{note}")
-    for side in SIDES:
-        source = getattr(config.init, side)
-        if source:
-            form, settings, encoder, vocabulary, note = _read_encoder(source, side)
-            if side == "text":
-                _check_vocabulary(source, vocabulary, tokenizer)
-            changes |= _adopted(side, settings)
-            params[f"{side}_encoder"] = encoder
+    for part in PARTS:
+        source = getattr(config.init, part)
+        if not source:
+            continue
+        found = _read(source, part)
+        if part != "image":
+            _check_vocabulary(source, found.tokenizer, tokenizer)
+        changes |= _decided(part, found.fields)
+        if part == "model":
+            params |= found.params
+            notes.append(f"The model starts from {source}.{found.note}")
+        else:
+            params[f"{part}_encoder"] = found.params[f"{part}_encoder"]
+            size = "{depth} blocks of width {width}".format(**found.fields[part])
             notes.append(
-                f"The {SIDES[side]} starts from {source}: {form}, {settings['depth']} blocks of "
-                f"width {settings['width']}.{note}"
+                f"The {SIDES[part]} starts from {source}: {found.format}, {size}.{found.note}"
             )
     config = changed(config, changes)
     image = params.get("image_encoder")
@@ -65,44 +73,38 @@ def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
 def keep_architecture(config: RunConfig, saved: RunConfig) -> RunConfig:
     """The configuration with what `init` decides of the model as in the checkpoint of `saved`."""
     changes: dict[str, Any] = {}
-    for side in SIDES:
-        if config.init.model or getattr(config.init, side):
-            changes |= _adopted(side, plain(getattr(saved.model, side)))
-    if config.init.model:
-        changes["model.embed_dim"] = saved.model.embed_dim
+    for part in PARTS:
+        if getattr(config.init, part):
+            changes |= _decided(part, plain(saved.model))
     return changed(config, changes)
 
 
-def _adopted(side: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an encoder decides of a configuration, by dotted name."""
-    return {f"model.{side}.{k}": v for k, v in settings.items() if k not in KEPT[side]}
+def _decided(part: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """What a source of this part decides of a configuration, by dotted name."""
+    sides = SIDES if part == "model" else (part,)
+    decided = {
+        f"model.{side}.{key}": value
+        for side in sides
+        for key, value in fields[side].items()
+        if key not in KEPT[side]
+    }
+    return {**decided, "model.embed_dim": fields["embed_dim"]} if part == "model" else decided
 
 
-def _read_model(source: str):
-    """(architecture, parameters, tokenizer or None, note) of a whole model."""
+def _read(source: str, part: str) -> _Source:
     path, weights = open_source(source)
     if weights is None:
-        return *_trained(path), ""
-    architecture, params, note = read_model(weights)
-    return architecture, params, None, f" {note}"
-
-
-def _read_encoder(source: str, side: str):
-    """(format, settings, parameters, tokenizer or None, note) of one encoder."""
-    path, weights = open_source(source)
-    if weights is None:
-        architecture, params, vocabulary = _trained(path)
-        settings = plain(getattr(architecture, side))
-        return "simseg_jax", settings, params[f"{side}_encoder"], vocabulary, ""
-    tower = read_tower(weights, side)
-    return tower.format, tower.settings, tower.params, _tokenizer_beside(path), f" {tower.note}"
-
-
-def _trained(path: Path):
-    model = load_model(path)
-    params = jax.tree.map(np.asarray, model.params)
-    refuse_infinite(params)
-    return model.architecture, params, model.tokenizer
+        trained = load_model(path)
+        params = jax.tree.map(np.asarray, trained.params)
+        refuse_infinite(params)
+        return _Source("simseg_jax", plain(trained.architecture), params, trained.tokenizer, "")
+    if part == "model":
+        model = read_model(weights)
+        return _Source("", plain(model.config), model.params, None, f" {model.note}")
+    tower = read_tower(weights, part)
+    params = {f"{part}_encoder": tower.params}
+    tokenizer = _tokenizer_beside(path)
+    return _Source(tower.format, {part: tower.settings}, params, tokenizer, f" {tower.note}")
 
 
 def _tokenizer_beside(path: Path):
