@@ -30,11 +30,20 @@ from simseg_jax.segmenter import (
     split_words,
     words_of,
 )
-from simseg_jax.weights import export, folder, towers
+from simseg_jax.weights import export, folder
 from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.weights.containers import ARCHITECTURE, META
 from simseg_jax.weights.formats import AUTHORS
 from simseg_jax.weights.load import TrainedModel, assemble_model, load_model, open_source
+from simseg_jax.weights.read import (
+    describe as description,
+)
+from simseg_jax.weights.read import (
+    formats_in,
+    read_model,
+    refuse_infinite,
+    state_dict,
+)
 from simseg_jax.weights.torch_file import save_tensors
 
 FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
@@ -105,25 +114,26 @@ def read(args: argparse.Namespace) -> TrainedModel:
     path, weights = open_source(args.source)
     if weights is None:
         model = load_model(path, args.step, jnp.dtype(jnp.float32))
-        towers.refuse_infinite(model.params)
+        refuse_infinite(model.params)
         return dataclasses.replace(model, origin=model.origin | _results(path))
-    found = towers.formats_in(weights)
-    if AUTHORS not in found:
-        names = ", ".join(form.name for form in found)
+    forms = formats_in(weights)
+    if AUTHORS not in forms:
+        names = ", ".join(form.name for form in forms)
         raise UserError(
             f"{args.source} holds {names or 'nothing known here'}, not a whole model: start a run "
             "from an encoder with --config.init.image or --config.init.text."
         )
-    architecture, params, note = towers.read_model(weights, args.image_heads, args.text_heads)
-    print(note)
-    config = changed(of_architecture(architecture), {"data.vocab": args.vocab})
+    found = read_model(weights, "model", args.image_heads, args.text_heads)
+    assert isinstance(found.config, SimSegConfig)
+    print(found.note)
+    config = changed(of_architecture(found.config), {"data.vocab": args.vocab})
     meta = {key: value for key, value in weights.meta.items() if key != META}
     files = weights.origin
-    origin = {"source": args.source, "format": "authors' checkpoint", **files, **meta}
+    origin = {"source": args.source, "format": AUTHORS.name, **files, **meta}
     return assemble_model(
         config,
         load_tokenizer(args.vocab),
-        lambda _, shapes: place(params, shapes),
+        lambda _, shapes: place(found.params, shapes),
         step=0,
         identity=files,
         origin=origin,
@@ -137,8 +147,8 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
     params = folder.cast(model.params, dtype)
     if args.to == "pth":
         content = {
-            "state_dict": towers.state_dict(params),
-            META: {ARCHITECTURE: towers.describe(architecture)},
+            "state_dict": state_dict(params),
+            META: {ARCHITECTURE: description(architecture)},
         }
         with folder.complete(destination, folder=False) as partial:
             save_tensors(partial, content)
@@ -170,20 +180,20 @@ def describe(args: argparse.Namespace) -> None:
         model = load_model(path, args.step)
         _print_model(model.architecture, model.origin)
         return
-    found = towers.formats_in(weights)
-    if AUTHORS in found:
-        model = towers.read_model(weights, args.image_heads, args.text_heads)
-        _print_model(model.config, {"format": "authors' checkpoint", **weights.origin})
-        print(model.note)
-        return
-    if not found:
+    forms = formats_in(weights)
+    if not forms:
         raise UserError(
             f"{args.source} is in no format known here; its tensors: {some(weights.tensors)}."
         )
-    for side in dict.fromkeys(form.side for form in found):
-        tower = towers.read_tower(weights, side, getattr(args, f"{side}_heads"))
-        _print_fields(f"{tower.format} ({side} encoder)", tower.settings)
-        print(f"{tower.note} Start from it with --config.init.{side}={args.source}")
+    parts = ["model"] if AUTHORS in forms else dict.fromkeys(form.part for form in forms)
+    for part in parts:
+        found = read_model(weights, part, args.image_heads, args.text_heads)
+        if isinstance(found.config, SimSegConfig):
+            _print_model(found.config, {"format": found.format, **weights.origin})
+            print(found.note)
+        else:
+            _print_fields(f"{found.format} ({part} encoder)", found.fields)
+            print(f"{found.note} Start from it with --config.init.{part}={args.source}")
 
 
 def _print_model(architecture: SimSegConfig, origin: dict[str, Any]) -> None:

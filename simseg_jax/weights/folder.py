@@ -37,8 +37,8 @@ from simseg_jax.training.checkpoint import (
     load_arrays,
     refuse_unusable,
 )
-from simseg_jax.weights import towers
 from simseg_jax.weights.containers import META, read_json, read_weights
+from simseg_jax.weights.read import describe, fit, state_dict
 
 MANIFEST, CARD = "manifest.json", "README.md"
 # What holds the parameters, as the manifest says.
@@ -97,7 +97,7 @@ def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConf
         return load_arrays(epath.Path(folder / PARAMS), {"params": shapes})["params"]
     if manifest.get("weights") == SAFETENSORS:
         tensors = read_weights(folder / SAFETENSORS).tensors
-        return place(towers.fit(tensors, architecture), shapes)
+        return place(fit(tensors, architecture), shapes)
     raise UserError(
         f"{folder} holds exported programs, not parameters: take the folder they were made from."
     )
@@ -172,8 +172,8 @@ def write_orbax(folder: Path, params: dict) -> None:
 
 def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
     """Parameters under the authors' names in PyTorch's layouts."""
-    tensors = towers.state_dict(params)
-    metadata = {"format": "pt", META: towers.describe(architecture)}
+    tensors = state_dict(params)
+    metadata = {"format": "pt", META: describe(architecture)}
     save_file(tensors, folder / SAFETENSORS, metadata)
 
 

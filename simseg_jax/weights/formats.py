@@ -62,7 +62,7 @@ def _timm(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, 
 
 TIMM = Format(
     name="timm ViT",
-    side="image",
+    part="image",
     signature="patch_embed.proj.weight",
     facts=_timm,
     names={
@@ -135,7 +135,7 @@ def _hugging_face_vit(_: Tensors, settings: Settings, heads: int | None) -> dict
 
 HUGGING_FACE_VIT = Format(
     name="Hugging Face ViT",
-    side="image",
+    part="image",
     signature="embeddings.patch_embeddings.projection.weight",
     facts=_hugging_face_vit,
     names={
@@ -164,7 +164,7 @@ def _hugging_face_clip(_: Tensors, settings: Settings, heads: int | None) -> dic
 
 HUGGING_FACE_CLIP = Format(
     name="Hugging Face CLIP",
-    side="image",
+    part="image",
     signature="embeddings.patch_embedding.weight",
     facts=_hugging_face_clip,
     names={
@@ -196,7 +196,7 @@ def _bert(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
 
 BERT = Format(
     name="Hugging Face BERT",
-    side="text",
+    part="text",
     signature="embeddings.word_embeddings.weight",
     facts=_bert,
     names={
@@ -241,7 +241,7 @@ def _open_clip(tensors: Tensors, settings: Settings, heads: int | None) -> dict[
 
 OPEN_CLIP = Format(
     name="open_clip",
-    side="image",
+    part="image",
     signature="ln_pre.weight",
     facts=_open_clip,
     names={
@@ -273,7 +273,7 @@ def _big_vision(tensors: Tensors, _: Settings, heads: int | None) -> dict[str, A
 
 BIG_VISION = Format(
     name="big_vision ViT",
-    side="image",
+    part="image",
     signature="embedding/kernel",
     facts=_big_vision,
     names={
@@ -292,17 +292,14 @@ BIG_VISION = Format(
     free_bias=False,
 )
 
-ENCODERS = (TIMM, HUGGING_FACE_VIT, HUGGING_FACE_CLIP, OPEN_CLIP, BIG_VISION, BERT)
-
-
 # ---- the authors' .pth of whole models: timm's ViT, transformers' BERT and what joins them
 
 IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
 
 
 AUTHORS = Format(
-    name="SimSeg of the authors",
-    side="both",
+    name="authors' checkpoint",
+    part="model",
     signature="image_projection.linear.weight",
     facts=lambda *_: {},  # Nothing lies beside the tensors.
     names={
@@ -315,3 +312,5 @@ AUTHORS = Format(
     unused=rf"{re.escape(IMAGE)}({TIMM.unused})|{re.escape(TEXT)}({BERT.unused})",
     free_bias=False,
 )
+
+FORMATS = (AUTHORS, TIMM, HUGGING_FACE_VIT, HUGGING_FACE_CLIP, OPEN_CLIP, BIG_VISION, BERT)

@@ -13,9 +13,8 @@ from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.settings import changed, plain
 from simseg_jax.weights.load import load_model, open_source
-from simseg_jax.weights.towers import SIDES, read_model, read_tower, refuse_infinite
+from simseg_jax.weights.read import PARTS, SIDES, Model, read_model, refuse_infinite
 
-PARTS = ("model", *SIDES)  # What `config.init` may name a source for.
 # What stays the run's own choice.
 KEPT = {"image": ("image_size",), "text": ("dropout",)}
 
@@ -25,16 +24,6 @@ class Pretrained(NamedTuple):
 
     params: dict
     notes: list[str]
-
-
-class _Source(NamedTuple):
-    """What was read. fields: of `SimSegConfig`; params and fields may have more than is needed."""
-
-    format: str
-    fields: dict[str, Any]
-    params: dict
-    tokenizer: Any
-    note: str
 
 
 def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
@@ -48,19 +37,18 @@ def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
         source = getattr(config.init, part)
         if not source:
             continue
-        found = _read(source, part)
+        found, vocabulary = _read(source, part)
         if part != "image":
-            _check_vocabulary(source, found.tokenizer, tokenizer)
+            _check_vocabulary(source, vocabulary, tokenizer)
         changes |= _decided(part, found.fields)
         if part == "model":
             params |= found.params
-            notes.append(f"The model starts from {source}.{found.note}")
+            what = ""
         else:
-            params[f"{part}_encoder"] = found.params[f"{part}_encoder"]
-            size = "{depth} blocks of width {width}".format(**found.fields[part])
-            notes.append(
-                f"The {SIDES[part]} starts from {source}: {found.format}, {size}.{found.note}"
-            )
+            params[f"{part}_encoder"] = found.params
+            size = "{depth} blocks of width {width}".format(**found.fields)
+            what = f": {found.format}, {size}"
+        notes.append(f"The {PARTS[part]} starts from {source}{what}. {found.note}".rstrip())
     config = changed(config, changes)
     image = params.get("image_encoder")
     if image:
@@ -75,36 +63,33 @@ def keep_architecture(config: RunConfig, saved: RunConfig) -> RunConfig:
     changes: dict[str, Any] = {}
     for part in PARTS:
         if getattr(config.init, part):
-            changes |= _decided(part, plain(saved.model))
+            changes |= _decided(
+                part, plain(saved.model if part == "model" else getattr(saved.model, part))
+            )
     return changed(config, changes)
 
 
 def _decided(part: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """What a source of this part decides of a configuration, by dotted name."""
-    sides = SIDES if part == "model" else (part,)
-    decided = {
-        f"model.{side}.{key}": value
-        for side in sides
-        for key, value in fields[side].items()
-        if key not in KEPT[side]
-    }
-    return {**decided, "model.embed_dim": fields["embed_dim"]} if part == "model" else decided
-
-
-def _read(source: str, part: str) -> _Source:
-    path, weights = open_source(source)
-    if weights is None:
-        trained = load_model(path)
-        params = jax.tree.map(np.asarray, trained.params)
-        refuse_infinite(params)
-        return _Source("simseg_jax", plain(trained.architecture), params, trained.tokenizer, "")
+    """What a source with these fields decides of a configuration, by dotted name."""
     if part == "model":
-        model = read_model(weights)
-        return _Source("", plain(model.config), model.params, None, f" {model.note}")
-    tower = read_tower(weights, part)
-    params = {f"{part}_encoder": tower.params}
-    tokenizer = _tokenizer_beside(path)
-    return _Source(tower.format, {part: tower.settings}, params, tokenizer, f" {tower.note}")
+        sides = [_decided(side, fields[side]) for side in SIDES]
+        return {**sides[0], **sides[1], "model.embed_dim": fields["embed_dim"]}
+    return {f"model.{part}.{k}": v for k, v in fields.items() if k not in KEPT[part]}
+
+
+def _read(source: str, part: str) -> tuple[Model, Any]:
+    """(the part in a source, its tokenizer or None)."""
+    path, weights = open_source(source)
+    if weights is not None:
+        model = read_model(weights, part)
+        return model, None if part == "model" else _tokenizer_beside(path)
+    trained = load_model(path)
+    params = jax.tree.map(np.asarray, trained.params)
+    refuse_infinite(params)
+    config, fields = trained.architecture, plain(trained.architecture)
+    if part != "model":
+        config, fields, params = getattr(config, part), fields[part], params[f"{part}_encoder"]
+    return Model("simseg_jax", config, fields, params, ""), trained.tokenizer
 
 
 def _tokenizer_beside(path: Path):

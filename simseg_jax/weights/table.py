@@ -18,7 +18,8 @@ class Format(NamedTuple):
     """How one code base stores a model.
 
     A file is of this format if it has a tensor named `signature`; what precedes that name is the
-    prefix of all tensors of the model. side: the encoder, "image" or "text", or "both".
+    prefix of all tensors of the model. part: of which it is, the whole "model" or its "image" or
+    "text" encoder.
 
     The architecture: shapes give the sizes. The rest (heads, activation, epsilon, normalisation of
     the images) leaves no trace in the tensors; facts(tensors, settings, heads) reads it from the
@@ -39,7 +40,7 @@ class Format(NamedTuple):
     """
 
     name: str
-    side: str
+    part: str
     signature: str
     facts: Callable[[Tensors, Settings, int | None], dict[str, Any]]
     names: Mapping[str, str]
@@ -67,7 +68,7 @@ def architecture(
     form: Format, tensors: Tensors, settings: Settings, heads: int | None = None
 ) -> dict[str, Any]:
     """Fields of `ViTConfig` or `BertConfig`, as far as the files of one encoder tell them."""
-    sizes = _vit_sizes if form.side == "image" else _bert_sizes
+    sizes = _vit_sizes if form.part == "image" else _bert_sizes
     facts = form.facts(tensors, settings, heads)  # First: it says best why a model has no place.
     found = {**sizes(form, tensors), **facts}
     if found["heads"] is None:

@@ -19,11 +19,12 @@ from simseg_jax.runtime.errors import UserError, one_line, reading, some
 from simseg_jax.runtime.settings import plain, typed
 from simseg_jax.weights.choice import choose, prefixes, take, usual_names
 from simseg_jax.weights.containers import ARCHITECTURE, META, Tensors, Weights
-from simseg_jax.weights.formats import AUTHORS, BERT, ENCODERS, IMAGE, TEXT, TIMM
+from simseg_jax.weights.formats import AUTHORS, BERT, FORMATS, IMAGE, TEXT, TIMM
 from simseg_jax.weights.table import Format, architecture, shape_of
 
 Architecture = ViTConfig | BertConfig | SimSegConfig
 SIDES = {"image": "image encoder (ViT)", "text": "text encoder (BERT)"}
+PARTS = {"model": "SimSeg model", **SIDES}
 CONVOLUTION = "patch_embed/proj/kernel"
 # Names that tell why a model cannot be represented.
 FOREIGN = (
@@ -36,24 +37,16 @@ FOREIGN = (
 )
 
 
-class Tower(NamedTuple):
-    """An encoder.
+class Model(NamedTuple):
+    """What `read_model` finds in weights.
 
-    settings: what the files say of the architecture, by the names in `config`, where the rest has
-    its default. note: which tensors were taken and which were not, a sentence.
+    config: the architecture, of an encoder or the whole. fields: those of it that the files tell,
+    the others have their defaults. note: which tensors were taken and which not, a sentence.
     """
 
     format: str
-    config: ViTConfig | BertConfig
-    settings: dict[str, Any]
-    params: dict
-    note: str
-
-
-class WholeModel(NamedTuple):
-    """A SimSeg model. note: which tensors were taken and which were not, a sentence."""
-
-    config: SimSegConfig
+    config: Architecture
+    fields: dict[str, Any]
     params: dict
     note: str
 
@@ -62,90 +55,90 @@ class WholeModel(NamedTuple):
 
 
 def formats_in(weights: Weights) -> list[Format]:
-    """The formats of all models in some weights, `AUTHORS` first; those of encoders follow it."""
+    """The formats of all models in some weights, a whole model's before those of its encoders."""
     tensors = usual_names(weights.tensors)
-    return [form for form in (AUTHORS, *ENCODERS) if prefixes(tensors, form.signature)]
+    return [form for form in FORMATS if prefixes(tensors, form.signature)]
 
 
-def read_tower(weights: Weights, side: str, heads: int | None = None) -> Tower:
-    """The encoder of one side ("image", "text") in some weights, alone or among others.
+def read_model(
+    weights: Weights, part: str, image_heads: int | None = None, text_heads: int | None = None
+) -> Model:
+    """The whole "model" or its "image" or "text" encoder in some weights, alone or among others.
 
-    heads: for files that do not tell them; by default those of published models.
+    The files of whole models and some others do not tell the attention heads: by default heads are
+    64 channels wide, or as in published models. All unknown, missing and mis-shaped names are
+    reported together.
     """
+    heads = {"image": image_heads, "text": text_heads}
     with reading("the weights", "Take other weights of the same model."):
         tensors = usual_names(weights.tensors)
-        towers = [(f, prefix) for f in ENCODERS for prefix in prefixes(tensors, f.signature)]
-        forms = {prefix: form for form, prefix in towers if form.side == side}
+        places = [(f, prefix) for f in FORMATS for prefix in prefixes(tensors, f.signature)]
+        forms = {prefix: form for form, prefix in places if form.part == part}
         if not forms:
-            raise UserError(_no_tower(tensors, towers, side))
-        prefix = choose(forms, weights.key, SIDES[side])
+            raise UserError(_lacking(part, tensors, [form.name for form, _ in places]))
+        prefix = choose(forms, weights.key, PARTS[part])
         form = forms[prefix]
-        inside, note = take(tensors, prefix, [p for _, p in towers], form.unused)
-        told = architecture(form, inside, weights.settings, heads)
-        config = getattr(_possible({side: told}), side)
-        params = _assemble(inside, form, config)
-        return Tower(form.name, config, {k: getattr(config, k) for k in told}, params, note)
+        # The encoders inside a whole model belong to it.
+        found = forms if part == "model" else [prefix for _, prefix in places]
+        inside, note = take(tensors, prefix, found, form.unused)
+        described = weights.meta.get(META, {}).get(ARCHITECTURE)
+        if part != "model":
+            told = {part: architecture(form, inside, weights.settings, heads[part])}
+        elif described and not any(heads.values()):
+            told = _described(described)
+        else:
+            told = _of_shapes(inside, heads)
+            if not all(heads.values()):
+                taken = " and ".join(f"{told[side]['heads']} ({side})" for side in SIDES)
+                note += (
+                    f" The file does not tell the attention heads: {taken} were taken, one per 64 "
+                    "channels unless given."
+                )
+        config = _possible(told)
+        fields = plain(config)
+        if part != "model":
+            config = getattr(config, part)
+            fields = {key: fields[part][key] for key in told[part]}
+        return Model(form.name, config, fields, _assemble(inside, form, config), note)
 
 
-def _no_tower(tensors: Tensors, towers: list[tuple[Format, str]], side: str) -> str:
-    kinds = some(dict.fromkeys(form.name for form, _ in towers)) or "no encoder known here"
+def _lacking(part: str, tensors: Tensors, found: list[str]) -> str:
+    if part == "model":
+        return (
+            f"Not a SimSeg checkpoint: it has no entry {AUTHORS.signature}. The weights of one "
+            "encoder serve as config.init.image or config.init.text."
+        )
     hint = ""
-    if side == "text" and any("token_embedding" in name for name in tensors):
+    if part == "text" and any("token_embedding" in name for name in tensors):
         hint = " CLIP's text encoder is causal and cannot take BERT's place."
+    formats = some(dict.fromkeys(found)) or "no encoder known here"
     names = some(dict.fromkeys(re.split(r"[./]", name)[0] for name in tensors))
     return (
-        f"There is not one {SIDES[side]} in the weights: {kinds} in it.{hint} Its tensors are "
+        f"There is not one {PARTS[part]} in the weights: {formats} in it.{hint} Its tensors are "
         f"under {names}."
     )
 
 
-def read_model(
-    weights: Weights, image_heads: int | None = None, text_heads: int | None = None
-) -> WholeModel:
-    """Architecture and parameters of a checkpoint of the authors, whatever wrapped it.
-
-    The number of heads leaves no trace there: by default heads are 64 channels wide, as in every
-    model the authors published. All unknown, missing and mis-shaped names are reported together.
-    """
-    with reading("the weights", "Take other weights of the same model."):
-        tensors = usual_names(weights.tensors)
-        found = prefixes(tensors, AUTHORS.signature)
-        if not found:
-            raise UserError(
-                f"Not a SimSeg checkpoint: it has no entry {AUTHORS.signature}. The weights of one "
-                "encoder serve as config.init.image or config.init.text."
-            )
-        prefix = choose(found, weights.key, "SimSeg model")
-        tensors, note = take(tensors, prefix, found, AUTHORS.unused)
-        described = weights.meta.get(META, {}).get(ARCHITECTURE)
-        if described and not (image_heads or text_heads):
-            with reading("the description of the architecture beside the weights"):
-                fields = json.loads(described)
-                sides = {side: fields.pop(side) for side in SIDES}
-                config = _possible({**sides, **fields})
-        else:
-            config = _of_shapes(tensors, image_heads, text_heads)
-            if not (image_heads and text_heads):
-                note += (
-                    f" The file does not tell the attention heads: {config.image.heads} (image) "
-                    f"and {config.text.heads} (text) were taken, one per 64 channels unless given."
-                )
-        return WholeModel(config, fit(tensors, config), note)
+def _described(text: str) -> dict[str, Any]:
+    """The fields that `describe` wrote beside the tensors."""
+    with reading("the description of the architecture beside the weights"):
+        fields = json.loads(text)
+        sides = {side: fields.pop(side) for side in SIDES}
+        return {**sides, **fields}
 
 
-def _of_shapes(tensors: Tensors, image_heads: int | None, text_heads: int | None) -> SimSegConfig:
+def _of_shapes(tensors: Tensors, heads: Mapping[str, int | None]) -> dict[str, Any]:
+    """The fields of a whole model, as far as the authors' tensors tell them."""
     image, text = (
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         for prefix in (IMAGE, TEXT)
     )
-    text_heads = text_heads or max(shape_of(text, BERT.signature, 2)[1] // 64, 1)
-    return _possible(
-        {
-            "image": architecture(TIMM, image, {}, image_heads),
-            "text": architecture(BERT, text, {}, text_heads),
-            "embed_dim": tensors[AUTHORS.signature].shape[0],
-        }
-    )
+    text_heads = heads["text"] or max(shape_of(text, BERT.signature, 2)[1] // 64, 1)
+    return {
+        "image": architecture(TIMM, image, {}, heads["image"]),
+        "text": architecture(BERT, text, {}, text_heads),
+        "embed_dim": tensors[AUTHORS.signature].shape[0],
+    }
 
 
 def _possible(fields: Mapping[str, Any]) -> SimSegConfig:
