@@ -1,11 +1,12 @@
-"""The code bases whose weights can be read, one `Format` each: all in which they differ.
+"""The weight formats of other code bases: everything in which they differ.
 
-Of each: what its JSON files tell of the architecture, how it is recognised (`signature`), and the
-table of names; `table.Format` explains the three.
+Each section has a function that reads what the JSON files beside the weights tell about the
+architecture, then the `Format`: how it is recognised (`signature`) and its table of names. The
+notation of the tables is explained in `table.Format`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from simseg_jax.runtime.errors import UserError
@@ -21,7 +22,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-# Variants of the names in the tables below: pattern -> what is read instead.
+# Other names of the same tensors: pattern -> the name that the tables below have.
 VARIANTS = {
     # Wrappers of training code.
     r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": "",
@@ -90,21 +91,21 @@ TIMM = Format(
 def _transformers(
     settings: Settings,
     heads: int | None,
-    what: str,
-    types: Sequence[str],
-    defaults: tuple[str, float],
+    types: tuple[str, ...],
+    activation: str = "gelu",
+    norm_eps: float = 1e-12,
     part: str = "",
 ) -> dict[str, Any]:
-    """What config.json says, without which heads and activation are unknown.
+    """Heads, activation and epsilon from config.json, without which they are unknown.
 
-    types: values of model_type that can be read. defaults: activation and epsilon where it is
-    silent. part: the object in it that describes the encoder.
+    types: the values of model_type that can be read. activation, norm_eps: where the file is
+    silent. part: the object in it that describes the encoder; by default all of it.
     """
     config = settings.get("config.json")
     if config is None:
         raise UserError(
-            f"The {what} needs its config.json beside it (heads and activation leave no trace "
-            "in the weights): give the folder that holds both."
+            f"A {types[0]} of transformers needs its config.json beside it (heads and activation "
+            "leave no trace in the weights): give the folder that holds both."
         )
     kind = config.get("model_type")
     if kind not in types:
@@ -113,24 +114,24 @@ def _transformers(
             f"{' or '.join(types)}: take another encoder."
         )
     config = part_of(config, part) if part else config
-    activation = str(config.get("hidden_act", defaults[0]))
+    activation = str(config.get("hidden_act", activation))
     if activation not in ACTIVATIONS:
         raise UserError(f"The activation {activation[:40]!r} is not known here.")
     return {
         "heads": heads or config.get("num_attention_heads", 12),
         "activation": ACTIVATIONS[activation],
-        "norm_eps": config.get("layer_norm_eps", defaults[1]),
+        "norm_eps": config.get("layer_norm_eps", norm_eps),
     }
 
 
-def _processor(settings: Settings, default: dict) -> dict[str, Any]:
-    config = settings.get("preprocessor_config.json", {})
-    return {key: config.get(f"image_{key}", default[key]) for key in ("mean", "std")}
+def _normalisation(config: Mapping[str, Any], default: dict, prefix: str = "") -> dict[str, Any]:
+    return {key: config.get(prefix + key, default[key]) for key in default}
 
 
 def _hugging_face_vit(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    facts = _transformers(settings, heads, "Hugging Face ViT", ("vit",), ("gelu", 1e-12))
-    return {**facts, **_processor(settings, INCEPTION)}
+    images = settings.get("preprocessor_config.json", {})
+    facts = _transformers(settings, heads, ("vit",))
+    return {**facts, **_normalisation(images, INCEPTION, "image_")}
 
 
 HUGGING_FACE_VIT = Format(
@@ -155,11 +156,13 @@ HUGGING_FACE_VIT = Format(
 
 
 def _hugging_face_clip(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    types = ("clip", "clip_vision_model")
-    whole = settings.get("config.json", {}).get("model_type") == "clip"
-    part = "vision_config" if whole else ""
-    facts = _transformers(settings, heads, "CLIP", types, ("quick_gelu", 1e-5), part)
-    return {**facts, "pre_norm": True, **_processor(settings, CLIP)}
+    images = settings.get("preprocessor_config.json", {})
+    both = (
+        settings.get("config.json", {}).get("model_type") == "clip"
+    )  # Text tower and image tower.
+    part = "vision_config" if both else ""
+    facts = _transformers(settings, heads, ("clip", "clip_vision_model"), "quick_gelu", 1e-5, part)
+    return {**facts, "pre_norm": True, **_normalisation(images, CLIP, "image_")}
 
 
 HUGGING_FACE_CLIP = Format(
@@ -185,9 +188,9 @@ HUGGING_FACE_CLIP = Format(
 
 
 def _bert(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    # Heads from the user, or of the authors' models: the rest is as in every published BERT.
+    # Who gives the heads needs no file: the rest is as in every published BERT.
     settings = {"config.json": {"model_type": "bert"}} if heads else settings
-    facts = _transformers(settings, heads, "BERT encoder", ("bert",), ("gelu", 1e-12))
+    facts = _transformers(settings, heads, ("bert",))
     config = settings["config.json"]
     if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
         raise UserError("The BERT encoder has relative positions or is a decoder: take another.")
@@ -235,7 +238,7 @@ def _open_clip(tensors: Tensors, settings: Settings, heads: int | None) -> dict[
         "pre_norm": True,
         "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu",
         "norm_eps": 1e-5,
-        **{key: images.get(key, CLIP[key]) for key in CLIP},
+        **_normalisation(images, CLIP),
     }
 
 

@@ -13,7 +13,7 @@ from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.settings import changed, plain
 from simseg_jax.weights.load import load_model, open_source
-from simseg_jax.weights.read import PARTS, SIDES, Model, read_model, refuse_infinite
+from simseg_jax.weights.read import PARTS, SIDES, Found, read_model, refuse_infinite
 
 # What stays the run's own choice.
 KEPT = {"image": ("image_size",), "text": ("dropout",)}
@@ -77,7 +77,7 @@ def _decided(part: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {f"model.{part}.{k}": v for k, v in fields.items() if k not in KEPT[part]}
 
 
-def _read(source: str, part: str) -> tuple[Model, Any]:
+def _read(source: str, part: str) -> tuple[Found, Any]:
     """(the part in a source, its tokenizer or None)."""
     path, weights = open_source(source)
     if weights is not None:
@@ -89,7 +89,7 @@ def _read(source: str, part: str) -> tuple[Model, Any]:
     config, fields = trained.architecture, plain(trained.architecture)
     if part != "model":
         config, fields, params = getattr(config, part), fields[part], params[f"{part}_encoder"]
-    return Model("simseg_jax", config, fields, params, ""), trained.tokenizer
+    return Found("simseg_jax", config, fields, params, ""), trained.tokenizer
 
 
 def _tokenizer_beside(path: Path):

@@ -37,7 +37,7 @@ FOREIGN = (
 )
 
 
-class Model(NamedTuple):
+class Found(NamedTuple):
     """What `read_model` finds in weights.
 
     config: the architecture, of an encoder or the whole. fields: those of it that the files tell,
@@ -62,7 +62,7 @@ def formats_in(weights: Weights) -> list[Format]:
 
 def read_model(
     weights: Weights, part: str, image_heads: int | None = None, text_heads: int | None = None
-) -> Model:
+) -> Found:
     """The whole "model" or its "image" or "text" encoder in some weights, alone or among others.
 
     The files of whole models and some others do not tell the attention heads: by default heads are
@@ -79,8 +79,8 @@ def read_model(
         prefix = choose(forms, weights.key, PARTS[part])
         form = forms[prefix]
         # The encoders inside a whole model belong to it.
-        found = forms if part == "model" else [prefix for _, prefix in places]
-        inside, note = take(tensors, prefix, found, form.unused)
+        prefixed = forms if part == "model" else [prefix for _, prefix in places]
+        inside, note = take(tensors, prefix, prefixed, form.unused)
         described = weights.meta.get(META, {}).get(ARCHITECTURE)
         if part != "model":
             told = {part: architecture(form, inside, weights.settings, heads[part])}
@@ -99,7 +99,7 @@ def read_model(
         if part != "model":
             config = getattr(config, part)
             fields = {key: fields[part][key] for key in told[part]}
-        return Model(form.name, config, fields, _assemble(inside, form, config), note)
+        return Found(form.name, config, fields, _assemble(inside, form, config), note)
 
 
 def _lacking(part: str, tensors: Tensors, found: list[str]) -> str:

@@ -17,26 +17,26 @@ PYTORCH = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 class Format(NamedTuple):
     """How one code base stores a model.
 
-    A file is of this format if it has a tensor named `signature`; what precedes that name is the
-    prefix of all tensors of the model. part: of which it is, the whole "model" or its "image" or
-    "text" encoder.
+    Recognition: a file is of this format if it has a tensor named `signature`. What precedes that
+    name is the prefix of all tensors of the model. part: what the model is, the whole "model" or
+    its "image" or "text" encoder.
 
-    The architecture: shapes give the sizes. The rest (heads, activation, epsilon, normalisation of
-    the images) leaves no trace in the tensors; facts(tensors, settings, heads) reads it from the
-    JSON files beside them. heads: what the user says, or None.
+    Architecture: shapes give the sizes. The rest (heads, activation, epsilon, normalisation of the
+    images) leaves no trace in the tensors; facts(tensors, settings, heads) reads it from the JSON
+    files beside them. heads: what the user says, or None.
 
-    The parameters: `names` maps the layers here to the layers there, one line for all blocks, as in
+    Parameters: `names` maps the layers here to the layers there, one line for all blocks, as in
 
         "blocks/#/attn/qkv": "encoder.layers.#.self_attn.(q|k|v)_proj."
 
     "#" is the number of a block. (q|k|v) are several tensors, side by side in one parameter here. A
     name that ends with a separator is a layer, to which the kind of parameter is added, "weight" or
-    "bias"; any other is a tensor. "LAYER *" is a LayerScale: multiplied into the layer before it,
-    where a file has it. Our parameters are looked up in the table, not the tensors of a file: so it
-    tells what a file lacks, and serves for writing as well.
+    "bias"; any other is a tensor. "LAYER *" is a LayerScale, multiplied into that layer where a
+    file has it. The parameters of our model are looked up, not the tensors of the file: so the
+    table also tells what a file lacks, and serves for writing.
 
     unused: pattern of tensors that the method does not need (heads, poolers, buffers). free_bias:
-    linear layers may lack their bias, those of all blocks together; it is zero then.
+    linear layers may lack their bias, the same layer in all blocks; it is zero then.
     """
 
     name: str

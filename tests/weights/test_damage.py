@@ -73,6 +73,7 @@ def test_odd_settings_beside_the_weights_are_refused(tmp_path):
         ({"model_args": [1]}, "model_args that is no object"),
         ({"model_args": {"num_heads": 5}}, "width=24 must be a multiple"),
         ({"model_args": {"num_heads": -1}}, "heads=-1 must be a whole number"),
+        ({"model_args": {"num_heads": 0}}, "heads=0 must be a whole number"),
         ({"model_args": {"num_heads": "a" * 1000}}, r"heads='a+\.\.\."),
     ):
         (folder / "config.json").write_text(json.dumps(card | change))

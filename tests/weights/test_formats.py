@@ -1,6 +1,8 @@
 """Encoders of other code bases, against outputs of theirs (tests/goldens/make_neighbours.py)."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -12,11 +14,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from support import assert_close
 
-from simseg_jax.models.bert import Bert
-from simseg_jax.models.vit import ViT
+from simseg_jax.models.bert import Bert, BertConfig
+from simseg_jax.models.simseg import SimSegConfig
+from simseg_jax.models.vit import ViT, ViTConfig
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.containers import Weights, read_weights
-from simseg_jax.weights.read import read_model
+from simseg_jax.weights.formats import FORMATS
+from simseg_jax.weights.read import read_model, shapes_of
 
 NEIGHBOURS = GOLDENS / "neighbours"
 IMAGE_TOWERS = {
@@ -131,6 +135,46 @@ def test_all_problems_of_an_encoder_are_reported_together():
         read_model(weights, "image")
     for part in (f"missing {lost}", "unexpected extra", "fc2.weight float32(24, 47) cannot become"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "parameter"),
+    [
+        ("timm", r"attn\.qkv\.bias", ("attn", "qkv")),
+        ("hf_vit", r"intermediate\.dense\.bias", ("mlp", "fc1")),
+        ("open_clip", r"visual\..*attn\.in_proj_bias", ("attn", "qkv")),
+    ],
+)
+def test_layers_without_bias_in_all_blocks_have_zeros(name, kind, parameter):
+    biases = [n for n in read_weights(NEIGHBOURS / name).tensors if re.search(f"{kind}$", n)]
+    assert len(biases) >= 2
+    found = read_model(changed(name, remove=biases), "image").params["blocks"]
+    for block in found.values():
+        layer = block[parameter[0]][parameter[1]]
+        assert not layer["bias"].any()
+        assert layer["bias"].shape == layer["kernel"].shape[1:]
+    with pytest.raises(UserError, match=r"missing .*bias"):
+        read_model(changed(name, remove=biases[:1]), "image")
+
+
+@pytest.mark.parametrize("name", ["augreg", "big_vision"])
+def test_layers_of_big_vision_always_have_their_bias(name):
+    biases = [n for n in read_weights(NEIGHBOURS / name).tensors if n.endswith("Dense_0/bias")]
+    with pytest.raises(UserError, match=r"2 problems\). missing .*Dense_0/bias"):
+        read_model(changed(name, remove=biases), "image")
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=[form.name for form in FORMATS])
+def test_a_table_has_tensors_of_their_own_for_every_parameter(form):
+    config = {"model": SimSegConfig, "image": ViTConfig, "text": BertConfig}[form.part]()
+    if form.part == "image" and "norm_pre" in form.names:
+        config = dataclasses.replace(config, pre_norm=True)
+    names = [form.tensors(path) for path in shapes_of(config)]
+    assert all(names)
+    flat = [name for several in names for name in several]
+    assert len(flat) == len(set(flat))
+    assert form.signature in flat
+    assert not any(set("#()*") & set(name) for name in flat)
 
 
 def test_what_is_not_representable_is_said():
