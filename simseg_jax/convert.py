@@ -48,24 +48,25 @@ from simseg_jax.weights.torch_file import save_tensors
 
 FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
 EPILOG = """examples:
-  what is in a file (format, architecture, what it serves for):
+  what a file holds (format, architecture, how to use it):
     python -m simseg_jax.convert simseg.vit-s.pth
   the authors' checkpoint as a folder for segment, evaluate and config.init.model:
     python -m simseg_jax.convert simseg.vit-s.pth models/simseg-vits
-  a run, for sharing:
+  a training run, to share it:
     python -m simseg_jax.convert runs/shapes models/shapes --to=safetensors --dtype=bfloat16
   for the authors' PyTorch code:
     python -m simseg_jax.convert runs/shapes shapes.pth --to=pth
-  programs that need neither this package nor the checkpoint, on CPUs, NVIDIA GPUs and TPUs:
+  exported programs, which need only JAX, for CPUs, NVIDIA GPUs and TPUs:
     python -m simseg_jax.convert runs/shapes programs/ --to=stablehlo --words="star, heart"
 
-SOURCE is a run's --workdir, a converted folder or a weights file (.pth, .safetensors; told by its
-content): here, on object storage (gs://, s3://) or on the hub (owner/name, owner/name@revision).
-Of a file that holds several models (student and teacher, raw and averaged) the averaged one is
-taken, which the output says; FILE#KEY takes another: checkpoint.pth#student, or #. for the one
-whose names have nothing before them.
-One encoder alone (timm, transformers' BERT, ViT and CLIP, open_clip, big_vision and AugReg .npz) is
-described; training starts from it with --config.init.image=SOURCE or --config.init.text=SOURCE.
+SOURCE is the --workdir of a run, a converted folder or a weights file (.pth, .safetensors, .npz;
+recognised by content): a local path, an address (gs://, s3://) or a repository on the hub
+(owner/name, owner/name@revision). If a file holds several models (student and teacher, raw and
+averaged), the average is taken, as the output says. FILE#KEY takes another: checkpoint.pth#student,
+or FILE#. for the model whose tensors have no prefix.
+
+A single encoder (timm; ViT, CLIP and BERT of transformers; open_clip; big_vision and AugReg) is
+only described: start a run from it with --config.init.image=SOURCE or --config.init.text=SOURCE.
 """
 
 
@@ -74,21 +75,32 @@ def main() -> None:
     """Describes SOURCE or writes it as DESTINATION."""
     parser = make_parser("convert", "Converts trained models between formats.", EPILOG)
     parser.add_argument("source", help="what to convert")
-    parser.add_argument("destination", nargs="?", help="what to write; without it: describe")
-    parser.add_argument("--to", choices=FORMATS, default="orbax", help="format; default: orbax")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters"
+        "destination", nargs="?", help="what to write; without it SOURCE is described"
     )
     parser.add_argument(
-        "--step", type=accepted(whole(0)), help="of a run: which checkpoint; default: the newest"
+        "--to", choices=FORMATS, default="orbax", help="what to write it as; default: orbax"
     )
-    group = parser.add_argument_group("what a .pth of the authors does not say")
-    group.add_argument("--vocab", default="bert-base-uncased", help="as data.vocab of a run")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the written parameters; default: float32",
+    )
+    parser.add_argument(
+        "--step", type=accepted(whole(0)), help="checkpoint of a run; default: the newest"
+    )
+    group = parser.add_argument_group("what a .pth of the authors does not tell")
+    group.add_argument(
+        "--vocab", default="bert-base-uncased", help="vocabulary, as data.vocab of a run"
+    )
     group.add_argument("--image_heads", type=accepted(HEADS), help="default: one per 64 channels")
     group.add_argument("--text_heads", type=accepted(HEADS), help="default: one per 64 channels")
     group = parser.add_argument_group("--to=stablehlo")
-    group.add_argument("--words", help="classes.npz holds these; default: the benchmark's classes")
-    group.add_argument("--platforms", default=",".join(export.PLATFORMS), help="with commas")
+    group.add_argument("--words", help="classes in classes.npz; default: those of the test set")
+    group.add_argument(
+        "--platforms", default=",".join(export.PLATFORMS), help="separated by commas"
+    )
     add_protocol_options(group)
     args = parser.parse_args()
     cache_programs()

@@ -1,7 +1,7 @@
-"""Which of the models in a file: current names, prefixes, averages, the user's key.
+"""Choosing one of the models in a file.
 
-A checkpoint may hold a model several times: raw and averaged, student and teacher. What precedes
-the names of a model's tensors, the prefix, tells them apart.
+A checkpoint may hold a model several times: raw and averaged, student and teacher. They differ in
+the prefix of their tensors' names. The user's key chooses one; without it the average is taken.
 """
 
 import re
@@ -15,8 +15,9 @@ from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.weights.containers import Tensors
 from simseg_jax.weights.formats import VARIANTS
 
-# Averages of the parameters: where a file has them, their authors evaluate these.
+# Prefixes of averaged parameters, which are what authors evaluate.
 AVERAGED = r"(^|[._/])(ema|teacher)([._/]|$)"
+# Moments of an optimiser have the names of the parameters: they are no model.
 OPTIMIZER = r"(^|[./])opt(im|imizer|imizer_state|_state)?[./]"
 
 
@@ -74,10 +75,10 @@ def choose(found: Collection[str], key: str, what: str) -> str:
 def take(
     tensors: Tensors, prefix: str, found: Collection[str], unused: str
 ) -> tuple[dict[str, np.ndarray], str]:
-    """(tensors of the model with this prefix, by their names without it; a sentence about them).
+    """(the tensors of the model with this prefix, a sentence on what was taken and what not).
 
-    found: the prefixes of all models in the file. unused: pattern of names that the method has no
-    use for. The sentence says what was taken and what was not.
+    The names of the result lack the prefix. found: the prefixes of all models in the file. unused:
+    pattern of the names that the method does not need.
     """
     others = tuple(p for p in found if p != prefix and p.startswith(prefix))
     taken, rest = {}, []
@@ -100,7 +101,7 @@ def label(prefix: str) -> str:
 
 
 def _group(name: str, prefix: str) -> str:
-    """The shortest start of a name that no name with the prefix has."""
+    """How the sentence names an ignored tensor: up to the first part that differs from `prefix`."""
     parts, others = re.split(r"[./]", name), re.split(r"[./]", prefix)
     common = 0
     while common < min(len(parts), len(others)) and parts[common] == others[common]:

@@ -18,11 +18,11 @@ from simseg_jax.weights.torch_file import load_tensors
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 # JSON files beside the weights, which describe the model: of timm, transformers and open_clip.
 SETTINGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
-# Of a folder that holds the same weights several times the first of these is taken: the safest.
+# Folders may hold the same weights in several containers: the first of these is taken, the safest.
 USUAL = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 INDEX = "model.safetensors.index.json"
 GET_AGAIN = "Get the file again, or save its state dict alone with PyTorch."
-# Under this name our files describe the architecture, which the tensors alone do not tell.
+# Where our own files describe the architecture, which the tensors alone do not tell.
 META, ARCHITECTURE = "simseg_jax", "architecture"
 
 Tensors = Mapping[str, np.ndarray]
@@ -32,9 +32,9 @@ Settings = Mapping[str, dict]
 class Weights(NamedTuple):
     """The tensors of a file or folder and what is known about them.
 
-    tensors: those of nested dictionaries have names such as "state_dict.norm.weight". settings: the
-    JSON files beside them, by name. meta: words and numbers that the file holds beside them, in
-    groups. key: which of several models in the file to take, see `sources.split_key`.
+    tensors: by name; in nested dictionaries as "state_dict.norm.weight". settings: the JSON files
+    beside the weights, by name. meta: texts and numbers inside the weights file, in groups. key:
+    which of several models in the file to take, see `sources.split_key`.
     """
 
     tensors: dict[str, np.ndarray]
@@ -45,7 +45,7 @@ class Weights(NamedTuple):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The files with their SHA-256, for which they are read once more, and the key."""
+        """The key, and the files with their SHA-256; computing it reads them once more."""
         key = {"key": self.key} if self.key else {}
         return {"files": {str(file): sha256(file) for file in self.files}, **key}
 
@@ -104,7 +104,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, meta) of one file; its content tells the container, whatever its name ends with."""
+    """(tensors, meta) of one file; the container is recognised by content, not by suffix."""
     if not file.is_file():
         raise UserError(f"No weights at {file}: it is no file or folder here.")
     if zipfile.is_zipfile(file):
@@ -154,9 +154,9 @@ def _read_npz(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
 
 
 def _flat(content: dict) -> dict[str, np.ndarray]:
-    """The tensors of nested dictionaries with the keys that lead to them, joined by dots."""
+    """The tensors of nested dictionaries; their names are the keys to them, joined by dots."""
     flat: dict[str, np.ndarray] = {}
-    seen = set()  # A dictionary may be in several others, or in itself.
+    seen = set()  # A dictionary may contain itself.
 
     def add(inner: dict, prefix: str) -> None:
         seen.add(id(inner))
@@ -178,7 +178,7 @@ def _flat(content: dict) -> dict[str, np.ndarray]:
 
 
 def _facts(content: dict) -> dict[str, dict]:
-    """The groups of words and numbers in the content of a `.pth`, for the record."""
+    """The dictionaries of texts and numbers in the content of a `.pth`, for the record."""
     groups = {}
     for name, group in content.items():
         if isinstance(name, str) and isinstance(group, dict):

@@ -6,7 +6,7 @@
     README.md           the model card
     manifest.json       format, origin and SHA-256 of every file
 
-It is complete or not there at all: written under another name, then renamed.
+It is never incomplete: written under another name, then renamed.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConf
 def writing(
     folder: Path, config: RunConfig, tokenizer, origin: dict[str, Any], weights: str, card: str
 ) -> Iterator[Path]:
-    """A place to write the parameters to; a complete model folder appears once they are there.
+    """A place to write the parameters to; on success the rest is added and the folder appears.
 
     origin: where the parameters came from. weights: what holds them, `PARAMS`, `SAFETENSORS` or
     `PROGRAMS`. card: the model card.
@@ -132,7 +132,7 @@ def writing(
 
 @contextlib.contextmanager
 def complete(path: Path, folder: bool = True) -> Iterator[Path]:
-    """A place to write a folder or file that appears at `path` once all went well."""
+    """A place to write a folder or file, renamed to `path` on success."""
     refuse_existing(path)
     partial = path.with_name(f"{path.name}.partial")
     _remove(partial)
@@ -157,9 +157,9 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_orbax(folder: Path, params: dict) -> None:
-    """Parameters for `load_arrays`, in the type they have."""
+    """Writes parameters in their own dtype; `load_arrays` reads them."""
     refuse_unusable(str(folder.absolute()))
-    # Before writing: Orbax answers a full disk with tracebacks of every array it still writes.
+    # Checked first: on a full disk Orbax prints a traceback for every array it still writes.
     needed, free = sum(x.nbytes for x in jax.tree.leaves(params)), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
@@ -171,14 +171,14 @@ def write_orbax(folder: Path, params: dict) -> None:
 
 
 def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
-    """Parameters under the authors' names in PyTorch's layouts."""
+    """Writes parameters under the authors' names, in PyTorch's layouts."""
     tensors = state_dict(params)
     metadata = {"format": "pt", META: describe(architecture)}
     save_file(tensors, folder / SAFETENSORS, metadata)
 
 
 def cast(params: dict, dtype) -> dict:
-    """Parameters in another type; the temperature, a single number, stays float32."""
+    """Parameters in another dtype; the temperature, a single number, stays float32."""
     return {
         k: v if k == "temperature" else jax.tree.map(lambda x: np.asarray(x).astype(dtype), v)
         for k, v in params.items()

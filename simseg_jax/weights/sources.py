@@ -1,4 +1,4 @@
-"""Where weights are: here, on object storage or on the hub; what is elsewhere is copied."""
+"""Finding weights: local ones, and copies of those on object storage and on the hub."""
 
 import contextlib
 import hashlib
@@ -19,8 +19,8 @@ HUB_FILES = ["*.json", "*.txt", "README.md", "params/**", "tokenizer/**"]
 def split_key(source: str | Path) -> tuple[str, str]:
     """("FILE", "KEY") of "FILE#KEY"; the key is empty without one, or if such a file exists.
 
-    KEY tells which model to take where a file holds several: the part of the tensors' names that
-    sets them apart, as in "checkpoint.pth#teacher"; "." is the one without any such part.
+    KEY chooses among several models in a file by the prefix of their tensors, as in
+    "checkpoint.pth#teacher"; "." is the model without a prefix.
     """
     text = str(source)
     name, _, key = text.rpartition("#")
@@ -90,7 +90,7 @@ def _from_hub(source: str) -> Path:
     inner = [f"*/*{suffix}" for suffix in SUFFIXES]
 
     def download(patterns: list[str]) -> Path:
-        # Without a network it gives what was downloaded before.
+        # Without a network it returns what was downloaded before.
         folder = snapshot_download(
             repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=inner
         )

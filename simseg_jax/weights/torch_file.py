@@ -1,8 +1,9 @@
-"""Reads and writes tensors in PyTorch `.pth` files without PyTorch and without executing anything.
+"""PyTorch's `.pth` files, read and written without PyTorch; nothing in a file is executed.
 
-A `.pth` file is a zip archive: one pickle that describes the objects and one raw file per storage.
-The pickle may name any Python function. The reader resolves the four kinds of names that a plain
-dictionary of tensors needs, drops what training loops keep beside it, and refuses all others.
+A `.pth` file is a zip archive: a pickle, data.pkl, that describes the objects, and one entry of raw
+numbers for each storage, data/KEY. The pickle may name any Python function to call. The reader
+knows those that build a dictionary of tensors, ignores those of what training loops keep beside it,
+and refuses all others.
 """
 
 import math
@@ -32,6 +33,7 @@ DTYPES = {
     "BoolStorage": np.bool_,
 }
 STORAGES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+# Opcodes of pickles that push their argument as it is.
 PLAIN = (
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING"),
     *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
@@ -75,12 +77,12 @@ class _Ignored:
     """Stands for an object that is no tensor."""
 
 
-# What a pickle may name, and what it becomes. Training loops keep options and NumPy scalars beside
-# the weights.
+# The names that a pickle may ask for, and what `_make` makes of a call.
 MADE: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): "dictionary",
     ("torch._utils", "_rebuild_tensor_v2"): "tensor",
     ("torch._utils", "_rebuild_parameter"): "parameter",
+    # Options and NumPy's scalars, which training loops keep beside the weights.
     ("argparse", "Namespace"): _Ignored,
     ("numpy", "dtype"): _Ignored,
     ("numpy.core.multiarray", "scalar"): _Ignored,
@@ -94,8 +96,8 @@ MADE: dict[tuple[str, str], Any] = {
 class _Reader:
     """Interprets the opcodes that PyTorch writes for dictionaries of tensors; nothing is called.
 
-    Python's own unpickler runs what a file names, and few bytes make it take gigabytes: its memo
-    grows to any index, and a tuple of nested tuples as a key takes for ever to hash.
+    Why not Python's unpickler: it calls what a file names, and a few bytes suffice to exhaust it.
+    Its memo grows to any index, and nested tuples as a key take for ever to hash.
 
     size: bytes of the file, which bound what its entries and tensors may take.
     """
@@ -115,11 +117,11 @@ class _Reader:
         return self.archive.read(info)
 
     def unpickled(self, pickled: bytes) -> Any:
-        """What a pickle describes.
+        """The object that a pickle describes.
 
-        The machine of the format: most opcodes push an object on a stack. MARK begins a new stack,
-        which a later opcode turns into one container or adds to one. The memo numbers objects that
-        occur again.
+        A pickle is a program for a stack machine. Most opcodes push an object. MARK sets the stack
+        aside and begins an empty one, whose items a later opcode turns into a container or adds to
+        one. The memo keeps objects that are used again, by number.
         """
         if len(pickled) > bounds.PICKLE:
             raise ValueError(f"its pickle has {len(pickled):,} bytes, more than {bounds.PICKLE:,}")
@@ -166,7 +168,7 @@ class _Reader:
                 case "REDUCE" | "NEWOBJ":
                     arguments, made = stack.pop(), stack.pop()
                     stack.append(self._make(made, arguments))
-                case "BUILD":  # The attributes of an object, as the versions of a state dict.
+                case "BUILD":  # Attributes of an object, such as the versions of a state dict.
                     stack.pop()
                 case "PROTO" | "FRAME":
                     pass
