@@ -128,13 +128,6 @@ def read(args: argparse.Namespace) -> TrainedModel:
         model = load_model(path, args.step, jnp.dtype(jnp.float32))
         refuse_infinite(model.params)
         return dataclasses.replace(model, origin=model.origin | _results(path))
-    forms = formats_in(weights)
-    if AUTHORS not in forms:
-        names = ", ".join(form.name for form in forms)
-        raise UserError(
-            f"{args.source} holds {names or 'nothing known here'}, not a whole model: start a run "
-            "from an encoder with --config.init.image or --config.init.text."
-        )
     found = read_model(weights, "model", args.image_heads, args.text_heads)
     assert isinstance(found.config, SimSegConfig)
     print(found.note)

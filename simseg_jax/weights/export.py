@@ -56,7 +56,7 @@ def write_programs(
     if settings.protocol != "paper" or settings.refine == "pydensecrf":
         raise UserError(
             "The exported segmenter follows the paper protocol in JAX: choose --refine=none, crf "
-            "or pamr and a benchmark with protocol=paper."
+            "or pamr and a test set with protocol=paper."
         )
     least = least_classes(settings)
     if len(names) < least:

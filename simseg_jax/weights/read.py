@@ -103,19 +103,19 @@ def read_model(
 
 
 def _lacking(part: str, tensors: Tensors, found: list[str]) -> str:
+    """The message that there is no such part, only encoders of the formats `found`."""
+    formats = some(dict.fromkeys(found)) or "no encoder known here"
     if part == "model":
         return (
-            f"Not a SimSeg checkpoint: it has no entry {AUTHORS.signature}. The weights of one "
-            "encoder serve as config.init.image or config.init.text."
+            f"Not a SimSeg checkpoint (it has no tensor {AUTHORS.signature}) but {formats}: start "
+            "a run from an encoder with --config.init.image or --config.init.text."
         )
     hint = ""
     if part == "text" and any("token_embedding" in name for name in tensors):
         hint = " CLIP's text encoder is causal and cannot take BERT's place."
-    formats = some(dict.fromkeys(found)) or "no encoder known here"
     names = some(dict.fromkeys(re.split(r"[./]", name)[0] for name in tensors))
     return (
-        f"There is not one {PARTS[part]} in the weights: {formats} in it.{hint} Its tensors are "
-        f"under {names}."
+        f"The weights hold {formats}, not one {PARTS[part]}.{hint} Their tensors are under {names}."
     )
 
 
