@@ -81,24 +81,15 @@ def read_model(
         # The encoders inside a whole model belong to it.
         prefixed = forms if part == "model" else [prefix for _, prefix in places]
         inside, note = take(tensors, prefix, prefixed, form.unused)
-        described = weights.meta.get(META, {}).get(ARCHITECTURE)
-        if part != "model":
-            told = {part: architecture(form, inside, weights.settings, heads[part])}
-        elif described and not any(heads.values()):
-            told = _described(described)
+        if part == "model":
+            described = weights.meta.get(META, {}).get(ARCHITECTURE)
+            told, guess = _whole_architecture(inside, described, heads)
+            config = _possible(told)
+            fields, note = plain(config), note + guess
         else:
-            told = _of_shapes(inside, heads)
-            if not all(heads.values()):
-                taken = " and ".join(f"{told[side]['heads']} ({side})" for side in SIDES)
-                note += (
-                    f" The file does not tell the attention heads: {taken} were taken, one per 64 "
-                    "channels unless given."
-                )
-        config = _possible(told)
-        fields = plain(config)
-        if part != "model":
-            config = getattr(config, part)
-            fields = {key: fields[part][key] for key in told[part]}
+            told = architecture(form, inside, weights.settings, heads[part])
+            config = getattr(_possible({part: told}), part)
+            fields = {key: value for key, value in plain(config).items() if key in told}
         return Found(form.name, config, fields, _assemble(inside, form, config), note)
 
 
@@ -119,26 +110,35 @@ def _lacking(part: str, tensors: Tensors, found: list[str]) -> str:
     )
 
 
-def _described(text: str) -> dict[str, Any]:
-    """The fields that `describe` wrote beside the tensors."""
-    with reading("the description of the architecture beside the weights"):
-        fields = json.loads(text)
-        sides = {side: fields.pop(side) for side in SIDES}
-        return {**sides, **fields}
+def _whole_architecture(
+    tensors: Tensors, described: str | None, heads: Mapping[str, int | None]
+) -> tuple[dict[str, Any], str]:
+    """(fields of a whole model, a sentence if the heads are a guess).
 
-
-def _of_shapes(tensors: Tensors, heads: Mapping[str, int | None]) -> dict[str, Any]:
-    """The fields of a whole model, as far as the authors' tensors tell them."""
+    described: what `describe` wrote beside the tensors, if anything. Heads that the user gives
+    overrule it; the rest is then read from the shapes.
+    """
+    if described and not any(heads.values()):
+        with reading("the description of the architecture beside the weights"):
+            fields = json.loads(described)
+            sides = {side: fields.pop(side) for side in SIDES}
+            return {**sides, **fields}, ""
     image, text = (
         {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         for prefix in (IMAGE, TEXT)
     )
     text_heads = heads["text"] or max(shape_of(text, BERT.signature, 2)[1] // 64, 1)
-    return {
+    fields: dict[str, Any] = {
         "image": architecture(TIMM, image, {}, heads["image"]),
         "text": architecture(BERT, text, {}, text_heads),
         "embed_dim": tensors[AUTHORS.signature].shape[0],
     }
+    taken = " and ".join(f"{fields[side]['heads']} ({side})" for side in SIDES)
+    guess = (
+        f" The file does not tell the attention heads: {taken} were taken, one per 64 channels "
+        "unless given."
+    )
+    return fields, "" if all(heads.values()) else guess
 
 
 def _possible(fields: Mapping[str, Any]) -> SimSegConfig:
@@ -183,26 +183,29 @@ def _assemble(tensors: Tensors, form: Format, config: Architecture) -> dict:
         given = {name: tensors[name] for name in names + scale}
         value = _parameter(path, list(given.values()), bool(scale), "/" in names[0], shape)
         if value is None:
-            given = " and ".join(f"{name} {x.dtype}{x.shape}" for name, x in given.items())
-            problems.append(f"{given} cannot become {path} of shape {shape}")
+            listed = " and ".join(f"{name} {x.dtype}{x.shape}" for name, x in given.items())
+            problems.append(f"{listed} cannot become {path} of shape {shape}")
         else:
             found[path] = value
     rest = [name for name in tensors if name not in used]
     problems += [f"unexpected {name}" for name in rest]
     if problems:
-        reasons = [why for pattern, why in FOREIGN if any(re.search(pattern, n) for n in rest)]
-        reason = f" It has {some(reasons)}, which have no place here." if reasons else ""
-        raise UserError(
-            f"The weights do not fit the model ({len(problems)} "
-            f"problem{'s' * (len(problems) > 1)}).{reason} "
-            + some(problem[:70] for problem in problems)
-        )
+        raise UserError(_misfit(problems, rest))
     refuse_infinite(found)
     return unflatten_dict(found, sep="/")
 
 
+def _misfit(problems: list[str], unexpected: list[str]) -> str:
+    """The message about all problems, with what the unexpected tensors reveal of the model."""
+    reasons = [why for pattern, why in FOREIGN if any(re.search(pattern, n) for n in unexpected)]
+    reason = f" It has {some(reasons)}, which have no place here." if reasons else ""
+    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    listed = some(problem[:70] for problem in problems)
+    return f"The weights do not fit the model ({count}).{reason} {listed}"
+
+
 def _kind(name: str) -> str:
-    """What the tensors of all blocks have in common: a model has a kind in each of them or none."""
+    """The name without the number of its block: a kind of tensor is in all blocks or in none."""
     return re.sub(r"\d+", "#", name)
 
 
