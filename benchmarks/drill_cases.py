@@ -299,9 +299,8 @@ def captions(_home: Path) -> Case:
 
 def weights(home: Path) -> Case:
     """Damaged weights: whole and finite, or refused; with checksums the very same."""
-    from simseg_jax.weights.formats import AUTHORS
     from simseg_jax.weights.load import load_model, open_source
-    from simseg_jax.weights.read import formats_in, read_model
+    from simseg_jax.weights.read import parts_in, read_model
 
     sources = [*sorted((GOLDENS / "neighbours").glob("*/")), GOLDENS / "model.pth"]
     converted = home / "converted"
@@ -312,9 +311,7 @@ def weights(home: Path) -> Case:
         _, weights = open_source(path)
         if weights is None:
             return [load_model(path).params]
-        forms = formats_in(weights)
-        parts = ["model"] if AUTHORS in forms else sorted({form.part for form in forms})
-        return [read_model(weights, part).params for part in parts or ("image",)]
+        return [read_model(weights, part).params for part in parts_in(weights) or ("image",)]
 
     def case(rng: np.random.Generator, place: Path) -> None:
         if expected is not None and rng.random() < 0.3:

@@ -39,7 +39,7 @@ from simseg_jax.weights.read import (
     describe as description,
 )
 from simseg_jax.weights.read import (
-    formats_in,
+    parts_in,
     read_model,
     refuse_infinite,
     state_dict,
@@ -185,12 +185,11 @@ def describe(args: argparse.Namespace) -> None:
         model = load_model(path, args.step)
         _print_model(model.architecture, model.origin)
         return
-    forms = formats_in(weights)
-    if not forms:
+    parts = parts_in(weights)
+    if not parts:
         raise UserError(
             f"{args.source} is in no format known here; its tensors: {some(weights.tensors)}."
         )
-    parts = ["model"] if AUTHORS in forms else dict.fromkeys(form.part for form in forms)
     for part in parts:
         found = read_model(weights, part, args.image_heads, args.text_heads)
         if isinstance(found.config, SimSegConfig):

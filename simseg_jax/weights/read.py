@@ -54,10 +54,11 @@ class Found(NamedTuple):
 # ---- reading
 
 
-def formats_in(weights: Weights) -> list[Format]:
-    """The formats of all models in some weights, a whole model's before those of its encoders."""
+def parts_in(weights: Weights) -> list[str]:
+    """What `read_model` can read of some weights: ["model"], else "image" and "text" encoders."""
     tensors = usual_names(weights.tensors)
-    return [form for form in FORMATS if prefixes(tensors, form.signature)]
+    parts = dict.fromkeys(form.part for form in FORMATS if prefixes(tensors, form.signature))
+    return ["model"] if "model" in parts else list(parts)
 
 
 def read_model(

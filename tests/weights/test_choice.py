@@ -8,8 +8,7 @@ from support import assert_trees_equal
 
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.containers import Weights, read_weights
-from simseg_jax.weights.formats import AUTHORS
-from simseg_jax.weights.read import formats_in, read_model
+from simseg_jax.weights.read import parts_in, read_model
 from simseg_jax.weights.sources import split_key
 from simseg_jax.weights.torch_file import load_tensors, save_tensors
 
@@ -132,7 +131,7 @@ def test_whole_models_are_found_as_encoders_are(prefix, golden_model, tmp_path):
     content = {"state_dict": prefixed(prefix, tensors), "ema": averaged(tensors), "meta": {"a": 1}}
     save_tensors(path, content)
     weights = read_weights(path)
-    assert AUTHORS in formats_in(weights)
+    assert parts_in(weights) == ["model"]
     found = read_model(weights, "model", 3, 2)
     assert_trees_equal(found.params, jax.tree.map(lambda x: 2 * x, golden_model[2]))
     assert found.note.startswith("Taken: 82 tensors under ema; ignored: state_dict (82).")
@@ -141,6 +140,12 @@ def test_whole_models_are_found_as_encoders_are(prefix, golden_model, tmp_path):
     raw = read_model(read_weights(path, "state_dict"), "model", 3, 2)
     assert_trees_equal(raw.params, golden_model[2])
     assert read_weights(path, "state_dict").origin["key"] == "state_dict"
+
+
+def test_what_can_be_read_is_named(plain):
+    assert parts_in(Weights(plain, {}, {}, {})) == ["image"]
+    assert parts_in(read_weights(GOLDENS / "neighbours" / "hf_bert")) == ["text"]
+    assert parts_in(Weights({"fc.weight": np.zeros(3)}, {}, {}, {})) == []
 
 
 def test_keys_in_the_names_of_sources(tmp_path):
