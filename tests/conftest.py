@@ -38,8 +38,8 @@ from support import tiny_config, tiny_eval
 
 from simseg_jax.models.simseg import make_model
 from simseg_jax.train import train
-from simseg_jax.weights.authors import read_model
-from simseg_jax.weights.sources import read_weights
+from simseg_jax.weights.containers import read_weights
+from simseg_jax.weights.read import read_model
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests train the same tiny model: compile it once per session.
@@ -92,5 +92,5 @@ def photographs():
 @pytest.fixture(scope="session")
 def golden_model():
     """(config, graphdef, params) of the authors' miniature model behind the reference outputs."""
-    config, params, _ = read_model(read_weights(GOLDENS / "model.pth"), 3, 2)
+    _, config, _, params, _ = read_model(read_weights(GOLDENS / "model.pth"), "model", 3, 2)
     return config, make_model(config), jax.tree.map(jnp.asarray, params)

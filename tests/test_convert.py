@@ -206,7 +206,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(
     assert "asks to run 'builtins.exec', which is refused" in error(bad, destination)
     assert "No weights at" in error(tmp_path / "nothing", destination)
     timm = GOLDENS / "neighbours" / "timm"
-    assert "timm ViT, not a whole model: start a run" in error(timm, destination)
+    assert "but timm ViT: start a run from an encoder" in error(timm, destination)
     several = error(MODEL, destination, f"--vocab={vocabulary}", "--to=stablehlo", "--words=a,a")
     assert "The same word is given twice" in several
     known = f"--words={','.join(f'word{i}' for i in range(12))}"

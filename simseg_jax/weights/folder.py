@@ -2,17 +2,17 @@
 
     config.json         the configuration: architecture, text length, protocols
     tokenizer/          the vocabulary
-    params/ or model.safetensors
+    params/ (Orbax), model.safetensors or exported programs
     README.md           the model card
     manifest.json       format, origin and SHA-256 of every file
 
-It is complete or not there at all: written under another name, then renamed.
+It is never incomplete: written under another name, then renamed.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,11 +37,12 @@ from simseg_jax.training.checkpoint import (
     load_arrays,
     refuse_unusable,
 )
-from simseg_jax.weights import authors
-from simseg_jax.weights.sources import META, read_json, read_weights
+from simseg_jax.weights.containers import META, read_json, read_weights
+from simseg_jax.weights.read import describe, fit, state_dict
 
 MANIFEST, CARD = "manifest.json", "README.md"
-PARAMS, SAFETENSORS = "params", "model.safetensors"
+# What holds the parameters, as the manifest says.
+PARAMS, SAFETENSORS, PROGRAMS = "params", "model.safetensors", "programs"
 FORMAT = "simseg_jax 1"
 
 
@@ -84,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _used_files(folder: Path) -> list[str]:
-    """What `trained.load_model` may read in a folder besides the manifest."""
+    """What `load.load_model` may read in a folder besides the manifest."""
     inside = [f for part in (TOKENIZER, PARAMS) for f in (folder / part).rglob("*") if f.is_file()]
     files = [*inside, *(folder / name for name in (CONFIG, SAFETENSORS))]
     return [f.relative_to(folder).as_posix() for f in files if f.is_file()]
@@ -96,29 +97,23 @@ def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConf
         return load_arrays(epath.Path(folder / PARAMS), {"params": shapes})["params"]
     if manifest.get("weights") == SAFETENSORS:
         tensors = read_weights(folder / SAFETENSORS).tensors
-        return place(authors.fit(tensors, architecture), shapes)
+        return place(fit(tensors, architecture), shapes)
     raise UserError(
         f"{folder} holds exported programs, not parameters: take the folder they were made from."
     )
 
 
-def write_folder(
-    folder: Path,
-    *,
-    config: RunConfig,
-    tokenizer,
-    origin: dict[str, Any],
-    weights: str,
-    card: str,
-    write_weights: Callable[[Path], None],
-) -> None:
-    """Writes a model folder.
+@contextlib.contextmanager
+def writing(
+    folder: Path, config: RunConfig, tokenizer, origin: dict[str, Any], weights: str, card: str
+) -> Iterator[Path]:
+    """A place to write the parameters to; on success the rest is added and the folder appears.
 
-    weights: what holds the parameters, `PARAMS`, `SAFETENSORS` or "programs"; write_weights(folder)
-    writes that. card: the model card. origin: where the parameters came from.
+    origin: where the parameters came from. weights: what holds them, `PARAMS`, `SAFETENSORS` or
+    `PROGRAMS`. card: the model card.
     """
     with complete(folder) as partial:
-        write_weights(partial)
+        yield partial
         (partial / CONFIG).write_text(to_json(published(config)) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(partial / TOKENIZER)
         (partial / CARD).write_text(card, encoding="utf-8")
@@ -137,7 +132,7 @@ def write_folder(
 
 @contextlib.contextmanager
 def complete(path: Path, folder: bool = True) -> Iterator[Path]:
-    """A place to write a folder or file that appears at `path` once all went well."""
+    """A place to write a folder or file, renamed to `path` on success."""
     refuse_existing(path)
     partial = path.with_name(f"{path.name}.partial")
     _remove(partial)
@@ -162,9 +157,9 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_orbax(folder: Path, params: dict) -> None:
-    """Parameters for `load_arrays`, in the type they have."""
+    """Writes parameters in their own dtype; `load_arrays` reads them."""
     refuse_unusable(str(folder.absolute()))
-    # Before writing: Orbax answers a full disk with tracebacks of every array it still writes.
+    # Checked first: on a full disk Orbax prints a traceback for every array it still writes.
     needed, free = sum(x.nbytes for x in jax.tree.leaves(params)), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
@@ -176,14 +171,14 @@ def write_orbax(folder: Path, params: dict) -> None:
 
 
 def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
-    """Parameters under the authors' names in PyTorch's layouts."""
-    tensors = authors.state_dict(params, architecture)
-    metadata = {"format": "pt", META: authors.describe(architecture)}
+    """Writes parameters under the authors' names, in PyTorch's layouts."""
+    tensors = state_dict(params)
+    metadata = {"format": "pt", META: describe(architecture)}
     save_file(tensors, folder / SAFETENSORS, metadata)
 
 
 def cast(params: dict, dtype) -> dict:
-    """Parameters in another type; the temperature, a single number, stays float32."""
+    """Parameters in another dtype; the temperature, a single number, stays float32."""
     return {
         k: v if k == "temperature" else jax.tree.map(lambda x: np.asarray(x).astype(dtype), v)
         for k, v in params.items()

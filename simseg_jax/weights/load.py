@@ -24,8 +24,9 @@ from simseg_jax.training.checkpoint import (
     read_metadata,
     with_sharding,
 )
+from simseg_jax.weights.containers import Weights, read_weights
 from simseg_jax.weights.folder import MANIFEST, is_model_folder, read_manifest, read_params
-from simseg_jax.weights.sources import Weights, fetch, read_weights, split_key
+from simseg_jax.weights.sources import fetch, split_key
 from simseg_jax.zeroshot.model import Model
 
 

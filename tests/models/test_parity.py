@@ -12,7 +12,7 @@ from simseg_jax.models.simseg import bind, path_string
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.training.loss import contrastive_loss
 from simseg_jax.training.optim import adamw, cosine_schedule
-from simseg_jax.weights.authors import fit
+from simseg_jax.weights.read import fit
 from simseg_jax.weights.torch_file import load_tensors
 
 
