@@ -41,8 +41,8 @@ def recall_at(
 ) -> tuple[float, float]:
     """R@k of image-to-text and text-to-image retrieval, fractions.
 
-    nearest: (int [N, K], int [M, L]) of `evaluators.ranking.nearest`, K, L >= k. owners: int [M], the
-    image of every text. An image counts as right if one of its texts is among the first k.
+    nearest: of `evaluators.ranking.nearest`, K and L at least k. owners: the image of every text.
+    An image counts as right if one of its texts is among the first k.
     """
     of_images, of_texts = nearest
     known = of_images[:, :k]

@@ -51,11 +51,13 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(
-    what: str, advice: Callable[[], str], errors: type[Exception] = OSError
+    what: str,
+    advice: Callable[[], str],
+    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
 ) -> Iterator[None]:
     """Turns errors of writing files into a `UserError`: "Cannot write WHAT: REASON. ADVICE".
 
-    advice: called when there is one. errors: their type; libraries wrap what the operating system
+    advice: called when there is one. errors: their types; libraries wrap what the operating system
     says in their own.
     """
     try:
@@ -63,7 +65,8 @@ def writing(
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"Cannot write {what}: {one_line(error, 100)}. {advice()}") from error
+        reason = getattr(error, "strerror", "") or one_line(error, 100)
+        raise UserError(f"Cannot write {what}: {reason}. {advice()}") from error
 
 
 def report_user_errors(main):

@@ -1,6 +1,7 @@
 """Files: their versions, writing them completely or not at all, errors that name them."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -55,17 +56,33 @@ def appearing(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield partial
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        except OSError as error:
+            # Folders do not replace each other: the one that came first has the same content.
+            if error.errno != errno.ENOTEMPTY:
+                raise
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
 
 
-def read_json(path: Path, advice: str = "Get the file again.") -> Any:
-    """The content of a JSON file; a `UserError` with the advice if it is none."""
+def read_json(
+    path: Path, advice: str = "Get the file again.", largest: int | None = None
+) -> dict[str, Any]:
+    """The object in a JSON file; a `UserError` with the advice if there is none.
+
+    largest: in bytes, for files of others.
+    """
     with reading(str(path), advice):
-        return json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if largest is not None and size > largest:
+            raise ValueError(f"it has {size:,} bytes, at most {largest:,} are read")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
 
 
 def write_json(path: Path, content) -> None:

@@ -1,6 +1,5 @@
 """Files of weights -> named arrays: safetensors, NumPy's .npz, PyTorch's .pth, folders of them."""
 
-import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from safetensors import safe_open
 
 from simseg_jax.runtime.errors import UserError, reading, some
-from simseg_jax.runtime.files import sha256
+from simseg_jax.runtime.files import read_json, sha256
 from simseg_jax.weights import bounds
 from simseg_jax.weights.torch_file import load_tensors
 
@@ -69,25 +68,19 @@ def read_weights(path: Path, key: str = "") -> Weights:
         if strange or not tensors:
             raise ValueError(f"a tensor has the name {strange[0]!a}" if strange else "it is empty")
     folder = files[0].parent
-    settings = {name: read_json(folder / name) for name in SETTINGS if (folder / name).is_file()}
+    described = [name for name in SETTINGS if (folder / name).is_file()]
+    settings = {name: read_settings(folder / name) for name in described}
     return Weights(tensors, settings, meta, files, key)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file."""
-    with reading(str(path), "Get the file again."):
-        size = path.stat().st_size
-        if size > bounds.JSON:
-            raise ValueError(f"it has {size:,} bytes, at most {bounds.JSON:,} are read")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: get the file again.")
-    return content
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file beside weights."""
+    return read_json(path, largest=bounds.JSON)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_settings(folder / INDEX).get("weight_map", {}).values()))
         # Names, not paths: an index must not lead out of its folder.
         files = [folder / Path(name).name for name in names]
     else:

@@ -26,8 +26,9 @@ from safetensors.numpy import save_file
 
 from simseg_jax.config import RunConfig, published
 from simseg_jax.models.simseg import SimSegConfig
+from simseg_jax.runtime import errors
 from simseg_jax.runtime.errors import UserError, one_line, some
-from simseg_jax.runtime.files import sha256
+from simseg_jax.runtime.files import appearing, sha256
 from simseg_jax.runtime.settings import to_json
 from simseg_jax.runtime.sharding import place
 from simseg_jax.training.checkpoint import (
@@ -37,7 +38,7 @@ from simseg_jax.training.checkpoint import (
     load_arrays,
     refuse_unusable,
 )
-from simseg_jax.weights.containers import META, read_json, read_weights
+from simseg_jax.weights.containers import META, read_settings, read_weights
 from simseg_jax.weights.read import describe, fit, state_dict
 
 MANIFEST, CARD = "manifest.json", "README.md"
@@ -53,7 +54,7 @@ def is_model_folder(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, after comparing every file it lists with its checksum."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_settings(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{folder / MANIFEST} says format={manifest.get('format')!r}, this version of "
@@ -132,22 +133,15 @@ def writing(
 
 @contextlib.contextmanager
 def complete(path: Path, folder: bool = True) -> Iterator[Path]:
-    """A place to write a folder or file, renamed to `path` on success."""
+    """A place to write a folder or file that appears at `path` on success, where nothing may be."""
     refuse_existing(path)
-    partial = path.with_name(f"{path.name}.partial")
-    _remove(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    if folder:
-        partial.mkdir()
-    try:
-        yield partial
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:  # A full disk, for instance.
-        raise UserError(
-            f"Cannot write {path}: {one_line(error)}. Nothing was written; name a place with room."
-        ) from error
-    finally:
-        _remove(partial)
+    advice = "Nothing was written; name a place with room."
+    with errors.writing(str(path), lambda: advice, (OSError, SafetensorError)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as partial:
+            if folder:
+                partial.mkdir()
+            yield partial
 
 
 def refuse_existing(path: Path) -> None:

@@ -1,17 +1,15 @@
 """Finding weights: local ones, and copies of those on object storage and on the hub."""
 
-import contextlib
 import hashlib
 import re
 import shutil
-import uuid
 from pathlib import Path
 
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError, one_line
+from simseg_jax.runtime.files import appearing, cache_folder
 from simseg_jax.weights.containers import SETTINGS, SUFFIXES
 
-CACHE = Path("~/.cache/simseg_jax/weights")
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"
 HUB_FILES = ["*.json", "*.txt", "README.md", "params/**", "tokenizer/**"]
 
@@ -31,7 +29,7 @@ def fetch(source: str | Path) -> Path:
     """The local file or folder of a path, an address (gs://, s3://, hf://) or a hub repository.
 
     A repository is "owner/name" or "owner/name@revision". Copies are kept: those of addresses in
-    ~/.cache/simseg_jax/weights, those of the hub in its own cache.
+    the cache folder, those of the hub in the hub's own.
     """
     text = str(source)
     if remote.is_remote(text) and not text.startswith("file://"):
@@ -52,20 +50,15 @@ def _copy(address: str) -> Path:
         if name not in files:
             raise UserError(f"Nothing at {address}: give the address of a file or folder.")
     identity = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:24]
-    target = CACHE.expanduser() / identity
+    target = cache_folder() / "weights" / identity
     if not target.is_dir():
-        # Complete or not there at all: several processes may copy at once.
-        partial = target.with_name(f"{identity}.{uuid.uuid4().hex}.partial")
-        try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(target) as partial:
             for relative in remote.progress(files, len(files), f"Copying {address}"):
                 path = partial / relative
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with remote.open_file(files[relative].path) as source, path.open("wb") as copy:
                     shutil.copyfileobj(source, copy, remote.BUFFER)
-            with contextlib.suppress(OSError):  # Another process was first.
-                partial.replace(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return target / name
 
 

@@ -20,8 +20,8 @@ NEIGHBOURS = GOLDENS / "neighbours"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
+    monkeypatch.setenv("SIMSEG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
 
 
 @pytest.fixture

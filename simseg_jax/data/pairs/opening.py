@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 from simseg_jax.data.pairs.parquet import ParquetSource
 from simseg_jax.data.pairs.records import INFO, RecordSource, tfds_source
@@ -10,7 +9,7 @@ from simseg_jax.data.pairs.tables import TableSource
 from simseg_jax.data.pairs.tars import TarSource
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.runtime.files import digest, stamp
+from simseg_jax.runtime.files import cache_folder, digest, stamp
 from simseg_jax.runtime.ranges import SCENES, TEXT, number, one_of
 from simseg_jax.runtime.settings import setting
 
@@ -62,10 +61,10 @@ class DataSetConfig(PairsConfig):
 def open_source(settings: PairsConfig, cache: str = ""):
     """The source of the training pairs that `settings` describes.
 
-    cache: folder for indexes and copies, '' for ~/.cache/simseg_jax.
+    cache: folder for indexes and copies, '' for the usual one, see `files.cache_folder`.
     """
     path, form = settings.path, settings.format
-    folder = Path(cache or "~/.cache/simseg_jax").expanduser()
+    folder = cache_folder(cache)
     keys = settings.image_key, settings.caption_key
     if form == "shapes":
         # Imported here as its module imports this package.
