@@ -51,7 +51,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The workdir of a tiny run with a benchmark of 20 generated scenes: for reading only."""
+    """The workdir of a tiny run with a test set of 20 generated scenes: for reading only."""
     path = tmp_path_factory.mktemp("trained")
     config = tiny_config()
     config.evals.seg.shapes = tiny_eval()

@@ -103,7 +103,7 @@ def tiny_config():
 
 
 def tiny_eval(**settings):
-    """A small benchmark of generated scenes for `tiny_config`."""
+    """A small test set of generated scenes for `tiny_config`."""
     defaults = {"data": "shapes", "size": 20, "resolution": 32, "prompts": "shapes"}
     defaults["refine"] = "none"
     return segmentation_eval(**{**defaults, "batch_size": 8, **settings})

@@ -88,7 +88,7 @@ def test_retrieved(monkeypatch, capsys, workdir, tmp_path):
     run(monkeypatch, capsys, figures, "retrieved", *arguments, "--count=2")
     assert_written(tmp_path, "found")
     error = message(monkeypatch, capsys, figures, "gallery", *arguments)
-    assert "no benchmark of the kind seg" in error
+    assert "no test set of the kind seg" in error
 
 
 def test_mistakes(monkeypatch, capsys, workdir, tmp_path):

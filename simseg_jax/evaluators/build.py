@@ -40,7 +40,7 @@ def entries_of(evals: EvalsConfig) -> dict[str, Any]:
 
 
 def summary(results: Mapping[str, float]) -> dict[str, float]:
-    """The one number per benchmark that sums it up."""
+    """The one number per test set that sums it up."""
     names = tuple(f"/{kind.headline}" for kind in KINDS.values())
     return {key: value for key, value in results.items() if key.endswith(names)}
 

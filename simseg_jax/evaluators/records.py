@@ -66,7 +66,7 @@ class Kept(NamedTuple):
     def describe(self, done: int, remaining: Sequence[str], listed: Sequence[str]) -> str:
         """A sentence: how many images have records, and why the `remaining` ones have none.
 
-        listed: all names of the benchmark, also those beyond the limit.
+        listed: all names of the test set, also those beyond the limit.
         """
         known = {name for name, _ in self.records}
         changed = sum(name in known for name in remaining)

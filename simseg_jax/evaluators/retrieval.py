@@ -81,7 +81,7 @@ class RetrievalEvaluator:
         try:
             return self.source[index]
         except BadExample as error:
-            raise UserError(f"{error} Remove it from the benchmark or replace the file.") from error
+            raise UserError(f"{error} Remove it from the test set or replace the file.") from error
 
 
 def scores(ranked: Ranked) -> Iterator[tuple[str, float]]:

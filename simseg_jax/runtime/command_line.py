@@ -74,9 +74,9 @@ def add_setting(parser, kind: type, name: str, text: str = "", default: Any = No
 
 
 def add_evals_options(parser: argparse.ArgumentParser) -> None:
-    """Which benchmarks."""
+    """Which test sets."""
     parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
-    parser.add_argument("--benchmark", help="names in evals, with commas; default: all")
+    parser.add_argument("--test_set", help="names in evals, with commas; default: all")
 
 
 def image_bar(name: str) -> Callable[[Iterable], Iterable]:

@@ -32,9 +32,10 @@ from simseg_jax.zeroshot.model import Model
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedModel(Model):
-    """What inference needs of a checkpoint; everything is in it, nothing is asked of the user.
+    """A model with its parameters and all that inference needs; a checkpoint holds it completely.
 
-    identity: tells its results from those of other checkpoints. origin: where it came from.
+    identity: differs between checkpoints, so that results are not mixed up. origin: where it came
+    from.
     """
 
     config: RunConfig

@@ -1,4 +1,4 @@
-"""What has to be said of a weight format, and what follows: names and sizes of its tensors."""
+"""How a weight format is described, and the names and sizes of tensors that follow from it."""
 
 import re
 from collections.abc import Callable, Mapping

@@ -29,7 +29,7 @@ class Prompts(NamedTuple):
 def tokenize_prompts(
     encoder: TextEncoder, names: Sequence[Sequence[str]], templates: Sequence[str]
 ) -> Prompts:
-    """Every template filled with every name of every class; says which the vocabulary knows not."""
+    """Every template filled with every name of every class; reports names without a known word."""
     unknown = unknown_words(encoder, [name for synonyms in names for name in synonyms])
     if unknown and jax.process_index() == 0:
         tqdm.write(

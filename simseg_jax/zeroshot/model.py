@@ -1,4 +1,4 @@
-"""A model as everything that evaluates takes it: structure, text encoder and devices."""
+"""What every evaluation needs of a model besides parameters: structure, text encoder, devices."""
 
 import dataclasses
 

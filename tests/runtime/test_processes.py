@@ -293,7 +293,7 @@ def test_two_processes_evaluate_like_one(tmp_path):
 
     # One of them was killed half way; with the other's records only those are missing.
     (output / "shapes" / files[1]).write_text("\n".join(lines[1][:4]) + "\n")
-    done = launch(2, *arguments, "--benchmark=shapes")
+    done = launch(2, *arguments, "--test_set=shapes")
     assert "shapes: 7 images in" in done.stdout
     again = json.loads((output / "result.json").read_text())["results"]
     assert again == {key: value for key, value in expected.items() if "/shapes/" in key}

@@ -193,7 +193,7 @@ def test_number_of_windows(golden_model):
 
 @pytest.mark.parametrize("window", [64, 0])
 def test_endings(golden_model, photos, classes, encode, window):
-    """Several settings share a pass; the second time the benchmark has no class "background"."""
+    """Several settings share a pass; the second time the test set has no class "background"."""
     several = [settings_of(window=window, **ending) for ending in ENDINGS]
     image, shape = photos["chelsea"].resize((120, 80)), (80, 120)
     values = class_values(encode, classes, image, shape, several[0])

@@ -13,7 +13,7 @@ from simseg_jax.runtime.files import cache_folder, digest, stamp
 from simseg_jax.runtime.ranges import SCENES, TEXT, number, one_of
 from simseg_jax.runtime.settings import setting
 
-# File names that tell a format. A folder has the first format that any of its files has:
+# How each format is recognised by file names. A folder has the first format that any file has:
 # img2dataset leaves Parquet and JSON with statistics beside its tars.
 NAMES = {
     "webdataset": r"\.(tar(\.(gz|bz2|xz|zst))?|tgz)$",
@@ -33,7 +33,7 @@ class PairsConfig:
     )
     format: str = setting(
         "auto",
-        "of the data; auto: told by the files",
+        "of the data; auto: recognised by the names of the files",
         one_of("auto", "csv", "coco", "tfds", "array_record", "webdataset", "parquet", "shapes"),
     )
     split: str = setting(
@@ -82,7 +82,7 @@ def open_source(settings: PairsConfig, cache: str = ""):
         if form == "tfds":
             return tfds_source(_version(path), settings.split, *keys, folder)
         found = remote.find(path)
-        # Of a folder those whose names tell the format, if there are any.
+        # Of a folder only the files of this format, if their names say so.
         files = [file for file in found if re.search(NAMES[form], file.path, re.I)] or found
         return SHARDED[form](path, files, *keys, folder)
     except OSError as error:
@@ -125,7 +125,7 @@ def _format_of(path: str) -> str:
         if any(re.search(pattern, name, re.I) for name in names):
             return form
     raise UserError(
-        f"{path} does not tell its format: no file in it, such as {names[0]}, ends in .tar, "
+        f"The format of {path} is unknown: no file in it, such as {names[0]}, ends in .tar, "
         ".parquet or .array_record*; set format, or give the path of a .csv, .tsv or .json."
     )
 
