@@ -27,6 +27,7 @@ STEPS = 8
 # What makes the embedded run and what follows it short, and nothing else.
 RUN = (
     *(f"--config.steps={STEPS}", "--config.batch_size=16", "--config.pictures=1"),
+    *("--config.model.image.depth=1", "--config.evals.seg.shapes.resolution=64"),
     *("--config.data.train.shapes.size=64", "--config.evals.seg.shapes.size=4"),
     *("--config.evals.retrieval.shapes.size=16", "--config.evals.classification.shapes.size=16"),
 )
