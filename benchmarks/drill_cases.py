@@ -228,7 +228,8 @@ def settings(home: Path) -> Case:
 def images(home: Path) -> Case:
     """Damaged images: decoded to the size asked for or refused; segmented or named."""
     from simseg_jax import segment
-    from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image, read_crop
+    from simseg_jax.data.crops import read_crop
+    from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
 
     def whole_folder(place: Path) -> None:
         arguments = ["segment", str(place), "--words=red square,blue circle"]

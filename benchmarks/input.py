@@ -31,7 +31,7 @@ from PIL import Image
 
 from simseg_jax.data import pipeline
 from simseg_jax.data.autoaugment import autoaugment
-from simseg_jax.data.images import draw_crop
+from simseg_jax.data.crops import draw_crop
 from simseg_jax.data.pairs import DataSetConfig, Problems
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD

@@ -80,7 +80,7 @@ def test_masks_are_upright(segmenter, tmp_path):
         (np.full((4, 4), np.nan), "floats must have values from 0 to 1"),
         (np.zeros((4, 4), int), "int64 is not uint8"),
         (np.zeros((3, 8, 9), np.uint8), r"shape \(3, 8, 9\) is not"),
-        (np.zeros((0, 5), np.uint8), "5x0 are no pixels"),
+        (np.zeros((0, 5), np.uint8), "an image of 5x0 has no pixels"),
         (b"text", "no image in a known format"),
         ("nowhere.png", r"nowhere\.png: no file is there"),
         (None, "NoneType of shape"),

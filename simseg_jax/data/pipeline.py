@@ -1,7 +1,7 @@
 """Data sets -> mixed, cropped, tokenised batches of one process, ready for the device.
 
-Every example is a pure function of (seed, position in the global stream): not of the number of
-threads, workers or processes, nor of what was read before. The place to resume is one number.
+Every example is a pure function of (seed, position in the global stream). Threads, workers and
+processes only decide who computes it, so a run resumes from one number: its position.
 """
 
 import dataclasses
@@ -18,12 +18,8 @@ from absl import flags
 from tqdm import tqdm
 
 from simseg_jax.data.autoaugment import autoaugment
-from simseg_jax.data.images import (
-    crop_and_resize,
-    decode_image,
-    draw_crop,
-    read_crop,
-)
+from simseg_jax.data.crops import draw_crop, read_crop
+from simseg_jax.data.images import crop_and_resize, decode_image
 from simseg_jax.data.mixture import Mixture
 from simseg_jax.data.pairs import BadExample, DataSetConfig, open_source
 from simseg_jax.data.text import TextEncoder
@@ -31,17 +27,15 @@ from simseg_jax.runtime.errors import NAMED, UserError
 from simseg_jax.runtime.ranges import FLAG, SHARE, TEXT, number, one_of, pair, whole
 from simseg_jax.runtime.settings import entries, setting
 
-# Examples that a thread or worker prepares at a time: enough to make the bookkeeping cheap.
-CHUNK = 32
-# Bad examples are replaced by others of their data set, at most so many times in a row.
-ATTEMPTS = 20
-NAME_BYTES = 200
-SAMPLE = 64  # Examples that identify a data set.
+CHUNK = 32  # Examples per task of a thread or worker; larger tasks cost less bookkeeping.
+ATTEMPTS = 20  # A run stops if so many examples in a row are bad.
+NAME_BYTES = 200  # Length of a problem in words: workers send it as an array.
+SAMPLE = 64  # Examples whose digests identify a data set.
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a run is trained on and how its examples are made."""
+    """The data sets of a run and how examples are made from them."""
 
     train: dict[str, DataSetConfig] = entries(DataSetConfig)
     mixture: str = setting(
@@ -74,13 +68,11 @@ class DataConfig:
     max_pixels: int = setting(
         89_478_485, "larger images count as damaged: decompression bombs", whole(1)
     )
-    threads: int = setting(
-        16, "threads that read and prepare examples, in every worker", whole(1, 256)
-    )
+    threads: int = setting(16, "threads per worker that read and prepare examples", whole(1, 256))
     workers: int = setting(
-        0, "processes that do so; 0: only this one. One per core feeds most", whole(0, 256)
+        0, "worker processes; 0: threads of this one only. One per core is fastest", whole(0, 256)
     )
-    prefetch: int = setting(512, "examples prepared ahead, by every worker", whole(1, 2**14))
+    prefetch: int = setting(512, "examples that each worker prepares ahead", whole(1, 2**14))
     cache: str = setting(
         "", "folder for indexes, copies, programs; '': $SIMSEG_CACHE or ~/.cache/simseg_jax", TEXT
     )
@@ -116,17 +108,15 @@ class Examples:
         return len(self.mixture)
 
     def describe(self) -> list[str]:
-        """One line per data set: its size and what had to be left out."""
-        lines = []
-        for name, source in zip(self.data.train, self.sources, strict=True):
-            line = f"data.train.{name}: {len(source):,} examples"
-            if source.problems:
-                line += f"; {source.problems}"
-            lines.append(line)
-        return lines
+        """One line per data set: its size and what was left out."""
+        return [
+            f"data.train.{name}: {len(source):,} examples"
+            + (f"; {source.problems}" if source.problems else "")
+            for name, source in zip(self.data.train, self.sources, strict=True)
+        ]
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """Identifies every data set by its content, wherever it is.
+        """Identifies every data set by its content, wherever it is stored.
 
         {name: {"examples": int, "sample": digests of image and captions of `SAMPLE` examples}}; the
         digest of an example that cannot be read is "".
@@ -141,15 +131,15 @@ class Examples:
             }
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Example at a position of the stream.
+        """The example at a position of the stream.
 
-        {"image": uint8 [S, S, 3], "ids": int32 [T], "mask": bool [T], "caption": str, "name": str,
-        "unknown": bool, "bad": tuple of str}: whether the vocabulary knows no word of the caption,
-        and what was wrong with the examples that had to be replaced before.
+        "image": uint8 [S, S, 3]; "ids": int32 [T]; "mask": bool [T]; "caption", "name": str;
+        "unknown": whether the vocabulary knows no word of the caption; "bad": a tuple of str, what
+        was wrong with the examples that this one replaces.
         """
         chosen, index = self.mixture[position]
         source, bad = self.sources[chosen], []
-        # A counter-based generator of its own for every example: cheap to make, nothing shared.
+        # Counter-based: a generator per example is cheap and shares no state.
         rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
         while len(bad) < ATTEMPTS:
             try:
@@ -164,51 +154,34 @@ class Examples:
         )
 
     def _prepare(self, pair: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        data, name = self.data, pair["name"]
+        try:
+            image = self._crop(pair["image"], rng)
+        except (ValueError, UserError) as error:
+            raise BadExample(pair["name"], error) from error
+        caption = pair["captions"][rng.integers(len(pair["captions"]))]
+        pieces = self.encoder.pieces(caption)
+        ids, mask = self.encoder.layout(pieces, rng)
+        return {
+            "image": image,
+            "ids": ids,
+            "mask": mask,
+            "caption": caption,
+            "name": pair["name"],
+            "unknown": self.encoder.unknown(pieces),
+        }
+
+    def _crop(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A random crop, uint8 [S, S, 3]; augmented here if transform is pil."""
+        data = self.data
 
         def draw(width: int, height: int):
             return draw_crop(width, height, data.crop_area, data.crop_aspect, rng)
 
-        try:
-            if data.transform == "pil":
-                whole = decode_image(pair["image"], name, data.max_pixels)
-                image = crop_and_resize(whole, draw(*whole.size), self.image_size)
-                if data.autoaugment:
-                    image = np.asarray(autoaugment(decode_image(image), rng))
-            else:
-                image = read_crop(pair["image"], self.image_size, draw, data.max_pixels)
-        except (ValueError, UserError) as error:
-            raise BadExample(name, error) from error
-        caption = pair["captions"][rng.integers(len(pair["captions"]))]
-        pieces = self.encoder.pieces(caption)
-        ids, mask = self.encoder.layout(pieces, rng)
-        unknown = self.encoder.unknown(pieces)
-        text = {"ids": ids, "mask": mask, "caption": caption, "unknown": unknown}
-        return {"image": image, "name": name, **text}
-
-
-class Chunks:
-    """Chunk number -> its examples, stacked; picklable, for worker processes."""
-
-    def __init__(self, examples: Examples, batch_size: int, process: tuple[int, int]):
-        index, count = process
-        self.examples, self.batch_size = examples, batch_size
-        # One contiguous block of every global batch per process, one part of it per chunk: the
-        # global batch is the same whatever the number of processes.
-        self.per_batch = -(-batch_size // (count * CHUNK))
-        block = np.linspace(0, batch_size // count, self.per_batch + 1).astype(int)
-        self.bounds = block + index * (batch_size // count)
-
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
-        batch, part = divmod(number, self.per_batch)
-        start, stop = batch * self.batch_size + self.bounds[part : part + 2]
-        examples = [self.examples[int(position)] for position in range(start, stop)]
-        chunk = {key: np.stack([x[key] for x in examples]) for key in ("image", "ids", "mask")}
-        chunk["unknown"] = np.array([example["unknown"] for example in examples])
-        chunk["bad"] = np.array([len(example["bad"]) for example in examples], np.int32)
-        first = [example["bad"][0] if example["bad"] else "" for example in examples]
-        chunk["problem"] = np.array([x.encode() for x in first], f"S{NAME_BYTES}")
-        return chunk
+        if data.transform == "fast":
+            return read_crop(image, self.image_size, draw, data.max_pixels)
+        whole = decode_image(image, max_pixels=data.max_pixels)
+        crop = crop_and_resize(whole, draw(*whole.size), self.image_size)
+        return np.asarray(autoaugment(decode_image(crop), rng)) if data.autoaugment else crop
 
 
 class TrainBatches:
@@ -228,7 +201,8 @@ class TrainBatches:
         process_count: int = 1,
     ):
         self.examples, self.batch_size = examples, batch_size
-        self.chunks = Chunks(examples, batch_size, (process_index, process_count))
+        self.share = batch_size // process_count
+        self.offset = process_index * self.share
         self.position = 0
         self.waited, self.taken, self.bad, self.unknown = 0.0, 0, 0, 0
 
@@ -244,16 +218,23 @@ class TrainBatches:
         self._iterator = None
 
     def _start(self):
-        data, per_batch = self.examples.data, self.chunks.per_batch
-        first = self._position // self.batch_size * per_batch
+        data = self.examples.data
         ahead = max(data.threads, -(-data.prefetch // CHUNK))
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)
-        # Endless: Python's largest index is out of reach of any training.
-        chunks = grain.MapDataset.range(first, 2**62).map(self.chunks).to_iter_dataset(options)
+        first = self._position // self.batch_size * self.share
+        place = functools.partial(_place, self.batch_size, self.share, self.offset)
+        chunks = (
+            # Endless: no training reaches the largest index.
+            grain.MapDataset.range(first, 2**62)
+            .map(place)
+            .map(self.examples.__getitem__)
+            .batch(CHUNK, batch_fn=_stack)
+            .to_iter_dataset(options)
+        )
         if data.workers:
             chunks = in_processes(chunks, data.workers)
-        batches = chunks.batch(per_batch, batch_fn=_concatenate)
-        # Copying the chunks together overlaps with the step, too.
+        batches = grain.experimental.RebatchIterDataset(chunks, self.share)
+        # Copying the chunks together overlaps with the training step, too.
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
 
     def __iter__(self) -> "TrainBatches":
@@ -266,7 +247,7 @@ class TrainBatches:
         batch = next(self._iterator)
         self._position += self.batch_size
         self._count_unknown(int(batch.pop("unknown").sum()))
-        self._count(batch.pop("bad"), batch.pop("problem"))
+        self._count_bad(batch.pop("bad"), batch.pop("problem"))
         self.waited += time.monotonic() - began
         return batch
 
@@ -278,7 +259,7 @@ class TrainBatches:
             )
         self.unknown += count
 
-    def _count(self, bad: np.ndarray, problems: np.ndarray) -> None:
+    def _count_bad(self, bad: np.ndarray, problems: np.ndarray) -> None:
         self.taken += len(bad)
         if not bad.any():
             return
@@ -287,13 +268,41 @@ class TrainBatches:
             tqdm.write(f"Replaced by another example: {message}")
         self.bad += int(bad.sum())
         limit = self.examples.data.max_bad
-        # Not before there are enough of them for a share.
+        # A share of the first few examples would mean nothing.
         if self.bad > max(2 * NAMED, limit * (self.taken + self.bad)):
             raise UserError(
                 f"{self.bad} of {self.taken + self.bad} training examples cannot be used, more "
                 f"than data.max_bad={limit}; the last one: {messages[-1]}. Repair the "
                 "data (python -m simseg_jax.data.prepare drops what is damaged) or raise max_bad."
             )
+
+
+def _place(batch_size: int, share: int, offset: int, number: int) -> int:
+    """Position in the global stream of the example with this number in a process's own stream.
+
+    A process takes one contiguous block, `share` examples from `offset` on, of every global batch:
+    the global batch is the same for any number of processes.
+    """
+    batch, index = divmod(number, share)
+    return batch * batch_size + offset + index
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Arrays of several examples: what a training step takes, and what is counted."""
+    chunk = {key: np.stack([x[key] for x in examples]) for key in ("image", "ids", "mask")}
+    chunk["unknown"] = np.array([x["unknown"] for x in examples])
+    chunk["bad"] = np.array([len(x["bad"]) for x in examples], np.int32)
+    first = [x["bad"][0].encode() if x["bad"] else b"" for x in examples]
+    chunk["problem"] = np.array(first, f"S{NAME_BYTES}")
+    return chunk
+
+
+def in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
+    """The same elements in the same order, computed by `workers` processes."""
+    # Grain's workers read absl's flags, which this package does not parse.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
 def _spread(source) -> list[int]:
@@ -310,15 +319,3 @@ def _digest(source, index: int) -> str:
     content = hashlib.sha256(image if isinstance(image, bytes) else image.tobytes())
     content.update("\0".join(pair["captions"]).encode(errors="surrogatepass"))
     return content.hexdigest()[:8]
-
-
-def in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
-    """The same elements in the same order, made by `workers` processes."""
-    # Grain's workers ask for absl's flags, which nobody here parses.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-
-
-def _concatenate(chunks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
