@@ -261,7 +261,7 @@ def test_keys_and_values_exist(page):
             assert any(accepts(field, value) for field in fields(name)), f"{name}={value}"
     groups = {part for key, _ in SETTINGS for part in key.split(".")[:-1]}
     for name in re.findall(r"`([a-z_]+(?:\.[\w*]+)+)`", text):
-        if name.split(".")[0] in groups and not re.search(r"\.(py|png|json|jsonl)$", name):
+        if name.split(".")[0] in groups and not re.search(r"\.(py|png|txt|json|jsonl)$", name):
             module = ROOT / "simseg_jax" / name.replace(".", "/")
             known = fields(name) or is_group(name.removesuffix(".*"))
             assert known or module.with_suffix(".py").is_file() or module.is_dir(), name
