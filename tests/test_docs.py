@@ -64,8 +64,12 @@ PROBE = (
     *("--config.size=64", "--config.val_size=16"),
     *("--config.epochs=2", "--config.warmup_epochs=1"),
 )
-# Photographs are few, and their vocabulary is not downloaded.
-PHOTOS = ("--config.batch_size=4", "--config.data.vocab=shapes")
+# Photographs are few, their vocabulary is not downloaded, and the model is small.
+PHOTOS = (
+    *("--config.batch_size=8", "--config.data.vocab=shapes", "--config.model.text.depth=1"),
+    *("--config.model.image.depth=1", "--config.model.image.image_size=32"),
+    *("--config.model.m_image=2",),
+)
 # (command, configuration; '' for any) -> overrides.
 SHORTER = {
     ("main", "configs/shapes.py"): RUN,
@@ -255,9 +259,9 @@ def test_keys_and_values_exist(page):
         assert fields(name), f"there is no key {name}"
         if value and not value.isupper():  # Words in capitals stand for other words.
             assert any(accepts(field, value) for field in fields(name)), f"{name}={value}"
-    groups = {key.split(".")[0] for key, _ in SETTINGS if "." in key}
+    groups = {part for key, _ in SETTINGS for part in key.split(".")[:-1]}
     for name in re.findall(r"`([a-z_]+(?:\.[\w*]+)+)`", text):
-        if name.split(".")[0] in groups and not re.search(r"\.(py|png|json|jsonl)$", name):
+        if name.split(".")[0] in groups and not re.search(r"\.(py|png|txt|json|jsonl)$", name):
             module = ROOT / "simseg_jax" / name.replace(".", "/")
             known = fields(name) or is_group(name.removesuffix(".*"))
             assert known or module.with_suffix(".py").is_file() or module.is_dir(), name
