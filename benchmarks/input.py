@@ -135,12 +135,11 @@ def ours(files: list[bytes], tokenizer) -> pipeline.Examples:
 
 def measure(files: list[bytes], tokenizer, rounds: int) -> dict[str, Any]:
     """Median milliseconds per pair of both sides and the peer's stages."""
-    chunks = pipeline.Chunks(ours(files, tokenizer), len(files), (0, 1))
+    examples = ours(files, tokenizer)
     peer, times = Peer(tokenizer), {"ours": [], "peer": []}
     for number in range(rounds + 1):
         began = time.perf_counter()
-        for part in range(chunks.per_batch):
-            chunks(number * chunks.per_batch + part)
+        pipeline.stack([examples[number * len(files) + i] for i in range(len(files))])
         times["ours"].append((time.perf_counter() - began) / len(files))
         began = time.perf_counter()
         peer(files)

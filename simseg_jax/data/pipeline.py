@@ -228,7 +228,7 @@ class TrainBatches:
             grain.MapDataset.range(first, 2**62)
             .map(place)
             .map(self.examples.__getitem__)
-            .batch(CHUNK, batch_fn=_stack)
+            .batch(CHUNK, batch_fn=stack)
             .to_iter_dataset(options)
         )
         if data.workers:
@@ -287,7 +287,7 @@ def _place(batch_size: int, share: int, offset: int, number: int) -> int:
     return batch * batch_size + offset + index
 
 
-def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+def stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays of several examples: what a training step takes, and what is counted."""
     chunk = {key: np.stack([x[key] for x in examples]) for key in ("image", "ids", "mask")}
     chunk["unknown"] = np.array([x["unknown"] for x in examples])
