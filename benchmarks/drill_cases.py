@@ -300,10 +300,8 @@ def captions(_home: Path) -> Case:
 
 def weights(home: Path) -> Case:
     """Damaged weights: whole and finite, or refused; with checksums the very same."""
-    from simseg_jax.weights.authors import is_whole_model, read_model
-    from simseg_jax.weights.choice import usual_names
     from simseg_jax.weights.load import load_model, open_source
-    from simseg_jax.weights.towers import find_towers, read_tower
+    from simseg_jax.weights.read import parts_in, read_model
 
     sources = [*sorted((GOLDENS / "neighbours").glob("*/")), GOLDENS / "model.pth"]
     converted = home / "converted"
@@ -314,10 +312,7 @@ def weights(home: Path) -> Case:
         _, weights = open_source(path)
         if weights is None:
             return [load_model(path).params]
-        if is_whole_model(weights):
-            return [read_model(weights)[1]]
-        sides = {form.side for form, _ in find_towers(usual_names(weights.tensors))}
-        return [read_tower(weights, side).params for side in sorted(sides) or ("image",)]
+        return [read_model(weights, part).params for part in parts_in(weights) or ("image",)]
 
     def case(rng: np.random.Generator, place: Path) -> None:
         if expected is not None and rng.random() < 0.3:

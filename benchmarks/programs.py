@@ -29,7 +29,7 @@ from simseg_jax.models.simseg import init_params
 from simseg_jax.runtime.sharding import place
 from simseg_jax.segmenter import Segmenter
 from simseg_jax.weights.export import PLATFORMS, SEGMENTER, SUFFIX, write_programs
-from simseg_jax.weights.folder import PARAMS, write_folder, write_orbax
+from simseg_jax.weights.folder import PARAMS, write_orbax, writing
 from simseg_jax.weights.load import assemble_model
 
 ROOT = Path(__file__).parents[1]
@@ -110,15 +110,8 @@ def main() -> None:
         dtype = jnp.dtype(args.dtype)
         write_programs(folder, model, segmenter.settings, *segmenter.classes, PLATFORMS, dtype)
         written = time.perf_counter() - began
-        write_folder(
-            folder / "model",
-            config=config,
-            tokenizer=tokenizer,
-            origin={},
-            weights=PARAMS,
-            card="",
-            write_weights=lambda path: write_orbax(path, params),
-        )
+        with writing(folder / "model", config, tokenizer, {}, PARAMS, card="") as partial:
+            write_orbax(partial, params)
         rows: dict[str, list[list[float]]] = {"program": [], "package": []}
         for _ in range(args.rounds):
             rows["program"].append(run(PROGRAM, folder, str(size)))

@@ -39,6 +39,7 @@ from simseg_jax.models.simseg import SimSegConfig, init_params, l2_normalize, ma
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.weights.load import load_model
+from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 with contextlib.suppress(ImportError):  # Said by `require`, once the options are read.
@@ -189,8 +190,8 @@ def compare(args) -> dict:
         params = init_params(model_config(config, encoder.vocab_size), jax.random.key(0))
     architecture = model_config(config, encoder.vocab_size)
     settings = SegmentationConfig(root=args.root, refine=args.refine, batch_size=args.batch)
-    graphdef, patch = make_model(architecture), architecture.image.patch_size
-    evaluator = SegmentationEvaluator(graphdef, patch, make_mesh(), encoder, settings)
+    model = Model(architecture, make_model(architecture), encoder, make_mesh())
+    evaluator = SegmentationEvaluator(model, settings)
     count, classes = min(args.images, evaluator.count), len(evaluator.class_names)
     names = [evaluator.source[i]["name"] for i in range(count)]  # Reads every file once.
     vectors = jax.random.normal(jax.random.key(1), (classes, architecture.embed_dim))

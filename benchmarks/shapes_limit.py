@@ -14,14 +14,16 @@ For a finished WORKDIR, on the scenes it was evaluated on, the mean IoU of
 import argparse
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from simseg_jax.data.testsets.classes import class_names
 from simseg_jax.evaluators.metrics import class_iou, confusion_matrix
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.masks.postprocess import closing, compose, min_max, resize_nearest, upsample
+from simseg_jax.masks.postprocess import closing, resize_nearest, upsample
 from simseg_jax.weights.load import load_model
+from simseg_jax.zeroshot.paper import compose, min_max
 
 ORACLES = ("grid", "foreground given", "classes given")
 
@@ -38,8 +40,9 @@ def with_truth(response, truth: np.ndarray, patch: int, settings):
     present = np.isin(response.classes, truth) & (response.classes > 0)
     maps = min_max(jnp.asarray(response.similarity))
     masks = closing(upsample(maps > 0.5, patch), settings.closing)
-    batch = (x[None] for x in (masks, response.scores, response.classes, present))
-    given = compose(*map(jnp.asarray, batch))[0]
+    one = response._replace(drawn=present)
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
+    given = compose(masks[None], batch)[0]
     strongest = np.where(present[:, None, None], maps, -1).argmax(axis=0)
     return np.asarray(given), np.asarray(upsample(response.classes[strongest], patch))
 
@@ -66,9 +69,9 @@ def oracle_confusions(model, settings) -> dict[str, np.ndarray]:
 
 
 def evaluator_with(model, settings, *changes: dict) -> SegmentationEvaluator:
-    """The evaluator of a trained model, one variant for each set of changes to its settings."""
+    """The evaluator of a trained model, under each set of changes to its settings."""
     variants = [dataclasses.replace(settings, **change) for change in changes]
-    return SegmentationEvaluator(*model.parts, *variants)
+    return SegmentationEvaluator(model, *variants)
 
 
 def main() -> None:

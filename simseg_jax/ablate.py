@@ -25,7 +25,7 @@ from simseg_jax.reports.tables import (
 )
 from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
-from simseg_jax.runtime.files import digest, write_json
+from simseg_jax.runtime.files import digest, read_json, write_json
 from simseg_jax.runtime.processes import STOPPED
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import changed, first_difference, to_json
@@ -162,12 +162,7 @@ def finished(folder: Path, config: RunConfig, inputs: dict[str, Any]) -> dict[st
     file = folder / "result.json"
     if not file.is_file():
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is no JSON ({error}): remove it to train this run again."
-        ) from error
+    record = read_json(file, "Remove it to train this run again.")
     if record["config"] != json.loads(to_json(config)):
         raise UserError(
             f"{folder} was trained with another configuration: choose another --workdir, or remove "

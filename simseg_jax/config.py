@@ -5,7 +5,6 @@ single keys with `--config.optim.lr=1e-3`. `load_config` makes a `RunConfig` of 
 """
 
 import dataclasses
-import json
 import re
 import runpy
 import traceback
@@ -26,7 +25,8 @@ from simseg_jax.evaluators.probe import ProbeConfig
 from simseg_jax.evaluators.retrieval import RetrievalConfig
 from simseg_jax.models.layers import REMAT
 from simseg_jax.models.simseg import SimSegConfig
-from simseg_jax.runtime.errors import UserError, one_line, reading
+from simseg_jax.runtime.errors import UserError, one_line
+from simseg_jax.runtime.files import read_json
 from simseg_jax.runtime.ranges import SEED, TEXT, number, one_of, shown, whole
 from simseg_jax.runtime.settings import (
     checked,
@@ -227,10 +227,8 @@ def run_config(config: "ConfigDict | RunConfig | dict[str, Any]") -> RunConfig:
 
 def from_file(path: Path) -> RunConfig:
     """The configuration in a JSON file that a run or `convert` wrote."""
-    with reading(f"the configuration {path}", "Get it again."):
-        saved = json.loads(path.read_text(encoding="utf-8"))
     try:
-        return run_config(saved)
+        return run_config(read_json(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

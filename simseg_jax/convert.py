@@ -30,35 +30,43 @@ from simseg_jax.segmenter import (
     split_words,
     words_of,
 )
-from simseg_jax.weights import authors, folder
-from simseg_jax.weights import export as programs
+from simseg_jax.weights import export, folder
 from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
-from simseg_jax.weights.choice import usual_names
+from simseg_jax.weights.containers import ARCHITECTURE, META
+from simseg_jax.weights.formats import AUTHORS
 from simseg_jax.weights.load import TrainedModel, assemble_model, load_model, open_source
-from simseg_jax.weights.sources import ARCHITECTURE, META
+from simseg_jax.weights.read import (
+    describe as description,
+)
+from simseg_jax.weights.read import (
+    parts_in,
+    read_model,
+    refuse_infinite,
+    state_dict,
+)
 from simseg_jax.weights.torch_file import save_tensors
-from simseg_jax.weights.towers import find_towers, read_tower, refuse_infinite
 
 FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
 EPILOG = """examples:
-  what is in a file (format, architecture, what it serves for):
+  what a file holds (format, architecture, how to use it):
     python -m simseg_jax.convert simseg.vit-s.pth
   the authors' checkpoint as a folder for segment, evaluate and config.init.model:
     python -m simseg_jax.convert simseg.vit-s.pth models/simseg-vits
-  a run, for sharing:
+  a training run, to share it:
     python -m simseg_jax.convert runs/shapes models/shapes --to=safetensors --dtype=bfloat16
   for the authors' PyTorch code:
     python -m simseg_jax.convert runs/shapes shapes.pth --to=pth
-  programs that need neither this package nor the checkpoint, on CPUs, NVIDIA GPUs and TPUs:
+  exported programs, which need only JAX, for CPUs, NVIDIA GPUs and TPUs:
     python -m simseg_jax.convert runs/shapes programs/ --to=stablehlo --words="star, heart"
 
-SOURCE is a run's --workdir, a converted folder or a weights file (.pth, .safetensors; told by its
-content): here, on object storage (gs://, s3://) or on the hub (owner/name, owner/name@revision).
-Of a file that holds several models (student and teacher, raw and averaged) the averaged one is
-taken, which the output says; FILE#KEY takes another: checkpoint.pth#student, or #. for the one
-whose names have nothing before them.
-One encoder alone (timm, transformers' BERT, ViT and CLIP, open_clip, big_vision and AugReg .npz) is
-described; training starts from it with --config.init.image=SOURCE or --config.init.text=SOURCE.
+SOURCE is the --workdir of a run, a converted folder or a weights file (.pth, .safetensors, .npz;
+recognised by content): a local path, an address (gs://, s3://) or a repository on the hub
+(owner/name, owner/name@revision). If a file holds several models (student and teacher, raw and
+averaged), the average is taken, as the output says. FILE#KEY takes another: checkpoint.pth#student,
+or FILE#. for the model whose tensors have no prefix.
+
+A single encoder (timm; ViT, CLIP and BERT of transformers; open_clip; big_vision and AugReg) is
+only described: start a run from it with --config.init.image=SOURCE or --config.init.text=SOURCE.
 """
 
 
@@ -67,21 +75,32 @@ def main() -> None:
     """Describes SOURCE or writes it as DESTINATION."""
     parser = make_parser("convert", "Converts trained models between formats.", EPILOG)
     parser.add_argument("source", help="what to convert")
-    parser.add_argument("destination", nargs="?", help="what to write; without it: describe")
-    parser.add_argument("--to", choices=FORMATS, default="orbax", help="format; default: orbax")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters"
+        "destination", nargs="?", help="what to write; without it SOURCE is described"
     )
     parser.add_argument(
-        "--step", type=accepted(whole(0)), help="of a run: which checkpoint; default: the newest"
+        "--to", choices=FORMATS, default="orbax", help="what to write it as; default: orbax"
     )
-    group = parser.add_argument_group("what a .pth of the authors does not say")
-    group.add_argument("--vocab", default="bert-base-uncased", help="as data.vocab of a run")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the written parameters; default: float32",
+    )
+    parser.add_argument(
+        "--step", type=accepted(whole(0)), help="checkpoint of a run; default: the newest"
+    )
+    group = parser.add_argument_group("what a .pth of the authors does not tell")
+    group.add_argument(
+        "--vocab", default="bert-base-uncased", help="vocabulary, as data.vocab of a run"
+    )
     group.add_argument("--image_heads", type=accepted(HEADS), help="default: one per 64 channels")
     group.add_argument("--text_heads", type=accepted(HEADS), help="default: one per 64 channels")
     group = parser.add_argument_group("--to=stablehlo")
-    group.add_argument("--words", help="classes.npz holds these; default: the benchmark's classes")
-    group.add_argument("--platforms", default=",".join(programs.PLATFORMS), help="with commas")
+    group.add_argument("--words", help="classes in classes.npz; default: those of the test set")
+    group.add_argument(
+        "--platforms", default=",".join(export.PLATFORMS), help="separated by commas"
+    )
     add_protocol_options(group)
     args = parser.parse_args()
     cache_programs()
@@ -109,22 +128,17 @@ def read(args: argparse.Namespace) -> TrainedModel:
         model = load_model(path, args.step, jnp.dtype(jnp.float32))
         refuse_infinite(model.params)
         return dataclasses.replace(model, origin=model.origin | _results(path))
-    if not authors.is_whole_model(weights):
-        names = ", ".join(form.name for form, _ in find_towers(usual_names(weights.tensors)))
-        raise UserError(
-            f"{args.source} holds {names or 'nothing known here'}, not a whole model: start a run "
-            "from an encoder with --config.init.image or --config.init.text."
-        )
-    architecture, params, note = authors.read_model(weights, args.image_heads, args.text_heads)
-    print(note)
-    config = changed(of_architecture(architecture), {"data.vocab": args.vocab})
+    found = read_model(weights, "model", args.image_heads, args.text_heads)
+    assert isinstance(found.config, SimSegConfig)
+    print(found.note)
+    config = changed(of_architecture(found.config), {"data.vocab": args.vocab})
     meta = {key: value for key, value in weights.meta.items() if key != META}
     files = weights.origin
-    origin = {"source": args.source, "format": "authors' checkpoint", **files, **meta}
+    origin = {"source": args.source, "format": AUTHORS.name, **files, **meta}
     return assemble_model(
         config,
         load_tokenizer(args.vocab),
-        lambda _, shapes: place(params, shapes),
+        lambda _, shapes: place(found.params, shapes),
         step=0,
         identity=files,
         origin=origin,
@@ -134,55 +148,34 @@ def read(args: argparse.Namespace) -> TrainedModel:
 
 def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> None:
     """Writes `model` as `args.to` and `args.dtype` say."""
-    architecture, name = model.architecture, destination.name
-    params = folder.cast(model.params, jnp.dtype(args.dtype))
+    architecture, dtype = model.architecture, jnp.dtype(args.dtype)
+    params = folder.cast(model.params, dtype)
     if args.to == "pth":
         content = {
-            "state_dict": authors.state_dict(params, architecture),
-            META: {ARCHITECTURE: authors.describe(architecture)},
+            "state_dict": state_dict(params),
+            META: {ARCHITECTURE: description(architecture)},
         }
         with folder.complete(destination, folder=False) as partial:
             save_tensors(partial, content)
         return
-    if args.to == "stablehlo":
+    segmenter, platforms = None, args.platforms.split(",")
+    weights, use = folder.PARAMS, FOLDER_USE.format(name=destination.name)
+    if args.to == "safetensors":
+        weights, use = folder.SAFETENSORS, use + PYTORCH_USE
+    elif args.to == "stablehlo":
         segmenter = _segmenter(model, args)
-        settings, platforms = segmenter.settings, args.platforms.split(",")
-        weights = "programs"
-        use = PROGRAMS_USE.format(
-            platforms=", ".join(platforms),
-            size=settings.resolution,
-            least=max(settings.class_scores, settings.candidates),
-            refine=settings.refine,
-            sigma=settings.sigma_weight,
-            m_image=settings.m_image,
-            m_text=settings.m_text,
-            width=architecture.embed_dim,
-            length=model.config.data.max_length,
-        )
-
-        def write_weights(path: Path) -> None:
-            dtype = jnp.dtype(args.dtype)
-            programs.write_programs(path, model, settings, *segmenter.classes, platforms, dtype)
-    elif args.to == "safetensors":
-        weights, use = folder.SAFETENSORS, FOLDER_USE.format(name=name) + PYTORCH_USE
-
-        def write_weights(path: Path) -> None:
-            folder.write_safetensors(path, params, architecture)
-    else:
-        weights, use = folder.PARAMS, FOLDER_USE.format(name=name)
-
-        def write_weights(path: Path) -> None:
-            folder.write_orbax(path, params)
-
-    folder.write_folder(
-        destination,
-        config=model.config,
-        tokenizer=model.tokenizer,
-        origin=model.origin,
-        weights=weights,
-        card=model_card(name, architecture, model.origin, use),
-        write_weights=write_weights,
-    )
+        weights, use = folder.PROGRAMS, _programs_use(model, segmenter, platforms)
+    card = model_card(destination.name, architecture, model.origin, use)
+    with folder.writing(
+        destination, model.config, model.tokenizer, model.origin, weights, card
+    ) as partial:
+        if segmenter:
+            settings, classes = segmenter.settings, segmenter.classes
+            export.write_programs(partial, model, settings, *classes, platforms, dtype)
+        elif weights == folder.SAFETENSORS:
+            folder.write_safetensors(partial, params, architecture)
+        else:
+            folder.write_orbax(partial, params)
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -192,20 +185,19 @@ def describe(args: argparse.Namespace) -> None:
         model = load_model(path, args.step)
         _print_model(model.architecture, model.origin)
         return
-    if authors.is_whole_model(weights):
-        model = authors.read_model(weights, args.image_heads, args.text_heads)
-        _print_model(model.config, {"format": "authors' checkpoint", **weights.origin})
-        print(model.note)
-        return
-    sides = dict.fromkeys(form.side for form, _ in find_towers(usual_names(weights.tensors)))
-    if not sides:
+    parts = parts_in(weights)
+    if not parts:
         raise UserError(
             f"{args.source} is in no format known here; its tensors: {some(weights.tensors)}."
         )
-    for side in sides:
-        tower = read_tower(weights, side, getattr(args, f"{side}_heads"))
-        _print_fields(f"{tower.format} ({side} encoder)", tower.settings)
-        print(f"{tower.note} Start from it with --config.init.{side}={args.source}")
+    for part in parts:
+        found = read_model(weights, part, args.image_heads, args.text_heads)
+        if isinstance(found.config, SimSegConfig):
+            _print_model(found.config, {"format": found.format, **weights.origin})
+            print(found.note)
+        else:
+            _print_fields(f"{found.format} ({part} encoder)", found.fields)
+            print(f"{found.note} Start from it with --config.init.{part}={args.source}")
 
 
 def _print_model(architecture: SimSegConfig, origin: dict[str, Any]) -> None:
@@ -224,6 +216,16 @@ def _segmenter(model: TrainedModel, args: argparse.Namespace) -> Segmenter:
     classes = words_of(first_segmentation(model.config))
     words = split_words(args.words) if args.words else classes
     return Segmenter(model, words, **protocol_settings(args))
+
+
+def _programs_use(model: TrainedModel, segmenter: Segmenter, platforms: list[str]) -> str:
+    return PROGRAMS_USE.format(
+        platforms=", ".join(platforms),
+        settings=segmenter.settings,
+        least=export.least_classes(segmenter.settings),
+        width=model.architecture.embed_dim,
+        length=model.config.data.max_length,
+    )
 
 
 def _results(path: Path) -> dict[str, Any]:

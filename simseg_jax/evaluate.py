@@ -1,4 +1,4 @@
-"""The batch evaluation job: a checkpoint and its benchmarks -> tables, JSON, CSV and pictures."""
+"""The batch evaluation job: a checkpoint and its test sets -> tables, JSON, CSV and pictures."""
 
 import contextlib
 import dataclasses
@@ -47,11 +47,11 @@ EPILOG = """examples:
 and best images as pictures, and one record per image: the same command continues a job that was
 killed, and evaluates again what has changed since: an image or mask of another size or time of
 change, or the names of the classes. Masks of the size in which their images are stored are turned
-upright with them, as EXIF says; if the size does not tell, they are counted and named. A benchmark
+upright with them, as EXIF says; if the size does not tell, they are counted and named. A test set
 that cannot be evaluated does not stop the others; the exit status is 2 then. With --distributed
 every process of a SLURM job, TPU pod or MPI launch takes its share.
 """
-WRITTEN = ("classes.csv", "worst.png", "best.png")  # Of every segmentation benchmark.
+WRITTEN = ("classes.csv", "worst.png", "best.png")  # Of every segmentation test set.
 
 
 @report_user_errors
@@ -59,7 +59,7 @@ def main() -> None:
     """Evaluates a checkpoint, prints the tables, writes everything into a folder."""
     parser = make_parser(
         "evaluate",
-        "Evaluates a checkpoint on the benchmarks of its configuration (evals).",
+        "Evaluates a checkpoint on the test sets of its configuration (evals).",
         EPILOG,
     )
     add_checkpoint_options(parser)
@@ -79,20 +79,20 @@ def main() -> None:
     cache_programs()
     model = load_model(args.checkpoint, args.step, args.dtype and jnp.dtype(args.dtype))
     config = resolved(evaluation_config(model.config, args.config, overrides))
-    benchmarks = choose(config, args.benchmark)
+    test_sets = choose(config, args.test_set)
     folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
     make_writable(folder)
-    failed = Failures(len(benchmarks))
+    failed = Failures(len(test_sets))
     record = {"checkpoint": str(args.checkpoint), "step": model.step, "config": plain(config)}
     results, evaluators = {}, {}
     kept = f"What was done is kept in {folder}: the same command goes on from there."
     with only_run(folder), keeping(lambda: kept):
         if jax.process_index() == 0:
-            _remove_result(folder, record, benchmarks)
+            _remove_result(folder, record, test_sets)
         # All of them first, so that a missing file is found now.
-        for prefix, settings in benchmarks.items():
+        for prefix, settings in test_sets.items():
             with failed.set_aside(prefix):
-                evaluators |= make_evaluators({prefix: settings}, *model.parts, config.data.cache)
+                evaluators |= make_evaluators(model, {prefix: settings}, config.data.cache)
         for prefix, evaluator in evaluators.items():
             kind, name = prefix.split("/")
             with failed.set_aside(prefix):
@@ -109,7 +109,7 @@ def main() -> None:
     failed.report()
 
 
-def _remove_result(folder: Path, record: dict, benchmarks: Iterable[str]) -> None:
+def _remove_result(folder: Path, record: dict, test_sets: Iterable[str]) -> None:
     """Removes what this very job left there earlier: images may have changed since."""
     path = folder / "result.json"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
@@ -117,12 +117,12 @@ def _remove_result(folder: Path, record: dict, benchmarks: Iterable[str]) -> Non
         before.pop("results", None)
         if before == json.loads(json.dumps(record)):
             path.unlink()
-            for prefix, name in itertools.product(benchmarks, WRITTEN):
+            for prefix, name in itertools.product(test_sets, WRITTEN):
                 (folder / prefix.partition("/")[2] / name).unlink(missing_ok=True)
 
 
 class Failures:
-    """Errors of single benchmarks among `count`, kept until the others are evaluated."""
+    """Errors of single test sets among `count`, kept until the others are evaluated."""
 
     def __init__(self, count: int):
         self.count = count
@@ -130,7 +130,7 @@ class Failures:
 
     @contextlib.contextmanager
     def set_aside(self, prefix: str) -> Iterator[None]:
-        """Keeps a `UserError` for `report`; with one benchmark or several processes it passes."""
+        """Keeps a `UserError` for `report`; with one test set or several processes it passes."""
         try:
             yield
         except UserError as error:
@@ -144,7 +144,7 @@ class Failures:
         """Raises a `UserError` with the number of errors and the first one, if there are any."""
         if self.messages:
             raise UserError(
-                f"{len(self.messages)} of {self.count} benchmarks could not be evaluated, the "
+                f"{len(self.messages)} of {self.count} test sets could not be evaluated, the "
                 f"first is {self.messages[0]}"
             )
 
@@ -152,10 +152,10 @@ class Failures:
 def evaluation_config(config: RunConfig, file: str | None, overrides: list[str]) -> RunConfig:
     """The configuration of a checkpoint with its evals from `file` (if any) and overrides."""
     for override in overrides:
-        if not override.startswith("--config.evals."):
+        if not override.startswith(("--config.evals.", "--config.data.cache=")):
             raise UserError(
                 f"{override!r} is no option here: the model is fixed by its checkpoint, only "
-                "--config.evals... can be overridden (see --help)."
+                "--config.evals... and --config.data.cache can be overridden (see --help)."
             )
     if file:
         config = dataclasses.replace(config, evals=load_config(file).evals)
@@ -163,27 +163,27 @@ def evaluation_config(config: RunConfig, file: str | None, overrides: list[str])
 
 
 def choose(config: RunConfig, names: str | None) -> dict[str, Any]:
-    """The named benchmarks (with commas between) of a configuration, or all of them, by prefix.
+    """The named test sets (with commas between) of a configuration, or all of them, by prefix.
 
-    A name stands for the benchmarks of every kind that are called so; "seg/voc" for one.
+    A name stands for the test sets of every kind that are called so; "seg/voc" for one.
     """
-    benchmarks = entries_of(config.evals)
-    known = ", ".join(benchmarks)
-    if not benchmarks:
-        raise UserError("The checkpoint was trained without benchmarks: give --config=FILE.")
+    test_sets = entries_of(config.evals)
+    known = ", ".join(test_sets)
+    if not test_sets:
+        raise UserError("The checkpoint was trained without test sets: give --config=FILE.")
     if not names:
-        return benchmarks
+        return test_sets
     chosen = {}
     for name in map(str.strip, names.split(",")):
-        found = {p: s for p, s in benchmarks.items() if name in (p, p.partition("/")[2])}
+        found = {p: s for p, s in test_sets.items() if name in (p, p.partition("/")[2])}
         if not found:
-            raise UserError(f"There is no benchmark {name!r} in evals, only: {known}.")
+            raise UserError(f"There is no test set {name!r} in evals, only: {known}.")
         chosen |= found
     return chosen
 
 
 def measure(model: TrainedModel, evaluator, name: str) -> dict[str, float]:
-    """Numbers of one benchmark of retrieval or classification, printed as well."""
+    """Numbers of one test set of retrieval or classification, printed as well."""
     began = time.monotonic()
     numbers = dict(evaluator.run(model.params, image_bar(name)))
     if jax.process_index() == 0:
@@ -200,7 +200,7 @@ def evaluate(
     folder: Path,
     pictures: int,
 ) -> dict[str, float]:
-    """Numbers of one benchmark; what it writes into `folder` is only written by process 0.
+    """Numbers of one test set; what it writes into `folder` is only written by process 0.
 
     Images with a record there are not evaluated again, unless they have changed since.
     """
@@ -228,13 +228,13 @@ def evaluate(
 def collect(
     model: TrainedModel, evaluator: SegmentationEvaluator, name: str, folder: Path
 ) -> tuple[list[Record], int]:
-    """The records of all images of a benchmark by name, and how many of them are new.
+    """The records of all images of a test set by name, and how many of them are new.
 
     Those that `folder` holds for the same files are not evaluated again; new ones are added as they
     come.
     """
-    variants = [plain(settings) for settings in evaluator.variants]
-    material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in variants]
+    several = [plain(settings) for settings in evaluator.several]
+    material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in several]
     identity = {"checkpoint": model.identity, "settings": dict(enumerate(material))}
     store = RecordStore(folder, identity, evaluator.inputs)
     kept = store.read()

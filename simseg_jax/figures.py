@@ -40,7 +40,7 @@ EPILOG = """examples:
         --caption="a leaf and a wheel on the water"
   figures 11 to 13, masks with and without dense CRF:
     python -m simseg_jax.figures gallery --checkpoint=runs/shapes --count=6 --output=figures/gallery
-  the images nearest to captions of a retrieval benchmark, the right one framed:
+  the images nearest to captions of a retrieval test set, the right one framed:
     python -m simseg_jax.figures retrieved --checkpoint=runs/shapes --output=figures/retrieved
   figure 7, sorted IoU per class of one or several evaluations:
     python -m simseg_jax.figures classes --output=figures/classes \\
@@ -71,7 +71,7 @@ def main() -> None:
         "--count",
         type=accepted(whole(1, 1000)),
         default=6,
-        help="images, spread over the benchmark",
+        help="images, spread over the test set",
     )
     retrieved = kinds.add_parser("retrieved", help="captions and the images nearest to them")
     add_checkpoint_options(retrieved)
@@ -137,7 +137,7 @@ def responses_of(
         return patches @ own, texts @ patches.T, texts @ own
 
     self_map, maps, scores = map(np.asarray, respond(model.params, pixels, ids, mask))
-    grid = settings.resolution // model.architecture.image.patch_size
+    grid = settings.resolution // model.patch_size
     return Responses(pixels, self_map.reshape(grid, grid), maps.reshape(-1, grid, grid), scores)
 
 
@@ -148,7 +148,7 @@ def draw_responses(args: argparse.Namespace):
     model = load_model(args.checkpoint, args.step)
     settings = first_segmentation(model.config)
     settings = dataclasses.replace(settings, resolution=args.resolution or settings.resolution)
-    settings.check_patches(model.architecture.image.patch_size)
+    settings.check_patches(model.patch_size)
     answer = responses_of(model, image, args.caption, settings)
     figure, axes = _panels(1, 2 + len(args.caption), extra=0.6)
     axes[0, 0].imshow(answer.image)
@@ -169,11 +169,11 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     """Figures 11 to 13: one row per image."""
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
-    settings = _first(config, args.benchmark, "seg")
+    settings = _first(config, args.test_set, "seg")
     if settings.protocol != "paper":
         raise UserError("A gallery with and without dense CRF needs protocol=paper.")
     variants = [dataclasses.replace(settings, refine=refine) for refine in ("none", "crf")]
-    evaluator = SegmentationEvaluator(*model.parts, *variants)
+    evaluator = SegmentationEvaluator(model, *variants)
     count = min(args.count, evaluator.count)
     indices = np.linspace(0, evaluator.count - 1, count).round().astype(int).tolist()
     titles = ("image", "ground truth", "without CRF", "with CRF")
@@ -202,8 +202,8 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
     """One row per caption: the five images nearest to it; its own has a frame."""
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
-    settings = _first(config, args.benchmark, "retrieval")
-    evaluator = RetrievalEvaluator(*model.parts, settings, config.data.cache)
+    settings = _first(config, args.test_set, "retrieval")
+    evaluator = RetrievalEvaluator(model, settings, config.data.cache)
     ranked = evaluator.rank(model.params, tqdm)
     count = min(args.count, len(ranked.texts))
     figure, axes = _panels(count, 5, extra=0.3 * count)
@@ -226,10 +226,10 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
 
 
 def _first(config: RunConfig, names: str | None, kind: str) -> Any:
-    """The first benchmark of a kind among those that --benchmark names."""
+    """The first test set of a kind among those that --test_set names."""
     chosen = {p: s for p, s in choose(config, names).items() if p.startswith(f"{kind}/")}
     if not chosen:
-        raise UserError(f"There is no benchmark of the kind {kind} among those chosen.")
+        raise UserError(f"There is no test set of the kind {kind} among those chosen.")
     return next(iter(chosen.values()))
 
 

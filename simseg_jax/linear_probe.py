@@ -34,9 +34,10 @@ EPILOG = """examples:
   python -m simseg_jax.linear_probe --checkpoint=runs/vits16 --config=configs/linear_probe.py \\
       --config.root=imagenet --config.feature=embedding
 
-Features are computed once and kept in --output (train.npz, val.npz): the same command with another
-learning rate starts from them. They are computed anew when a file of the images has changed, by
-size or time. result.json has the accuracies and settings. Keys and defaults:
+Features are computed once and kept in --output (train.npz, val.npz); the same command with another
+learning rate reuses them. They are computed again if the checkpoint, a setting that they depend on,
+or the size or time of an image file changes. result.json has accuracies and settings. Keys and
+defaults:
 """
 # Keys that the features depend on.
 OF_FEATURES = ("data", "root", "feature", "resize", "crop", "aspect", "m_image")
@@ -88,7 +89,7 @@ def main() -> None:
 def features_of(
     model: TrainedModel, settings: ProbeConfig, split: str, folder: Path
 ) -> dict[str, np.ndarray]:
-    """{"features": float32 [N, D], "labels": int [N]} of a split, from `folder` if they are there.
+    """{"features": float32 [N, D], "labels": int [N]} of a split; kept in `folder`, and reused.
 
     split: "train" or "val".
     """
@@ -104,11 +105,11 @@ def features_of(
     chosen = {key: getattr(settings, key) for key in (*OF_FEATURES, size, split)}
     identity = {"checkpoint": model.identity, **chosen, "images and classes": source.content}
     kept = _kept(path, identity)
-    # Together, as embedding is: a process may have lost its file.
+    # All processes embed together, so all must have their file to do without.
     if all(found == b"kept" for found in gather_bytes(b"kept" if kept else b"")):
         return kept
-    settings.check_patches(model.architecture.image.patch_size)
-    embed = ImageEmbedder(model.graphdef, model.mesh, settings, settings.images, settings.feature)
+    settings.check_patches(model.patch_size)
+    embed = ImageEmbedder(model, settings, settings.images, settings.feature)
     indices = range(len(source))
     features, found = embed(model.params, indices, loader(source), image_bar(split))
     labels = np.array(found)
@@ -120,7 +121,7 @@ def features_of(
 
 
 def _kept(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What `features_of` has left in a file with this identity, or {}, and says why."""
+    """The features in a file if they have this identity, else {}, after saying why."""
     if not path.is_file():
         return {}
     try:
@@ -129,7 +130,7 @@ def _kept(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray]:
             arrays = {name: file[name] for name in ("features", "labels")}
         difference = first_difference(found, json.loads(json.dumps(identity)))
         reason = f"{difference[0]} changed since" if difference else ""
-    # NumPy and zipfile meet damaged files with errors of any kind.
+    # NumPy and zipfile raise errors of any kind for damaged files.
     except Exception as error:
         arrays, reason = {}, f"it is damaged: {one_line(error)}"
     if reason:

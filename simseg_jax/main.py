@@ -1,5 +1,6 @@
 """The training command: `python -m simseg_jax.main --config=... --workdir=...`."""
 
+import os
 import sys
 import time
 
@@ -9,6 +10,7 @@ from simseg_jax.config import RunConfig, load_config
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
 from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.files import CACHE
 from simseg_jax.runtime.processes import STOPPED, add_distributed_option, join_processes
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import describe
@@ -49,8 +51,11 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     if args.distributed:
         join_processes()
-    cache_programs()
     config = load_config(args.config, overrides)
+    if config.data.cache:
+        # Compiled programs and copies of remote weights lie beside indexes of the data.
+        os.environ[CACHE] = config.data.cache
+    cache_programs()
     began = time.monotonic()
     results = train(config, args.workdir, args.profile)
     if results is None:

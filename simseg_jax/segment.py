@@ -44,7 +44,7 @@ For every image: NAME_mask.png (pixel value = position of the word, 0 = none of 
 image, or 16-bit grey for more than 255 words) and NAME_overlay.png (colours and legend);
 scores.json holds all scores of this run. A word is drawn where its similarity is high, provided its
 score exceeds mean + sigma_weight * deviation of the best scores. A few words alone have no
-meaningful mean, so the classes of the benchmark that the checkpoint was evaluated on are scored as
+meaningful mean, so the classes of the test set that the checkpoint was evaluated on are scored as
 well, without being drawn; --contrast replaces them.
 
 Images are seen as viewers show them: upright by their EXIF, the first frame of an animation,

@@ -61,8 +61,8 @@ class Segmenter:
 
     words: what to look for; a string is one word. contrast: further words that share in the
     threshold and claim their regions but are never drawn; by default the class names of the
-    checkpoint's first benchmark that are not among the words. max_pixels: larger images are
-    refused. settings: changes to that benchmark's protocol settings, such as refine="crf".
+    checkpoint's first test set that are not among the words. max_pixels: larger images are
+    refused. settings: changes to that test set's protocol settings, such as refine="crf".
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Segmenter:
         self.model = model
         self.max_pixels = typed(DataConfig, {"max_pixels": max_pixels}).max_pixels
         self.settings = changed(first_segmentation(model.config), settings)
-        self.settings.check_patches(model.architecture.image.patch_size)
+        self.settings.check_patches(model.patch_size)
         self.words = check_words(words)
         unknown = unknown_words(model.encoder, self.words)
         if unknown:
@@ -93,7 +93,7 @@ class Segmenter:
         names = [(name,) for name in ("background", *self.words, *self.contrast)]
         if len(names) > 1 << 16:
             raise UserError(f"At most 65,535 words and contrast words, not {len(names) - 1:,}.")
-        self.engine = Engine(*model.parts, [self.settings], names)
+        self.engine = Engine(model, [self.settings], names)
         self.class_embeddings = self.engine.embed(model.params)
 
     @property
@@ -193,7 +193,7 @@ def protocol_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def words_of(settings: SegmentationConfig) -> list[str]:
-    """The classes of a benchmark, an entry of evals.seg, without the background."""
+    """The classes of a test set, an entry of evals.seg, without the background."""
     classes = prompt_names(settings.data, settings.names)
     return [name for name, *_ in classes if name != "background"]
 

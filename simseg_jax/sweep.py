@@ -1,4 +1,4 @@
-"""Many settings of one benchmark in one pass: the evaluation tables of the paper and any others."""
+"""Many settings of one test set in one pass: the evaluation tables of the paper and any others."""
 
 import itertools
 from pathlib import Path
@@ -37,7 +37,7 @@ EPILOG = """examples:
   python -m simseg_jax.sweep --checkpoint=runs/shapes --set=top_k=5,10,20 --set=refine=none,crf
 
 Tables of the paper: sigma (2), resolution (3), crf (4), responses (11: M^I x M^T at evaluation).
-A sweep is of one benchmark: the first one, or the one that --benchmark names.
+A sweep is of one test set: the first one, or the one that --test_set names.
 --set makes others, over all combinations of values; what differs only after the encoder costs no
 further pass over the images. --output receives table.csv, table.png and one record per image, so
 that the same command continues a sweep that was killed and evaluates again what has changed since.
@@ -83,7 +83,7 @@ TABLES = {
 def main() -> None:
     """Evaluates all combinations, prints them beside the paper's, writes CSV and a plot."""
     parser = make_parser(
-        "sweep", "Evaluates a checkpoint under many settings of one benchmark.", EPILOG
+        "sweep", "Evaluates a checkpoint under many settings of one test set.", EPILOG
     )
     add_checkpoint_options(parser)
     add_evals_options(parser)
@@ -94,11 +94,11 @@ def main() -> None:
     check_table_options(args, TABLES)
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
-    # One benchmark: the first of those chosen.
-    chosen = choose(config, args.benchmark)
+    # One test set: the first of those chosen.
+    chosen = choose(config, args.test_set)
     segmentation = {p: s for p, s in chosen.items() if p.startswith("seg/")}
     if not segmentation:
-        raise UserError(f"Tables are of segmentation benchmarks, not {', '.join(chosen)}.")
+        raise UserError(f"Tables are of segmentation test sets, not {', '.join(chosen)}.")
     prefix, settings = next(iter(segmentation.items()))
     name = prefix.removeprefix("seg/")
     if args.table:
@@ -135,17 +135,17 @@ def sweep(
     # Settings that agree in everything up to the encoder share a pass over the images.
     passes: dict[tuple, list[tuple]] = {}
     for combination in itertools.product(*table.values.values()):
-        variant = changed(settings, dict(zip(table.values, combination, strict=True)))
-        variant.check_patches(model.architecture.image.patch_size)
-        passes.setdefault(before_encoder(variant), []).append((combination, variant))
+        setting = changed(settings, dict(zip(table.values, combination, strict=True)))
+        setting.check_patches(model.patch_size)
+        passes.setdefault(before_encoder(setting), []).append((combination, setting))
     make_writable(folder)
     rows = []
     for number, group in enumerate(passes.values(), 1):
-        evaluator = SegmentationEvaluator(*model.parts, *[variant for _, variant in group])
+        evaluator = SegmentationEvaluator(model, *[settings for _, settings in group])
         name = f"pass {number} of {len(passes)}"
         records, _ = collect(model, evaluator, name, folder / f"pass-{number}")
-        for variant, (combination, _) in enumerate(group):
-            scores = dict(evaluator.scores(evaluator.confusion(records, variant)))
+        for number, (combination, _) in enumerate(group):
+            scores = dict(evaluator.scores(evaluator.confusion(records, number)))
             row = dict(zip(table.values, combination, strict=True))
             row["miou"] = scores["miou"]
             row |= paper_columns(table, combination)

@@ -38,6 +38,7 @@ from simseg_jax.training.optim import OptimConfig, adamw, cosine_schedule, froze
 from simseg_jax.training.report import Profile, Reporter
 from simseg_jax.training.step import initial_state, jit_update, make_update
 from simseg_jax.weights.init import Pretrained, adopt, keep_architecture
+from simseg_jax.zeroshot.model import Model
 
 
 def make_optimizer(optim: OptimConfig, steps: int, params):
@@ -158,14 +159,8 @@ def _train(
     update = jit_update(update, shardings, mesh)
 
     # ---- evaluators: built before training, so that a missing file is found now
-    evaluators = make_evaluators(
-        entries_of(config.evals),
-        graphdef,
-        config.model.image.patch_size,
-        mesh,
-        encoder,
-        config.data.cache,
-    )
+    model = Model(architecture, graphdef, encoder, mesh)
+    evaluators = make_evaluators(model, entries_of(config.evals), config.data.cache)
 
     # ---- restore
     abstract = with_sharding(state_shapes, shardings)

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simseg_jax.config import default_config
+from simseg_jax.config import default_config, model_config, run_config
 from simseg_jax.data.pairs import DataSetConfig
+from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.classification import ClassificationConfig
 from simseg_jax.evaluators.probe import ProbeConfig
 from simseg_jax.evaluators.retrieval import RetrievalConfig
+from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.runtime.settings import plain, typed
+from simseg_jax.runtime.sharding import make_mesh
+from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 
@@ -35,7 +39,8 @@ def assert_trees_equal(first, second):
 def golden_batch(golden):
     """Images NHWC float32, ids and mask of the reference batch."""
     images = golden["image"].astype(np.float32).transpose(0, 2, 3, 1)
-    return jnp.asarray(images), jnp.asarray(golden["input_ids"]), golden["attention_mask"] > 0
+    mask = jnp.asarray(golden["attention_mask"] > 0)
+    return jnp.asarray(images), jnp.asarray(golden["input_ids"]), mask
 
 
 def run(monkeypatch, capsys, module, *arguments):
@@ -98,7 +103,22 @@ def tiny_config():
 
 
 def tiny_eval(**settings):
-    """A small benchmark of generated scenes for `tiny_config`."""
+    """A small test set of generated scenes for `tiny_config`."""
     defaults = {"data": "shapes", "size": 20, "resolution": 32, "prompts": "shapes"}
     defaults["refine"] = "none"
     return segmentation_eval(**{**defaults, "batch_size": 8, **settings})
+
+
+def model_of(architecture, encoder=None, devices=1):
+    """An architecture as evaluators take it, in float32 on some of the fake devices."""
+    encoder = encoder or TextEncoder(load_tokenizer("shapes"), 25)
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    return Model(architecture, make_model(architecture), encoder, mesh)
+
+
+def tiny_model(devices=1):
+    """(model, parameters) of `tiny_config`."""
+    tokenizer = load_tokenizer("shapes")
+    architecture = model_config(run_config(tiny_config()), len(tokenizer))
+    params = init_params(architecture, jax.random.key(0))
+    return model_of(architecture, TextEncoder(tokenizer, 25), devices), params

@@ -219,12 +219,12 @@ def test_a_set_without_a_labelled_pixel_costs_no_other(capsys, home, evaluated):
         evaluated("out", names=("void", "set"))
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 2 benchmarks could not be evaluated, the first is seg/void: " in error
+    assert "1 of 2 test sets could not be evaluated, the first is seg/void: " in error
     assert "has no labelled pixel: its masks are 255" in error
     assert json.loads((home / "out" / "result.json").read_text())["results"] == expected
     with pytest.raises(SystemExit):
         evaluated("only", names=("void",))
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: The benchmark voc in")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: The test set voc in")
 
 
 def test_a_failed_evaluation_leaves_no_earlier_result(capsys, home, evaluated):

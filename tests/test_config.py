@@ -67,7 +67,7 @@ def test_the_number_of_scores_for_the_threshold_belongs_to_the_data(data, expect
     config = default_config()
     config.evals.seg.own = segmentation_eval(data=data)
     config.evals.seg.given = segmentation_eval(data=data, top_k=7)
-    # Chosen after the entry was made, as by an override of a checkpoint's benchmark.
+    # Chosen after the entry was made, as by an override of a checkpoint's test set.
     config.evals.seg.later = segmentation_eval()
     config = overridden(RunConfig, config.to_dict(), [f"--config.evals.seg.later.data={data}"])
     scores = {name: entry.class_scores for name, entry in config.evals.seg.items()}

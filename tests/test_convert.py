@@ -60,7 +60,7 @@ def class_embeddings(orbax, golden):
     ids, mask = (golden[f"seg_class_{name}"] for name in ("ids", "mask"))
     classes = np.repeat(np.arange(len(ids)), ids.shape[1])
     prompts = Prompts(ids.reshape(-1, 25).astype(np.int32), mask.reshape(-1, 25), classes)
-    return class_embedder(model.graphdef)(model.params, prompts, 1)
+    return class_embedder(model)(model.params, prompts, 1)
 
 
 def test_predictions_of_the_converted_checkpoint_are_the_references(
@@ -71,7 +71,7 @@ def test_predictions_of_the_converted_checkpoint_are_the_references(
     assert_close(class_embeddings, golden["seg_class_embedding"])
     # The folder alone decides the protocol.
     (settings,) = model.config.evals.seg.values()
-    protocol = PaperProtocol(model.graphdef, 16, model.mesh, [settings])
+    protocol = PaperProtocol(model, [settings])
     images = np.stack([golden[f"seg/{photo}/input_uint8"] for photo in PHOTOS] * 4)
     with jax.set_mesh(model.mesh):
         started = protocol.start(model.params, {1: class_embeddings}, {"image": images})
@@ -206,7 +206,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(
     assert "asks to run 'builtins.exec', which is refused" in error(bad, destination)
     assert "No weights at" in error(tmp_path / "nothing", destination)
     timm = GOLDENS / "neighbours" / "timm"
-    assert "timm ViT, not a whole model: start a run" in error(timm, destination)
+    assert "but timm ViT: start a run from an encoder" in error(timm, destination)
     several = error(MODEL, destination, f"--vocab={vocabulary}", "--to=stablehlo", "--words=a,a")
     assert "The same word is given twice" in several
     known = f"--words={','.join(f'word{i}' for i in range(12))}"
@@ -297,6 +297,13 @@ def test_too_little_room_is_seen_before_orbax_writes(monkeypatch, capsys, orbax,
     assert not list(tmp_path.iterdir())
 
 
+def test_metrics_that_cannot_be_read(monkeypatch, capsys, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "metrics.jsonl").write_bytes(b"[1]\n\xff")
+    error = message(monkeypatch, capsys, convert, run, tmp_path / "model")
+    assert re.search(r"Cannot read .*metrics\.jsonl", error)
+
+
 def test_a_run_that_lost_something_is_told_in_one_sentence(workdir):
     for change, expected in (
         (
@@ -310,6 +317,3 @@ def test_a_run_that_lost_something_is_told_in_one_sentence(workdir):
         change()
         with pytest.raises(UserError, match=expected):
             load_model(workdir, 77 if "77" in expected else None)
-    (workdir / "metrics.jsonl").write_bytes(b"[1]\n\xff")
-    with pytest.raises(UserError, match=r"Cannot read .*metrics\.jsonl"):
-        convert._results(workdir)

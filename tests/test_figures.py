@@ -1,6 +1,6 @@
 import sys
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,13 +50,15 @@ def test_responses(monkeypatch, capsys, workdir, picture, tmp_path):
     answer = responses_of(model, image, captions, settings)
     assert answer.maps.shape == (2, 4, 4)
     # From the parts: projected patches, the mean of the two strongest responses, cosines.
-    network = bind(model.graphdef, jax.device_get(model.params))
-    _, tokens = network.encode_image(network.normalize(answer.image[None]))
+    network = bind(model.graphdef, model.params)
+    _, tokens = network.encode_image(network.normalize(jnp.asarray(answer.image)[None]))
     patches = np.asarray(tokens)[0, 1:]
     own = np.sort(patches, axis=0)[-2:].mean(axis=0)
     cosines = patches @ own / np.linalg.norm(patches, axis=1) / np.linalg.norm(own)
     assert_close(answer.self_map.reshape(-1), cosines)
-    texts = network.encode_text(*model.encoder.batch(captions), m=1, mask_padding=True)
+    texts = network.encode_text(
+        *map(jnp.asarray, model.encoder.batch(captions)), m=1, mask_padding=True
+    )
     assert_close(answer.scores, np.asarray(texts) @ own / np.linalg.norm(own))
 
 
@@ -86,7 +88,7 @@ def test_retrieved(monkeypatch, capsys, workdir, tmp_path):
     run(monkeypatch, capsys, figures, "retrieved", *arguments, "--count=2")
     assert_written(tmp_path, "found")
     error = message(monkeypatch, capsys, figures, "gallery", *arguments)
-    assert "no benchmark of the kind seg" in error
+    assert "no test set of the kind seg" in error
 
 
 def test_mistakes(monkeypatch, capsys, workdir, tmp_path):

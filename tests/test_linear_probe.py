@@ -125,10 +125,7 @@ def test_features_belong_to_their_images(monkeypatch, capsys, tmp_path):
         return embed
 
     monkeypatch.setattr(linear_probe, "ImageEmbedder", embedder)
-    patches = SimpleNamespace(image=SimpleNamespace(patch_size=8))
-    model: Any = SimpleNamespace(
-        identity={"step": 1}, architecture=patches, graphdef=None, mesh=None, params=None
-    )
+    model: Any = SimpleNamespace(identity={"step": 1}, patch_size=8, params=None)
     settings = probe_config(data="folder", root=str(root), crop=32, resize=32)
 
     def features(folder):

@@ -189,7 +189,9 @@ def test_more_than_255_words(model, tmp_path):
         expected = np.where(everything.mask > count, 0, everything.mask)
         np.testing.assert_array_equal(part.mask, expected)
         assert part.mask.dtype == (np.uint16 if count > 255 else np.uint8)
-    segment._save(tmp_path, "x", PHOTO, everything)
+    PHOTO.save(tmp_path / "photo.png")
+    segmenter = Segmenter(model, phrases, [], **options)
+    segment.segment_files(segmenter, {"x": tmp_path / "photo.png"}, tmp_path, {}, {})
     with Image.open(tmp_path / "x_mask.png") as image:
         assert image.mode == "I;16"
         np.testing.assert_array_equal(np.asarray(image), everything.mask)

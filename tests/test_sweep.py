@@ -86,9 +86,7 @@ def test_errors(monkeypatch, capsys, workdir):
         return message(monkeypatch, capsys, sweep, f"--checkpoint={workdir}", *arguments)
 
     assert "Give either --table" in error()
-    assert "no benchmark 'voc' in evals, only: seg/shapes" in error(
-        "--benchmark=voc", "--table=crf"
-    )
+    assert "no test set 'voc' in evals, only: seg/shapes" in error("--test_set=voc", "--table=crf")
     assert "the nearest is 'sigma_weight'" in error("--set=sigmaweight=1")
     assert "Cannot read --set=top_k" in error("--set=top_k")
     assert "top_k=1 must be 0, for what" in error("--set=top_k=1,2")

@@ -1,5 +1,6 @@
 """The training run: files it leaves, resuming, signals, failures."""
 
+import contextlib
 import gc
 import gzip
 import json
@@ -106,6 +107,21 @@ def test_a_checkpoint_loads_alone(finished):
         load_model(workdir / "pictures")
 
 
+@contextlib.contextmanager
+def once_reported(step, action):
+    """Calls `action` when the metrics of that step have been reported."""
+    original = Reporter.train
+
+    def report(self, at, *rest, **counts):
+        original(self, at, *rest, **counts)
+        if at == step:
+            action()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "train", report)
+        yield
+
+
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, seen, monkeypatch):
     config = tiny_config()
     config.data.edit_rate = 0.5
@@ -115,17 +131,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, seen, monkeypatch):
     class Killed(BaseException):
         """Not an Exception: nothing may catch it, like a real kill."""
 
-    original = train_module._report
+    def die():
+        raise Killed
 
-    def die(reporter, checkpoints, step, *rest):
-        original(reporter, checkpoints, step, *rest)
-        if step == 3:
-            raise Killed
-
-    monkeypatch.setattr(train_module, "_report", die)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed), once_reported(3, die):
         train(config, tmp_path / "parts")
-    monkeypatch.setattr(train_module, "_report", original)
     # Step 2 was saved, step 3 was lost; it comes again from the same batch.
     assert completed_steps(checkpoints_folder(tmp_path / "parts")) == [2]
     first = list(seen)
@@ -140,16 +150,8 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     config = tiny_config()
     config.checkpoint.every = 100
     train(config, tmp_path / "whole")
-    original = train_module._report
-
-    def terminate(reporter, checkpoints, step, *rest):
-        original(reporter, checkpoints, step, *rest)
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train_module, "_report", terminate)
-    assert train(config, tmp_path / "parts") is None
-    monkeypatch.setattr(train_module, "_report", original)
+    with once_reported(1, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert train(config, tmp_path / "parts") is None
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     steps = completed_steps(checkpoints_folder(tmp_path / "parts"))
     assert len(steps) == 1

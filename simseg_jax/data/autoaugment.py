@@ -44,7 +44,7 @@ IMAGENET_POLICY = (
 
 
 def draw(rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
-    """(number of the sub-policy, per operation: 0 if it is left out, else its sign)."""
+    """(number of the sub-policy; for each operation its sign, or 0 if it is left out)."""
     policy = int(rng.integers(len(IMAGENET_POLICY)))
     uniform, signs = rng.random(2), rng.choice((-1, 1), 2)
     first, second = (
@@ -64,32 +64,32 @@ def autoaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def shear(level: int, sign: int) -> float:
-    """Shift along one axis per pixel of the other."""
+    """The shift along one axis per pixel of the other axis."""
     return sign * 0.3 * level / 9
 
 
 def translation(level: int, sign: int, side: int) -> float:
-    """Pixels along an axis whose length is `side`."""
+    """The translation in pixels along an axis of length `side`."""
     return sign * 150 / 331 * level / 9 * side
 
 
 def angle(level: int) -> float:
-    """Degrees, counter-clockwise."""
+    """The rotation in degrees, counter-clockwise."""
     return 30 * level / 9
 
 
 def factor(level: int, sign: int) -> float:
-    """Of an enhancement: 0 is the degenerate image, 1 the image itself."""
+    """The factor of an enhancement: 0 gives the degenerate image, 1 the image itself."""
     return 1 + sign * 0.9 * level / 9
 
 
 def bits(level: int) -> int:
-    """That posterize keeps."""
+    """The number of bits per channel that posterize keeps."""
     return round(8 - 4 * level / 9)
 
 
 def solarize_threshold(level: int) -> int:
-    """Values from here on are inverted."""
+    """The lowest value that solarize inverts."""
     return math.ceil(256 - 256 * level / 9)
 
 

@@ -44,7 +44,7 @@ def augment_batch(images: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(number of the sub-policy, int32 [2]: 0 if an operation is left out, else its sign)."""
+    """(number of the sub-policy, int32 [2]: the sign of each operation, 0 if left out)."""
     policy_key, applied_key, sign_key = jax.random.split(key, 3)
     probabilities = jnp.array([[share for share, *_ in policy] for policy in IMAGENET_POLICY])
     policy = jax.random.randint(policy_key, (), 0, len(IMAGENET_POLICY))
@@ -132,7 +132,7 @@ def _histogram_scatter(image: jax.Array) -> jax.Array:
 
 
 def _histogram_product(image: jax.Array) -> jax.Array:
-    """The same without colliding writes: high and low four bits, as a product of indicators."""
+    """The same counts without colliding writes: a product of indicators of four bits each."""
     values = image.reshape(-1, 3).T
     nibbles = jnp.arange(16, dtype=jnp.uint8)[None, None]
     high = (values[..., None] >> 4 == nibbles).astype(jnp.bfloat16)
@@ -193,7 +193,7 @@ def _nearest(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
 
 
 def _shear_x(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
-    """Along rows, with PIL's cubic filter of four taps; the other direction needs none."""
+    """Shears along rows with PIL's cubic filter of four taps."""
     height, width, _ = image.shape
     x = jnp.arange(width)[None]
     shift, d, first, last = (row[k][:height, None] for k in ("shift", "fraction", "first", "last"))

@@ -74,7 +74,7 @@ class DataConfig:
     )
     prefetch: int = setting(512, "examples that each worker prepares ahead", whole(1, 2**14))
     cache: str = setting(
-        "", "folder for indexes and copies of Parquet; '': ~/.cache/simseg_jax", TEXT
+        "", "folder for indexes, copies, programs; '': $SIMSEG_CACHE or ~/.cache/simseg_jax", TEXT
     )
 
     @property

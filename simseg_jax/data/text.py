@@ -15,6 +15,7 @@ import numpy as np
 from simseg_jax.data import shapes
 from simseg_jax.models.bert import PAD
 from simseg_jax.runtime.errors import UserError, reading
+from simseg_jax.runtime.files import read_json
 
 MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the touched pieces; the remaining 40 % are deleted
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -110,10 +111,7 @@ def _token_ids(path: Path) -> dict[str, int]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object: get the file again.")
-    return content
+    return read_json(file) if file.is_file() else {}
 
 
 def _refuse_large(file: Path) -> None:

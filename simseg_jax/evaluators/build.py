@@ -5,14 +5,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-from jax.sharding import Mesh
-
-from simseg_jax.data.text import TextEncoder
 from simseg_jax.evaluators.classification import ClassificationConfig, ClassificationEvaluator
 from simseg_jax.evaluators.retrieval import RetrievalConfig, RetrievalEvaluator
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.runtime.settings import entries
+from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 
@@ -43,7 +40,7 @@ def entries_of(evals: EvalsConfig) -> dict[str, Any]:
 
 
 def summary(results: Mapping[str, float]) -> dict[str, float]:
-    """The one number per benchmark that sums it up."""
+    """The one number per test set that sums it up."""
     names = tuple(f"/{kind.headline}" for kind in KINDS.values())
     return {key: value for key, value in results.items() if key.endswith(names)}
 
@@ -53,20 +50,13 @@ def headlines(results: Mapping[str, float]) -> list[str]:
     return [f"{key} {value:.4f}" for key, value in summary(results).items()]
 
 
-def make_evaluators(
-    benchmarks: Mapping[str, Any],
-    graphdef: nnx.GraphDef,
-    patch_size: int,
-    mesh: Mesh,
-    encoder: TextEncoder,
-    cache: str = "",
-) -> dict[str, Any]:
-    """benchmarks: settings by prefix, as of `benchmarks_of`. Missing data are found now.
+def make_evaluators(model: Model, test_sets: Mapping[str, Any], cache: str = "") -> dict[str, Any]:
+    """test_sets: settings by prefix, as of `entries_of`. Missing data are found now.
 
     cache: folder for indexes and copies of image-caption pairs, as `config.data.cache`.
     """
     kinds = {**KINDS, "retrieval": functools.partial(RetrievalEvaluator, cache=cache)}
     return {
-        prefix: kinds[prefix.partition("/")[0]](graphdef, patch_size, mesh, encoder, settings)
-        for prefix, settings in benchmarks.items()
+        prefix: kinds[prefix.partition("/")[0]](model, settings)
+        for prefix, settings in test_sets.items()
     }

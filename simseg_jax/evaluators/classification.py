@@ -5,17 +5,15 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 
 from simseg_jax.data.testsets.labelled import class_prompts, labelled_source, loader
-from simseg_jax.data.text import TextEncoder
 from simseg_jax.evaluators.embedding import EmbeddingConfig, ImageEmbedder
 from simseg_jax.evaluators.metrics import top_accuracy
 from simseg_jax.runtime.ranges import SCENES, TEXT, one_of
 from simseg_jax.runtime.settings import setting
-from simseg_jax.runtime.sharding import local_mesh, local_params
+from simseg_jax.runtime.sharding import local_params
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
 
@@ -44,22 +42,14 @@ class ClassificationEvaluator:
 
     headline = "top1"
 
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        _patch: int,
-        mesh: Mesh,
-        encoder: TextEncoder,
-        settings: ClassificationConfig,
-    ):
-        self.settings = settings
+    def __init__(self, model: Model, settings: ClassificationConfig):
+        self.settings, self.mesh = settings, model.local_mesh
         self.source = labelled_source(settings)
         self.count = min(len(self.source), settings.limit or len(self.source))
-        self.mesh = local_mesh(mesh)
         names = class_prompts(self.source.classes, settings.names)
-        self.prompts = tokenize_prompts(encoder, names, TEMPLATES[settings.prompts])
-        self.embed_classes = class_embedder(graphdef, self.mesh.size)
-        self.embed_images = ImageEmbedder(graphdef, mesh, settings, settings.batch_size)
+        self.prompts = tokenize_prompts(model.encoder, names, TEMPLATES[settings.prompts])
+        self.embed_classes = class_embedder(model)
+        self.embed_images = ImageEmbedder(model, settings, settings.batch_size)
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[tuple]:
         """Yields ("top1", fraction) and ("top5", fraction)."""

@@ -9,18 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from PIL import Image
 
-from simseg_jax.masks.refine import threads_of
 from simseg_jax.models.simseg import bind
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.ranges import BATCH, RESPONSES, SIDE, THREADS, one_of, whole
 from simseg_jax.runtime.settings import setting
-from simseg_jax.runtime.sharding import gather_bytes, local_mesh, local_params, to_global_batch
-from simseg_jax.zeroshot.engine import ahead
+from simseg_jax.runtime.sharding import gather_bytes, local_params, to_global_batch
+from simseg_jax.runtime.threads import ahead, thread_count
+from simseg_jax.zeroshot.model import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,23 +81,22 @@ class ImageEmbedder:
 
     def __init__(
         self,
-        graphdef: nnx.GraphDef,
-        mesh: Mesh,
+        model: Model,
         settings: ImageConfig,
         batch_size: int,
         feature: str = "embedding",
     ):
-        self.mesh, self.settings = local_mesh(mesh), settings
+        self.mesh, self.settings, graphdef = model.local_mesh, settings, model.graphdef
         self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
-        self.threads = threads_of(settings)
+        self.threads = thread_count(settings.threads)
 
         def embed(params, images: jax.Array) -> jax.Array:
-            model = bind(graphdef, params)
-            images = model.normalize(images)
+            network = bind(graphdef, params)
+            images = network.normalize(images)
             if feature == "embedding":
-                _, tokens = model.encode_image(images)
-                return model.pool_image(tokens, settings.m_image)
-            tokens = model.image_encoder(images).astype(jnp.float32)
+                _, tokens = network.encode_image(images)
+                return network.pool_image(tokens, settings.m_image)
+            tokens = network.image_encoder(images).astype(jnp.float32)
             return tokens[:, 0] if feature == "cls" else tokens[:, 1:].mean(axis=1)
 
         self.embed = jax.jit(embed)

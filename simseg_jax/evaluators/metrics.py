@@ -1,9 +1,12 @@
 """Metrics in plain NumPy."""
 
 import numpy as np
+from jaxtyping import Float, Int, Integer
 
 
-def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+def confusion_matrix(
+    prediction: Integer[np.ndarray, "H W"], truth: Integer[np.ndarray, "H W"], classes: int
+) -> Int[np.ndarray, "{classes} {classes}"]:
     """Pixel counts int64 [classes, classes], rows truth, columns prediction; truth 255 is ignored.
 
     Summable over images. Other labels outside [0, classes) are an error in the data.
@@ -17,7 +20,7 @@ def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, classes: int) ->
     return counts.reshape(classes, classes)
 
 
-def class_iou(confusion: np.ndarray) -> np.ndarray:
+def class_iou(confusion: Int[np.ndarray, "C C"]) -> Float[np.ndarray, " C"]:
     """Intersection over union per class, float64; NaN for classes neither present nor predicted."""
     intersection = np.diagonal(confusion).astype(np.float64)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - intersection
@@ -25,19 +28,21 @@ def class_iou(confusion: np.ndarray) -> np.ndarray:
         return intersection / union
 
 
-def mean_iou(ious: np.ndarray) -> float:
+def mean_iou(ious: Float[np.ndarray, " C"]) -> float:
     """Mean of the class IoUs that are defined, a fraction; NaN if none is."""
     defined = ious[np.isfinite(ious)]
     return float(defined.mean()) if len(defined) else float("nan")
 
 
 def recall_at(
-    nearest: tuple[np.ndarray, np.ndarray], owners: np.ndarray, k: int
+    nearest: tuple[Int[np.ndarray, "N K"], Int[np.ndarray, "M L"]],
+    owners: Int[np.ndarray, " M"],
+    k: int,
 ) -> tuple[float, float]:
     """R@k of image-to-text and text-to-image retrieval, fractions.
 
-    nearest: (int [N, K], int [M, K]) of `evaluators.ranking.nearest`, K >= k. owners: int [M], the
-    image of every text. An image counts as right if one of its texts is among the first k.
+    nearest: of `evaluators.ranking.nearest`, K and L at least k. owners: the image of every text.
+    An image counts as right if one of its texts is among the first k.
     """
     of_images, of_texts = nearest
     known = of_images[:, :k]
@@ -48,7 +53,9 @@ def recall_at(
     )
 
 
-def top_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+def top_accuracy(
+    scores: Float[np.ndarray, "N C"], labels: Integer[np.ndarray, " N"], k: int
+) -> float:
     """Share of rows of `scores` [N, C] whose label is among the k highest; ties by position."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return float((order == labels[:, None]).any(axis=1).mean())

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from simseg_jax.runtime.sharding import make_mesh
 
@@ -15,7 +16,7 @@ IMAGE_CHUNK, TEXT_CHUNK = 1024, 8192
 
 def nearest(
     images, texts, k: int, devices: Sequence | None = None, progress=iter
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[np.ndarray, "N {k}"], Int[np.ndarray, "M {k}"]]:
     """(texts int32 [N, k] nearest to every image, images int32 [M, k] nearest to every text).
 
     images, texts: float32 [N, D], [M, D]; arrays or memory maps, which are read in parts.

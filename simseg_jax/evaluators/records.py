@@ -20,7 +20,7 @@ IMMATERIAL = ("limit", "batch_size", "threads")
 
 
 class Record(NamedTuple):
-    """One image under every variant of the settings.
+    """One image under each of the settings.
 
     name, stamp: which image, and which version of its files. counts: int [n, 3], rows (true label,
     predicted label, pixels). scores: image-text scores [C], NaN where a class is not scored.
@@ -44,11 +44,11 @@ class Record(NamedTuple):
         return cls(name, stamp, arrays, [np.array(s, np.float64) for s in scores])
 
 
-def total_confusion(records: Iterable[Record], classes: int, variant: int = 0) -> np.ndarray:
+def total_confusion(records: Iterable[Record], classes: int, number: int = 0) -> np.ndarray:
     """Pixels int64 [C, C] of all records, rows truth, columns prediction."""
     confusion = np.zeros((classes, classes), np.int64)
     for record in records:
-        truth, prediction, pixels = record.counts[variant].T
+        truth, prediction, pixels = record.counts[number].T
         confusion[truth, prediction] += pixels
     return confusion
 
@@ -66,7 +66,7 @@ class Kept(NamedTuple):
     def describe(self, done: int, remaining: Sequence[str], listed: Sequence[str]) -> str:
         """A sentence: how many images have records, and why the `remaining` ones have none.
 
-        listed: all names of the benchmark, also those beyond the limit.
+        listed: all names of the test set, also those beyond the limit.
         """
         known = {name for name, _ in self.records}
         changed = sum(name in known for name in remaining)

@@ -6,21 +6,19 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.pairs import BadExample, PairsConfig, open_source
-from simseg_jax.data.text import TextEncoder
 from simseg_jax.evaluators.embedding import EmbeddingConfig, ImageEmbedder
 from simseg_jax.evaluators.metrics import recall_at
 from simseg_jax.evaluators.ranking import nearest
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import setting
-from simseg_jax.runtime.sharding import local_mesh, local_params
+from simseg_jax.runtime.sharding import local_params
 from simseg_jax.zeroshot.classifier import text_embedder
+from simseg_jax.zeroshot.model import Model
 
 KS = (1, 5, 10)
 
@@ -49,23 +47,14 @@ class RetrievalEvaluator:
 
     headline = "rsum"
 
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        _patch: int,
-        mesh: Mesh,
-        encoder: TextEncoder,
-        settings: RetrievalConfig,
-        cache: str = "",
-    ):
-        self.settings, self.encoder = settings, encoder
+    def __init__(self, model: Model, settings: RetrievalConfig, cache: str = ""):
+        self.settings, self.encoder, self.mesh = settings, model.encoder, model.local_mesh
         self.source = open_source(settings, cache)
         if self.source.problems:
             tqdm.write(f"{settings.path}: {len(self.source):,} images; {self.source.problems}")
         self.count = min(len(self.source), settings.limit or len(self.source))
-        self.mesh = local_mesh(mesh)
-        self.embed_images = ImageEmbedder(graphdef, mesh, settings, settings.batch_size)
-        self.embed_texts = text_embedder(graphdef, self.mesh.size)
+        self.embed_images = ImageEmbedder(model, settings, settings.batch_size)
+        self.embed_texts = text_embedder(model)
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[tuple]:
         """Yields ("i2t/r@1", fraction), ..., ("rsum", sum of the six in per cent)."""
@@ -92,7 +81,7 @@ class RetrievalEvaluator:
         try:
             return self.source[index]
         except BadExample as error:
-            raise UserError(f"{error} Remove it from the benchmark or replace the file.") from error
+            raise UserError(f"{error} Remove it from the test set or replace the file.") from error
 
 
 def scores(ranked: Ranked) -> Iterator[tuple[str, float]]:

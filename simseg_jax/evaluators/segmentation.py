@@ -1,42 +1,39 @@
-"""Zero-shot segmentation of a benchmark: a record per image, and mean IoU over all of them."""
+"""Zero-shot segmentation of a test set: a record per image, and mean IoU over all of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.testsets.classes import prompt_names
 from simseg_jax.data.testsets.segmentation import segmentation_source
-from simseg_jax.data.text import TextEncoder
 from simseg_jax.evaluators.metrics import class_iou, confusion_matrix, mean_iou
 from simseg_jax.evaluators.records import Record, total_confusion
 from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.runtime.files import digest
 from simseg_jax.runtime.sharding import local_params
-from simseg_jax.zeroshot.engine import Engine, ahead
+from simseg_jax.runtime.threads import ahead
+from simseg_jax.zeroshot.engine import Engine
+from simseg_jax.zeroshot.model import Model
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 
 class SegmentationEvaluator:
-    """A benchmark under one or more variants of its settings.
+    """A test set under one or several settings, which may differ in what follows the encoder.
 
-    Settings are entries of `config.evals.seg`; variants may differ in what follows the encoder (see
-    `PaperProtocol`, `StandardProtocol`). Labels count from 1; label 0 is the class background or,
-    for benchmarks without it, "no class". Results do not depend on batch size, devices, processes.
-    images: (name, stamp) of each. inputs: stands for the class names and their tokenised prompts.
+    Labels count from 1; label 0 is the class background or, for test sets without it, "no class".
+    Results do not depend on batch size, devices, processes. images: (name, stamp) of each. inputs:
+    stands for the class names and their tokenised prompts.
     """
 
     headline = "miou"
 
-    def __init__(
-        self, graphdef: nnx.GraphDef, patch_size: int, mesh: Mesh, encoder: TextEncoder, *variants
-    ):
-        self.variants, self.settings = variants, variants[0]
+    def __init__(self, model: Model, *several: SegmentationConfig):
+        self.several, self.settings = several, several[0]
         settings = self.settings
         self.source = segmentation_source(settings)
         names = prompt_names(settings.data, settings.names)
@@ -49,9 +46,9 @@ class SegmentationEvaluator:
         self.images = [(n, self.source.stamp(i)) for i, n in enumerate(self.source.names[:count])]
         self.count = len(self.images)
         if not self.count:
-            raise UserError(f"The benchmark {settings.data} in {settings.root!r} has no images.")
+            raise UserError(f"The test set {settings.data} in {settings.root!r} has no images.")
         self._require_labels()
-        self.engine = Engine(graphdef, patch_size, mesh, encoder, variants, names, self.background)
+        self.engine = Engine(model, several, names, self.background)
         prompts = [array.tolist() for array in self.engine.prompts]
         self.inputs = digest([self.class_names, prompts])
         # The parameters last used and their class embeddings.
@@ -61,16 +58,19 @@ class SegmentationEvaluator:
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter):
         """Yields ("miou", fraction) and ("iou/<class>", fraction) for classes that occur.
 
-        Of the first variant; progress wraps the iterator over images, to show a bar.
+        Of the first settings; progress wraps the iterator over images, to show a bar.
         """
         confusion = self.confusion(self.records(params, progress=progress))
         if jax.process_count() > 1:
             confusion = multihost_utils.process_allgather(confusion).sum(axis=0)
         yield from self.scores(confusion)
 
-    def confusion(self, records: Iterable[Record], variant: int = 0) -> np.ndarray:
-        """Pixels int64 [C, C] of all records, rows truth, columns prediction."""
-        return total_confusion(records, len(self.class_names), variant)
+    def confusion(self, records: Iterable[Record], number: int = 0) -> np.ndarray:
+        """Pixels int64 [C, C] of all records under the settings of that number.
+
+        Rows are the truth, columns the prediction.
+        """
+        return total_confusion(records, len(self.class_names), number)
 
     def ious(self, confusion: np.ndarray) -> np.ndarray:
         """IoU of every class [C], NaN for those that do not occur and for label 0 as "no class"."""
@@ -114,7 +114,7 @@ class SegmentationEvaluator:
             )
 
     def predictions(self, params, indices: Sequence[int]) -> Iterator[tuple]:
-        """Yields (example, labels [H, W] of every variant, response of the first), for pictures."""
+        """For pictures: (example, labels [H, W] under all settings, response of the first)."""
         for examples, masks, responses in self._run(params, indices, in_order=True):
             for i, example in enumerate(examples):
                 shape = example["mask"].shape
@@ -154,6 +154,6 @@ class SegmentationEvaluator:
         """Mean IoU without a single labelled pixel would be NaN. Mostly reads one mask."""
         if not any((self.source[index]["mask"] != 255).any() for index in range(self.count)):
             raise UserError(
-                f"The benchmark {self.settings.data} in {self.settings.root!r} has no labelled "
+                f"The test set {self.settings.data} in {self.settings.root!r} has no labelled "
                 "pixel: its masks are 255, which means ignore, everywhere."
             )

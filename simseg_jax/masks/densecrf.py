@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Bool, Float, UInt8
 
 from simseg_jax.masks.permutohedral import Lattice, embedding, position_lattice
 from simseg_jax.runtime.errors import UserError
@@ -43,7 +44,9 @@ class CRF:
 PAPER = CRF()
 
 
-def crf_masks(image: np.ndarray, foreground: np.ndarray, crf: CRF = PAPER) -> np.ndarray:
+def crf_masks(
+    image: UInt8[np.ndarray, "H W 3"], foreground: Float[np.ndarray, "K H W"], crf: CRF = PAPER
+) -> Bool[np.ndarray, "K H W"]:
     """Masks bool [K, H, W] of K independent two-label problems on one image.
 
     image: uint8 [H, W, 3]; foreground: probabilities float32 [K, H, W] in [0, 1].
@@ -61,7 +64,9 @@ def crf_masks(image: np.ndarray, foreground: np.ndarray, crf: CRF = PAPER) -> np
     return masks
 
 
-def crf_probabilities(image: np.ndarray, labels: np.ndarray, crf: CRF = PAPER) -> np.ndarray:
+def crf_probabilities(
+    image: UInt8[np.ndarray, "H W 3"], labels: Float[np.ndarray, "L H W"], crf: CRF = PAPER
+) -> Float[np.ndarray, "L H W"]:
     """Label distribution of every pixel after inference, float32 [L, H, W].
 
     image: uint8 [H, W, 3]; labels: probabilities float32 [L, H, W] of L >= 2 exclusive labels.
@@ -74,14 +79,18 @@ def crf_probabilities(image: np.ndarray, labels: np.ndarray, crf: CRF = PAPER) -
     return q.reshape(labels.shape)
 
 
-def pydensecrf_masks(image: np.ndarray, foreground: np.ndarray, crf: CRF = PAPER) -> np.ndarray:
+def pydensecrf_masks(
+    image: UInt8[np.ndarray, "H W 3"], foreground: Float[np.ndarray, "K H W"], crf: CRF = PAPER
+) -> Bool[np.ndarray, "K H W"]:
     """`crf_masks` through pydensecrf, with its lattices built once per class like the original."""
     pairs = (np.stack([1 - p, p]) for p in foreground)
     masks = [pydensecrf_probabilities(image, pair, crf).argmax(axis=0) for pair in pairs]
     return np.array(masks, dtype=bool).reshape(foreground.shape)
 
 
-def pydensecrf_probabilities(image: np.ndarray, labels: np.ndarray, crf: CRF = PAPER) -> np.ndarray:
+def pydensecrf_probabilities(
+    image: UInt8[np.ndarray, "H W 3"], labels: Float[np.ndarray, "L H W"], crf: CRF = PAPER
+) -> Float[np.ndarray, "L H W"]:
     """`crf_probabilities` through pydensecrf."""
     dcrf = import_pydensecrf()
     count, height, width = labels.shape

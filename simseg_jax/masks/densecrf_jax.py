@@ -5,6 +5,7 @@ The lattice of an image is built once and shared by its classes.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from simseg_jax.masks.densecrf import CRF, EPSILON, PAPER
 from simseg_jax.masks.permutohedral import embedding
@@ -21,13 +22,13 @@ def lattice_size(height: int, width: int) -> int:
 
 
 def crf_masks(
-    images: jax.Array,
-    foreground: jax.Array,
+    images: UInt8[Array, "B H W 3"],
+    foreground: Float[Array, "B K H W"],
     positions: BatchLattice,
     vertices: int,
     crf: CRF = PAPER,
-    needed: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    needed: Bool[Array, " K"] | None = None,
+) -> tuple[Bool[Array, "B K H W"], Int[Array, ""]]:
     """Masks bool [B, K, H, W] of two-label problems, and the vertices needed per image.
 
     images: uint8 [B, H, W, 3]; foreground: probabilities float32 [B, K, H, W]; positions: of
@@ -59,12 +60,12 @@ def crf_masks(
 
 
 def crf_probabilities(
-    images: jax.Array,
-    labels: jax.Array,
+    images: UInt8[Array, "B H W 3"],
+    labels: Float[Array, "B L H W"],
     positions: BatchLattice,
     vertices: int,
     crf: CRF = PAPER,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B L H W"], Int[Array, ""]]:
     """Label distributions float32 [B, L, H, W] after inference, and the vertices needed per image.
 
     labels: probabilities of L exclusive labels, float32 [B, L, H, W]; the rest as in `crf_masks`.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from simseg_jax.runtime.ranges import several, whole
 from simseg_jax.runtime.settings import setting
@@ -33,11 +34,11 @@ class PAMR:
 
 @functools.partial(jax.jit, static_argnames=("iterations", "dilations"))
 def pamr(
-    images: jax.Array,
-    masks: jax.Array,
+    images: Shaped[Array, "B H W 3"],
+    masks: Float[Array, "B K H W"],
     iterations: int = 10,
     dilations: tuple[int, ...] = DILATIONS,
-) -> jax.Array:
+) -> Float[Array, "B K H W"]:
     """Refined soft masks float32 [B, K, H, W] of the same images and soft masks.
 
     images: [B, H, W, 3], uint8 or float. TCL feeds ImageNet-normalised values; any other range
@@ -56,7 +57,9 @@ def pamr(
     return jax.lax.fori_loop(0, iterations, smooth, masks.astype(jnp.float32))
 
 
-def affinity(images: jax.Array, dilations: Sequence[int]) -> jax.Array:
+def affinity(
+    images: Shaped[Array, "B H W 3"], dilations: Sequence[int]
+) -> Float[Array, "B 8*{len(dilations)} H W"]:
     """Weights of every pixel's neighbours, [B, H, W, 3] -> [B, 8 * len(dilations), H, W], sum 1.
 
     Softmax over the neighbours of -|difference| / (0.1 * deviation), averaged over the colour
@@ -81,7 +84,9 @@ def affinity(images: jax.Array, dilations: Sequence[int]) -> jax.Array:
     return jax.nn.softmax(jnp.stack(logits, axis=1), axis=1)
 
 
-def neighbours(x: jax.Array, dilations: Sequence[int]) -> Iterator[jax.Array]:
+def neighbours(
+    x: Float[Array, "*B H W"], dilations: Sequence[int]
+) -> Iterator[Float[Array, "*B H W"]]:
     """The 8 neighbours at each distance, as shifted views of [..., H, W]; borders repeat."""
     height, width = x.shape[-2:]
     reach = max(dilations)

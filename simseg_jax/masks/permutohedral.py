@@ -152,7 +152,14 @@ def _elevations(space: Embedding, image: np.ndarray | None) -> np.ndarray:
 
 
 def _simplices(elevations: np.ndarray, space: Embedding) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and barycentric weights [N, d + 1] of the vertices around every pixel."""
+    """Keys and barycentric weights [N, d + 1] of the vertices around every pixel.
+
+    The d + 1 coordinates of a vertex leave the same remainder when divided by d + 1, and a simplex
+    has one vertex of each remainder 0..d. Its vertex of remainder 0 is the pixel rounded to
+    multiples of d + 1. From there the vertex of remainder r is reached by adding r to every
+    coordinate and taking d + 1 away from the r coordinates that were rounded up most, or down
+    least: those that come last when the rests are sorted in descending order (`rank`).
+    """
     dims, pixels = space.dims, elevations.shape[1]
     size = np.float32(dims + 1)
     cell = np.rint(elevations * (1 / size))
@@ -163,12 +170,15 @@ def _simplices(elevations: np.ndarray, space: Embedding) -> tuple[np.ndarray, np
         below = (rest[i] < rest[i + 1 :]).view(np.int8)
         rank[i] += below.sum(axis=0, dtype=np.int8)
         rank[i + 1 :] += 1 - below
-    # Rounding each coordinate on its own may leave the hyperplane by a few cells: walk back.
+    # Rounding each coordinate on its own may leave the hyperplane by a few cells: walk back, with
+    # the coordinates whose rests come first or last.
     rank += cell.sum(axis=0, dtype=np.int32).astype(np.int8)
     wrap = (rank < 0).view(np.int8) - (rank > dims).view(np.int8)
     rank += wrap * np.int8(dims + 1)
     cell += wrap
     weights = np.empty((pixels, dims + 1), np.float32)
+    # Barycentric weights are differences of the sorted rests. So few are sorted by exchanges, which
+    # work on whole arrays.
     inside = list(rest * (1 / size) - wrap)
     for last in range(dims, 0, -1):
         for i in range(last):
@@ -182,6 +192,7 @@ def _simplices(elevations: np.ndarray, space: Embedding) -> tuple[np.ndarray, np
     strides = np.array(space.strides, wide)
     offset = sum(low * stride for low, stride in zip(space.low, space.strides, strict=True))
     base = sum(cell[i] * strides[i] for i in range(dims)) - wide(offset)
+    # There are 2^d sets of coordinates that can be lower: the sum of their strides is looked up.
     bits = (1 << np.arange(dims)).astype(np.uint8)[:, None]
     lowered = ((np.arange(2**dims) & bits > 0) * strides[:, None]).sum(axis=0, dtype=wide)
     keys = np.empty((pixels, dims + 1), wide)
@@ -217,7 +228,13 @@ def _number(keys: np.ndarray, space: Embedding):
 
 
 def _neighbours(vertices: np.ndarray, space: Embedding):
-    """Keys of the two neighbours along each of the d + 1 directions."""
+    """Keys of the two neighbours along each of the d + 1 directions.
+
+    Direction j leads from a vertex to the one whose coordinates are 1 less, but j's, which is d
+    more. So its remainder is one less and cell j one higher; from remainder 0 it goes to remainder
+    d, with all cells one lower first. The last coordinate follows from the others and is not in the
+    key.
+    """
     dims, span, ones = space.dims, space.span, sum(space.strides)
     remainder = vertices // span
     before = np.where(remainder > 0, vertices - span, vertices - ones + dims * span)

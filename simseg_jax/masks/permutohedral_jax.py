@@ -173,7 +173,13 @@ def _hash(keys: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _insert(keys: jax.Array, begin: jax.Array, batch: int, slots: int):
-    """Open addressing with double hashing: (table, slot of every entry, whether all found one)."""
+    """A hash table by parallel rounds: (table, slot of every entry, whether all found one).
+
+    Open addressing with double hashing, for all entries at once. In each round every entry looks at
+    its slot. If the slot is empty, its key competes for it; many may do so, and the maximum
+    decides, which needs no lock and does not depend on the order. An entry whose slot holds its key
+    is done; equal keys end in the same slot, so that pixels share vertices. The others step on.
+    """
     first, step = _hash(keys, slots)
 
     def probe(state):
@@ -194,7 +200,11 @@ def _insert(keys: jax.Array, begin: jax.Array, batch: int, slots: int):
 
 
 def _neighbours(vertices, begin, table, number, capacity: int, slots: int, space: Embedding):
-    """The vertex before each vertex along every direction, `capacity` if there is none."""
+    """The vertex before each vertex along every direction, `capacity` if there is none.
+
+    The key of the neighbour is computed (see `permutohedral`), then looked up along the same
+    probing sequence, until its slot holds the key, or is empty: then there is no such vertex.
+    """
     dims, span, ones = space.dims, space.span, sum(space.strides)
     lower = jnp.where(vertices // span > 0, vertices - span, vertices - ones + dims * span)
     found = []

@@ -1,7 +1,4 @@
-"""From class scores and similarity maps to index masks (method of the paper, section 3.3).
-
-The jax functions are batched and traceable; they run inside one jitted program per batch.
-"""
+"""Masks at the size of patches, of the model's input and of the image: upsampling, closing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,38 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Shaped
 
 
-def adaptive_threshold(scores: jax.Array, top_k: int, sigma_weight: float) -> jax.Array:
-    """Mean plus sigma_weight standard deviations (unbiased) of the top-k scores: [B, C] -> [B]."""
-    top, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
-    return jnp.mean(top, axis=1) + sigma_weight * jnp.std(top, axis=1, ddof=1)
-
-
-def candidate_classes(
-    scores: jax.Array, threshold: jax.Array, count: int
-) -> tuple[jax.Array, jax.Array]:
-    """The `count` best classes in order and which of them may be drawn: int32, bool [B, count].
-
-    Class 0 (background) takes a place but is never drawn.
-    """
-    best, classes = jax.lax.top_k(scores, min(count, scores.shape[1]))
-    return classes, (best >= threshold[:, None]) & (classes != 0)
-
-
-def min_max(maps: jax.Array) -> jax.Array:
-    """Each map [..., h, w] scaled to [0, 1]; a constant map becomes 0."""
-    low = maps.min(axis=(-2, -1), keepdims=True)
-    spread = maps.max(axis=(-2, -1), keepdims=True) - low
-    return jnp.where(spread > 0, (maps - low) / jnp.where(spread > 0, spread, 1), 0)
-
-
-def upsample(maps: jax.Array, factor: int) -> jax.Array:
+def upsample(
+    maps: Shaped[Array, "*B h w"], factor: int
+) -> Shaped[Array, "*B h*{factor} w*{factor}"]:
     """Nearest-neighbour upsampling of [..., h, w] by an integer factor."""
     return jnp.repeat(jnp.repeat(maps, factor, axis=-2), factor, axis=-1)
 
 
-def closing(masks: jax.Array, side: int = 7) -> jax.Array:
+def closing(masks: Bool[Array, "*B H W"], side: int = 7) -> Bool[Array, "*B H W"]:
     """One dilation, then one erosion of boolean [..., H, W] by a square of `side` pixels.
 
     Pixels outside the image count for neither, as in OpenCV.
@@ -58,26 +34,17 @@ def closing(masks: jax.Array, side: int = 7) -> jax.Array:
     return masks
 
 
-def compose(masks: jax.Array, scores: jax.Array, classes: jax.Array, drawn: jax.Array) -> jax.Array:
-    """Index masks [B, H, W] of `label_type` from per-candidate masks [B, K, H, W].
+def label_type(classes) -> Any:
+    """The unsigned integer type that holds labels of so many classes, at most 65,536.
 
-    The original multiplies every mask with its class score and takes the argmax over classes with
-    0 for the background. Candidates come in descending order of score, so that is the first
-    candidate whose mask is set, provided its score is positive.
+    classes: an int, or a dimension of an exported program.
     """
-    drawn &= jnp.take_along_axis(scores, classes, axis=1) > 0
-    masks = masks & drawn[:, :, None, None]
-    first = jnp.argmax(masks, axis=1)
-    label = jnp.take_along_axis(classes[:, :, None, None], first[:, None], axis=1)[:, 0]
-    return jnp.where(masks.any(axis=1), label, 0).astype(label_type(scores.shape[1]))
-
-
-def label_type(classes: int) -> Any:
-    """The unsigned integer type that holds labels of so many classes, at most 65,536."""
     return np.uint8 if classes <= 256 else np.uint16
 
 
-def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_nearest(
+    mask: Shaped[np.ndarray, "h w"], height: int, width: int
+) -> Shaped[np.ndarray, "{height} {width}"]:
     """[h, w] -> [height, width] as OpenCV's INTER_NEAREST, at every pixel.
 
     OpenCV takes the source index floor(i * (1 / (new / old))). Rounded twice, that is not

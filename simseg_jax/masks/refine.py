@@ -1,31 +1,88 @@
 """From similarity maps in [0, 1] to masks: p > 0.5 as it is, or after dense CRF or PAMR.
 
-`refine_on_device` is traceable and runs inside the program of a protocol; `refine_on_host` serves
-the back ends that are NumPy or C++.
+`Refiner` works on batches, on the device or, with the back ends that are NumPy or C++, on threads
+of the host. `refine_image` is one traceable function for programs that leave this process.
 """
 
 import functools
-import os
 from concurrent.futures import Executor
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from simseg_jax.masks.densecrf import crf_masks, import_pydensecrf, pydensecrf_masks
+from simseg_jax.masks.densecrf import CRF, crf_masks, import_pydensecrf, pydensecrf_masks
 from simseg_jax.masks.densecrf_jax import crf_masks as crf_masks_jax
 from simseg_jax.masks.densecrf_jax import lattice_size
-from simseg_jax.masks.pamr import pamr
+from simseg_jax.masks.pamr import PAMR, pamr
 from simseg_jax.masks.permutohedral_jax import BatchLattice, batch_positions
 from simseg_jax.masks.postprocess import upsample
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from simseg_jax.runtime.sharding import BATCH, make_mesh, replicated
 
 
-def on_host(settings) -> bool:
-    """Whether the refinement of an entry of `config.evals.seg` leaves the device."""
+@runtime_checkable
+class Refinement(Protocol):
+    """The settings of this file: the part of `SegmentationConfig` that it reads."""
+
+    @property
+    def refine(self) -> str: ...
+    @property
+    def crf(self) -> CRF: ...
+    @property
+    def pamr(self) -> PAMR: ...
+
+
+class Refiner:
+    """Masks bool [B, K, S, S] of batches of images; start() returns before the work is done.
+
+    size: S, the side of the images. mesh: each device refines its own images. pool: threads for
+    what leaves the device.
+    """
+
+    def __init__(self, settings: Refinement, size: int, mesh: Mesh, pool: Executor):
+        self.settings, self.size, self.mesh, self.pool = settings, size, mesh, pool
+        self.on_host = on_host(settings)
+        self.vertices = lattice_size(size, size)
+        refine = functools.partial(refine_on_device, settings, mesh=mesh)
+        self.refine_jit = jax.jit(refine, static_argnames="vertices")
+
+    def start(
+        self,
+        images: UInt8[Array, "B S S 3"],
+        maps: Float[Array, "B K g g"],
+        needed: Bool[Array, "B K"],
+    ) -> Any:
+        """images: uint8 [B, S, S, 3]; maps: [B, K, g, g]; needed: bool [B, K], the other masks
+        will not be looked at.
+        """
+        if self.on_host:
+            return images, maps, needed
+        share = len(images) // self.mesh.size
+        arguments = images, maps, needed, positions_for(self.settings, self.size, share, self.mesh)
+        return arguments, self.refine_jit(*arguments, vertices=self.vertices)
+
+    def finish(self, started: Any) -> jax.Array | np.ndarray:
+        """The masks of what `start` returned."""
+        if self.on_host:
+            images, maps, needed = map(np.asarray, started)
+            return refine_on_host(self.settings, images, maps, needed, self.pool)
+        arguments, (masks, used) = started
+        while int(used) > self.vertices:
+            # Rare images have more colours than there is room for. A full hash table only says
+            # that it was too small.
+            most = 6 * self.size**2
+            self.vertices = int(used) if int(used) <= most else min(2 * self.vertices, most)
+            masks, used = self.refine_jit(*arguments, vertices=self.vertices)
+        return masks
+
+
+def on_host(settings: Refinement) -> bool:
+    """Whether the refinement leaves the device."""
     if settings.refine == "pydensecrf":
         import_pydensecrf()
         return True
@@ -35,12 +92,7 @@ def on_host(settings) -> bool:
     return settings.refine == "crf" and backend == "numpy"
 
 
-def threads_of(settings) -> int:
-    """How many threads work on the host."""
-    return settings.threads or min(32, os.cpu_count() or 1)
-
-
-def denormalized_uint8(images: np.ndarray) -> np.ndarray:
+def denormalized_uint8(images: UInt8[np.ndarray, "*B 3"]) -> UInt8[np.ndarray, "*B 3"]:
     """What the original hands to its CRF: normalise, undo it, truncate, all in float32.
 
     Rounding on the way makes some values one level darker than the input.
@@ -50,7 +102,7 @@ def denormalized_uint8(images: np.ndarray) -> np.ndarray:
     return ((normalized * std + mean) * np.float32(255)).astype(np.uint8)
 
 
-def image_for_crf(images: jax.Array) -> jax.Array:
+def image_for_crf(images: UInt8[Array, "*B 3"]) -> UInt8[Array, "*B 3"]:
     """uint8 [..., 3] as the original hands it to its CRF: some levels are one darker."""
     levels = denormalized_uint8(np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1))
     # Looked up, because fused arithmetic could round to another level.
@@ -63,23 +115,22 @@ def _positions(size: int, sxy: float, batch: int, mesh: Mesh) -> BatchLattice:
     return jax.device_put(batch_positions(size, size, sxy, batch), replicated(mesh))
 
 
-def positions_for(settings, images: int, mesh: Mesh) -> BatchLattice | None:
-    """The position lattice that `refine_on_device` wants for a batch of so many images."""
+def positions_for(settings: Refinement, size: int, images: int, mesh: Mesh) -> BatchLattice | None:
+    """The position lattice that `refine_on_device` wants; images: of every device."""
     if settings.refine != "crf":
         return None
-    per_device = images // mesh.size
-    return _positions(settings.resolution, settings.crf.gaussian_sxy, per_device, mesh)
+    return _positions(size, settings.crf.gaussian_sxy, images, mesh)
 
 
 def refine_on_device(
-    settings,
-    images: jax.Array,
-    maps: jax.Array,
-    needed: jax.Array,
+    settings: Refinement,
+    images: UInt8[Array, "B S S 3"],
+    maps: Float[Array, "B K g g"],
+    needed: Bool[Array, "B K"],
     positions: BatchLattice | None,
     vertices: int,
     mesh: Mesh,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Bool[Array, "B K S S"], Int[Array, ""]]:
     """Masks bool [B, K, S, S] and the lattice vertices needed per image (0 without CRF).
 
     images: uint8 [B, S, S, 3]; maps: [B, K, g, g] in [0, 1]; needed: bool [B, K], the masks that
@@ -112,7 +163,12 @@ def refine_on_device(
     return upsample(maps > 0.5, factor), jnp.int32(0)
 
 
-def refine_image(settings, image: jax.Array, maps: jax.Array, needed: jax.Array) -> jax.Array:
+def refine_image(
+    settings: Refinement,
+    image: UInt8[Array, "S S 3"],
+    maps: Float[Array, "K g g"],
+    needed: Bool[Array, " K"],
+) -> Bool[Array, "K S S"]:
     """Masks bool [K, S, S] of one image, with as much room for its lattice as it takes.
 
     image: uint8 [S, S, 3]; maps: [K, g, g]; needed: bool [K]. Where no host can look at the count
@@ -121,7 +177,7 @@ def refine_image(settings, image: jax.Array, maps: jax.Array, needed: jax.Array)
     mesh = make_mesh(devices=jax.devices()[:1])
     size = image.shape[0]
     batch = image[None], maps[None], needed[None]
-    positions = positions_for(settings, 1, mesh)
+    positions = positions_for(settings, size, 1, mesh)
 
     def refine(vertices: int) -> tuple[jax.Array, jax.Array]:
         return refine_on_device(settings, *batch, positions, vertices, mesh)
@@ -135,8 +191,12 @@ def refine_image(settings, image: jax.Array, maps: jax.Array, needed: jax.Array)
 
 
 def refine_on_host(
-    settings, images: np.ndarray, maps: np.ndarray, needed: np.ndarray, pool: Executor
-) -> np.ndarray:
+    settings: Refinement,
+    images: UInt8[np.ndarray, "B S S 3"],
+    maps: Float[np.ndarray, "B K g g"],
+    needed: Bool[np.ndarray, "B K"],
+    pool: Executor,
+) -> Bool[np.ndarray, "B K S S"]:
     """Masks bool [B, K, S, S]; those not needed stay empty. Images are spread over the threads.
 
     Threads, not processes: NumPy and SciPy leave the interpreter's lock for nearly all of the time.

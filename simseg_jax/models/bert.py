@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from simseg_jax.models.layers import (
     ACTIVATIONS,
@@ -75,7 +76,7 @@ class Embeddings(nnx.Module):
         self.token_type_embeddings = table(2)
         self.LayerNorm = _layer_norm(config, dtype, rngs)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T width"]:
         words = self.word_embeddings(ids)
         # PyTorch's padding_idx: the row of [PAD] gets no gradient.
         words = jnp.where((ids == PAD)[:, :, None], jax.lax.stop_gradient(words), words)
@@ -104,7 +105,13 @@ class Layer(nnx.Module):
         self.output = dense(config.mlp_width, config.width)
         self.output_norm = _layer_norm(config, dtype, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, keys: jax.Array | None, index) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[Array, "B T width"],
+        mask: Bool[Array, "B T"],
+        keys: Key[Array, " B"] | None,
+        index: int | Int[Array, ""],
+    ) -> Float[Array, "B T width"]:
         batch, tokens, width = x.shape
         number = 3 * index  # of the first of three dropouts
 
@@ -138,7 +145,12 @@ class Bert(nnx.Module):
         self.embeddings = Embeddings(config, dtype, rngs)
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.depth)])
 
-    def __call__(self, ids: jax.Array, mask: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        mask: Shaped[Array, "B T"],
+        keys: Key[Array, " B"] | None = None,
+    ) -> Float[Array, "B T width"]:
         mask = mask.astype(bool)
         x = dropout(self.embeddings(ids), self.dropout, keys, 3 * len(self.layers))
         x = constrain_batch(x)

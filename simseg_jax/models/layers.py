@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.ranges import number, whole
@@ -29,8 +30,11 @@ def check_heads(width: int, heads: int, prefix: str) -> None:
 
 
 def dropout(
-    x: jax.Array, rate: float, keys: jax.Array | None, number: int | jax.Array
-) -> jax.Array:
+    x: Float[Array, "B ..."],
+    rate: float,
+    keys: Key[Array, " B"] | None,
+    number: int | Int[Array, ""],
+) -> Float[Array, "B ..."]:
     """Inverted dropout of x [B, ...]; without keys (evaluation) the identity.
 
     keys: one random key per example [B], so that an example's draws do not depend on the batch it
@@ -81,8 +85,11 @@ def can_flash(dtype) -> bool:
 
 
 def flash_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any = "cudnn"
-) -> jax.Array:
+    query: Float[Array, "B N heads width"],
+    key: Float[Array, "B N heads width"],
+    value: Float[Array, "B N heads width"],
+    implementation: Any = "cudnn",
+) -> Float[Array, "B N heads width"]:
     """As `attention` without mask and dropout, by cuDNN: probabilities never reach the memory.
 
     query, key, value: [batch, tokens, heads, width], width one of FLASH_WIDTHS.
@@ -101,14 +108,14 @@ def flash_attention(
 
 
 def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None = None,
+    query: Float[Array, "B N heads width"],
+    key: Float[Array, "B N heads width"],
+    value: Float[Array, "B N heads width"],
+    mask: Bool[Array, "#B #heads #N #N"] | None = None,
     dropout_rate: float = 0.0,
-    dropout_keys: jax.Array | None = None,
-    number: int | jax.Array = 0,
-) -> jax.Array:
+    dropout_keys: Key[Array, " B"] | None = None,
+    number: int | Int[Array, ""] = 0,
+) -> Float[Array, "B N heads width"]:
     """Scaled dot-product attention, softmax in float32.
 
     query, key, value: [batch, tokens, heads, width]; mask: boolean, broadcastable to
@@ -129,12 +136,12 @@ def attention(
     return jnp.swapaxes((out / total).astype(value.dtype), 1, 2)
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Exact GELU. With erf, as PyTorch; JAX's own takes erfc, several times as slow on CPUs."""
     return x * (0.5 * (1 + jax.lax.erf(x * 0.5**0.5))).astype(x.dtype)
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The approximation x * sigmoid(1.702 x) that OpenAI trained CLIP with."""
     return x * jax.nn.sigmoid(1.702 * x)
 

@@ -8,9 +8,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 
-def top_m(x: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
+def top_m(
+    x: Float[Array, "B N D"], m: int
+) -> tuple[Float[Array, "B {m} D"], Int[Array, "B {m} D"]]:
     """Values and token positions of the M maxima of every channel, in descending order.
 
     x: [B, N, D], m <= N. Returns float32 values and int32 positions, both [B, M, D].
@@ -33,7 +36,9 @@ def top_m(x: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames="m")
-def top_m_pool(x: jax.Array, m: int, mask: jax.Array | None = None) -> jax.Array:
+def top_m_pool(
+    x: Float[Array, "B N D"], m: int, mask: Shaped[Array, "B N"] | None = None
+) -> Float[Array, "B D"]:
     """Mean of the M largest values of every channel (paper eq. 4): [B, N, D] -> float32 [B, D].
 
     mask: [B, N], False for tokens that must not be chosen (padding). An example with fewer than M
@@ -85,7 +90,9 @@ def _backward(m: int, residuals, gradient: jax.Array):
 _weighted_top_m.defvjp(_forward, _backward)
 
 
-def mean_pool(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def mean_pool(
+    x: Float[Array, "B N D"], mask: Shaped[Array, "B N"] | None = None
+) -> Float[Array, "B D"]:
     """Mean over (unmasked) tokens, the "w/o LoDA" baseline: [B, N, D] -> float32 [B, D]."""
     x = x.astype(jnp.float32)
     if mask is None:

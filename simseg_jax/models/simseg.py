@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
 from simseg_jax.models.bert import Bert, BertConfig
 from simseg_jax.models.layers import WIDTH, torch_linear_init
@@ -46,7 +47,7 @@ class Projection(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (width, embed_dim), jnp.float32))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B N width"]) -> Float[Array, "B N D"]:
         kernel = self.kernel[...].astype(self.dtype)
         return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
 
@@ -62,7 +63,7 @@ class SimSeg(nnx.Module):
         self.text_projection = Projection(config.text.width, config.embed_dim, dtype, rngs)
         self.temperature = nnx.Param(jnp.float32(config.temperature))
 
-    def normalize(self, images: jax.Array) -> jax.Array:
+    def normalize(self, images: UInt8[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
         """uint8 [..., 3] -> float32 with the mean and deviation that the encoder expects."""
         leading = (None,) * (images.ndim - 1)
         mean, std = (
@@ -71,7 +72,9 @@ class SimSeg(nnx.Module):
         )
         return (images.astype(jnp.float32) / 255 - mean) / std
 
-    def encode_image(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode_image(
+        self, images: Float[Array, "B H W 3"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B tokens D"]]:
         """Normalised images [B, H, W, 3] -> (embedding [B, D], projected tokens [B, 1 + N, D]).
 
         The embedding has unit length, the tokens (CLS, then the patches row by row) do not.
@@ -79,7 +82,9 @@ class SimSeg(nnx.Module):
         tokens = constrain_batch(self.image_projection(self.image_encoder(images)))
         return self.pool_image(tokens), tokens
 
-    def pool_image(self, tokens: jax.Array, m: int | None = None) -> jax.Array:
+    def pool_image(
+        self, tokens: Float[Array, "B N D"], m: int | None = None
+    ) -> Float[Array, "B D"]:
         """Unit-length embedding [B, D] of projected tokens; m: M^I, by default that of training."""
         if self.config.pool == "cls":
             pooled = tokens[:, 0]
@@ -91,12 +96,12 @@ class SimSeg(nnx.Module):
 
     def encode_text(
         self,
-        ids: jax.Array,
-        mask: jax.Array,
+        ids: Int[Array, "B T"],
+        mask: Shaped[Array, "B T"],
         m: int | None = None,
         mask_padding: bool | None = None,
-        keys: jax.Array | None = None,
-    ) -> jax.Array:
+        keys: Key[Array, " B"] | None = None,
+    ) -> Float[Array, "B D"]:
         """Token ids and padding mask [B, T] -> unit-length embeddings [B, D].
 
         m (M^T) and mask_padding default to the training values; keys, a random key per example
@@ -114,7 +119,7 @@ class SimSeg(nnx.Module):
         return constrain_batch(l2_normalize(pooled))
 
 
-def l2_normalize(x: jax.Array) -> jax.Array:
+def l2_normalize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """x / (|x| + 1e-8) over the last axis, in float32."""
     x = x.astype(jnp.float32)
     return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)

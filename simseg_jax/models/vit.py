@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from simseg_jax.models.layers import (
     ACTIVATIONS,
@@ -85,7 +86,7 @@ class Attention(nnx.Module):
         self.proj = linear(config.width, config.width, INIT, dtype, rngs)
         self.flash = config.width // config.heads in FLASH_WIDTHS and can_flash(dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
         attend = flash_attention if self.flash else attention
@@ -101,7 +102,7 @@ class Mlp(nnx.Module):
         self.fc2 = linear(config.mlp_width, config.width, INIT, dtype, rngs)
         self.activation = ACTIVATIONS[config.activation]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -114,7 +115,7 @@ class Block(nnx.Module):
         self.norm2 = _layer_norm(config, dtype, rngs)
         self.mlp = Mlp(config, dtype, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return constrain_batch(x)
@@ -130,7 +131,7 @@ class PatchEmbed(nnx.Module):
             inputs, config.width, torch_linear_init(), dtype, rngs, torch_bias_init(inputs)
         )
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N width"]:
         batch, height, width, channels = images.shape
         p = self.patch_size
         x = images.reshape(batch, height // p, p, width // p, p, channels)
@@ -157,7 +158,7 @@ class ViT(nnx.Module):
         self.norm = _layer_norm(config, dtype, rngs)
         self.dtype = dtype
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N width"]:
         p = self.patch_embed.patch_size
         grid = (images.shape[1] // p, images.shape[2] // p)
         x = self.patch_embed(images.astype(self.dtype))
@@ -169,7 +170,9 @@ class ViT(nnx.Module):
         return self.norm(x)
 
 
-def resize_position_embedding(embedding: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def resize_position_embedding(
+    embedding: Float[Array, "1 N width"], grid: tuple[int, int]
+) -> Float[Array, "1 M width"]:
     """[1, 1 + g*g, width] -> [1, 1 + grid[0]*grid[1], width].
 
     Bicubic as PyTorch interpolates (align_corners=False, no antialiasing); CLS is left as it is.

@@ -1,4 +1,4 @@
-"""Tables from the records of a segmentation benchmark: per class and per image."""
+"""Tables from the records of a segmentation test set: per class and per image."""
 
 import csv
 from collections.abc import Sequence

@@ -13,7 +13,7 @@ from simseg_jax.runtime.settings import get, literal, plain
 
 
 class Table(NamedTuple):
-    """Values of the keys to combine, and what the paper reports, by benchmark and values."""
+    """Values of the keys to combine, and what the paper reports, by test set and values."""
 
     title: str
     values: dict[str, tuple]
@@ -21,7 +21,7 @@ class Table(NamedTuple):
 
 
 def paper_rows(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict[tuple, float]]:
-    """By benchmark: fractions by the values they belong to, from the paper's percentages."""
+    """By test set: fractions by the values they belong to, from the paper's percentages."""
     return {
         data: {key: value / 100 for key, value in zip(keys, row, strict=True)}
         for data, row in rows.items()

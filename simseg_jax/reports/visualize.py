@@ -106,7 +106,7 @@ def stack(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def write_contact_sheet(path: Path, evaluator, params, indices: Sequence[int]) -> None:
-    """A PNG with one row per image of a segmentation benchmark.
+    """A PNG with one row per image of a segmentation test set.
 
     A row shows the image, the prediction and the ground truth; with the paper protocol also s^I2I
     (patches against the image's own embedding) and s^T2I of the best classes with their scores.

@@ -10,7 +10,7 @@ import jax
 from tqdm import tqdm
 
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.runtime.files import make_writable
+from simseg_jax.runtime.files import cache_folder, make_writable
 from simseg_jax.runtime.ranges import Accepts, shown, whole
 from simseg_jax.runtime.settings import field_of
 
@@ -74,9 +74,9 @@ def add_setting(parser, kind: type, name: str, text: str = "", default: Any = No
 
 
 def add_evals_options(parser: argparse.ArgumentParser) -> None:
-    """Which benchmarks."""
+    """Which test sets."""
     parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
-    parser.add_argument("--benchmark", help="names in evals, with commas; default: all")
+    parser.add_argument("--test_set", help="names in evals, with commas; default: all")
 
 
 def image_bar(name: str) -> Callable[[Iterable], Iterable]:
@@ -89,7 +89,7 @@ def image_bar(name: str) -> Callable[[Iterable], Iterable]:
 
 
 def cache_programs() -> None:
-    """Keeps compiled programs in ~/.cache/simseg_jax/programs, so that the next start is faster.
+    """Keeps compiled programs in the cache folder, so that the next start is faster.
 
     JAX's own JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0
     switches it off. Where nothing can be written, every start compiles anew, which is said.
@@ -97,7 +97,7 @@ def cache_programs() -> None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     try:
-        folder = make_writable(Path("~/.cache/simseg_jax/programs").expanduser())
+        folder = make_writable(cache_folder() / "programs")
     except (UserError, RuntimeError) as error:  # RuntimeError: there is no home folder.
         print(f"Compiled programs are not kept for the next start: {error}", file=sys.stderr)
     else:

@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 NAMED = 5  # The most things that a message names; it counts the others.
@@ -47,6 +47,26 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise UserError(f"Cannot read {what}: {one_line(error)}. {advice}".rstrip()) from error
+
+
+@contextlib.contextmanager
+def writing(
+    what: str,
+    advice: Callable[[], str],
+    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
+) -> Iterator[None]:
+    """Turns errors of writing files into a `UserError`: "Cannot write WHAT: REASON. ADVICE".
+
+    advice: called when there is one. errors: their types; libraries wrap what the operating system
+    says in their own.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        reason = getattr(error, "strerror", "") or one_line(error, 100)
+        raise UserError(f"Cannot write {what}: {reason}. {advice()}") from error
 
 
 def report_user_errors(main):

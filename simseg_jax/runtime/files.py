@@ -1,15 +1,20 @@
 """Files: their versions, writing them completely or not at all, errors that name them."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.errors import UserError, reading
+
+CACHE = "SIMSEG_CACHE"
 
 
 def stamp(path: str | Path) -> str:
@@ -43,20 +48,55 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A file to write, renamed to `path` on success: no file there is ever incomplete."""
+    """A place to write a file or folder, renamed to `path` on success: it is never incomplete.
+
+    Several processes may write the same `path` at once.
+    """
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # A long name would not fit twice.
     try:
         with naming(path):
             yield partial
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        except OSError as error:
+            # Folders do not replace each other: the one that came first has the same content.
+            if error.errno != errno.ENOTEMPTY:
+                raise
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
+
+
+def read_json(
+    path: Path, advice: str = "Get the file again.", largest: int | None = None
+) -> dict[str, Any]:
+    """The object in a JSON file; a `UserError` with the advice if there is none.
+
+    largest: in bytes, for files of others.
+    """
+    with reading(str(path), advice):
+        size = path.stat().st_size
+        if largest is not None and size > largest:
+            raise ValueError(f"it has {size:,} bytes, at most {largest:,} are read")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content
 
 
 def write_json(path: Path, content) -> None:
     """Writes indented JSON that replaces `path` at once."""
     with appearing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def cache_folder(configured: str = "") -> Path:
+    """Where everything is kept that is made once and used again: indexes, copies, programs.
+
+    The key `data.cache`, else the environment variable SIMSEG_CACHE, else ~/.cache/simseg_jax.
+    """
+    return Path(configured or os.environ.get(CACHE) or "~/.cache/simseg_jax").expanduser()
 
 
 def make_writable(folder: Path) -> Path:

@@ -22,12 +22,12 @@ from simseg_jax.runtime.errors import UserError
 
 WAITS = (0.5, 1, 2)  # Seconds before a second, third and fourth attempt.
 BUFFER = 8 << 20  # Bytes fetched at once where a remote file is read from start to end.
-# What drivers call the version of a file, in their own words.
+# Under these names drivers report the version of a file.
 STAMPS = ("etag", "ETag", "mtime", "LastModified", "generation", "updated", "blob_id", "created")
 
 
 class File(NamedTuple):
-    """A file and what tells its versions apart."""
+    """A file with the size and stamp that identify its version."""
 
     path: str
     size: int

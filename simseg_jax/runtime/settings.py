@@ -269,12 +269,19 @@ def _build_entries(kind: type[T], values: Any, name: str, complete: bool) -> dic
 def _check_type(value: Any, like: Any, name: str) -> None:
     if type(value) is not type(like):
         raise UserError(f"{name}={shown(value)} must be of type {type(like).__name__}.")
+    if _is_floats(like) and not all(type(part) is float for part in value):
+        raise UserError(f"{name}={shown(value)} must hold numbers only.")
+
+
+def _is_floats(like: Any) -> bool:
+    return isinstance(like, tuple) and bool(like) and isinstance(like[0], float)
 
 
 def _converted(value: Any, like: Any) -> Any:
     """JSON knows no tuples, and whole numbers pass for floats."""
     if isinstance(like, tuple) and isinstance(value, list | tuple):
-        return _tuples(value)
+        parts = _tuples(value)
+        return tuple(_converted(part, like[0]) for part in parts) if _is_floats(like) else parts
     if isinstance(like, float) and type(value) is int and abs(value) < 2**64:
         return float(value)
     return value

@@ -22,7 +22,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
-from simseg_jax.runtime.errors import UserError, one_line, reading, some
+from simseg_jax.runtime.errors import UserError, one_line, reading, some, writing
+from simseg_jax.runtime.files import read_json
 from simseg_jax.runtime.ranges import TEXT, whole
 from simseg_jax.runtime.remote import is_remote
 from simseg_jax.runtime.settings import setting
@@ -134,17 +135,14 @@ class Checkpoints:
         if newest is not None:
             load_run(newest, {"params": shapes}, read_record(newest))
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax, TensorStore and the file systems raise many kinds.
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        def advice() -> str:
             newest = self.latest
-            raise UserError(
-                f"Cannot write a checkpoint to {self.folder} ({one_line(error, 100)}). "
-                + (f"The newest complete one is {newest}" if newest else "None is complete yet")
-                + ": make room or mend the folder, then run again to continue."
-            ) from error
+            kept = f"The newest complete one is {newest}" if newest else "None is complete yet"
+            return f"{kept}: make room or mend the folder, then run again to continue."
+
+        # Orbax, TensorStore and the file systems raise many kinds.
+        return writing(f"a checkpoint to {self.folder}", advice, Exception)
 
 
 def checkpoints_folder(workdir: Path, directory: str | None = None) -> epath.Path:
@@ -154,8 +152,9 @@ def checkpoints_folder(workdir: Path, directory: str | None = None) -> epath.Pat
     """
     file = workdir / CONFIG
     if directory is None and file.is_file():
-        with reading(str(file), "Give the command of the run again, which writes it."):
-            directory = json.loads(file.read_text(encoding="utf-8"))["checkpoint"]["directory"]
+        advice = "Give the command of the run again, which writes it."
+        with reading(str(file), advice):
+            directory = read_json(file, advice)["checkpoint"]["directory"]
     if not (directory and is_remote(directory)):
         directory = str(Path(directory or workdir / CHECKPOINTS).expanduser().absolute())
     refuse_unusable(directory)

@@ -1,71 +1,112 @@
-"""Symmetric InfoNCE over the global batch (paper section 3.1) with the learnable temperature."""
+"""Symmetric InfoNCE over the global batch (paper section 3.1) with the learnable temperature.
+
+`contrastive_loss` is the plain form. `chunked_contrastive_loss` gives the same without ever holding
+all similarities.
+"""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from simseg_jax.runtime.sharding import constrain_batch, device_count, gather_batch
 
 
-def clip_temperature(temperature: jax.Array) -> jax.Array:
+def clip_temperature(temperature: Float[Array, ""]) -> Float[Array, ""]:
     """The temperature in effect: the parameter clipped to [0.001, 0.5], as the authors do."""
     return jnp.clip(temperature, 0.001, 0.5)
 
 
 def contrastive_loss(
-    images: jax.Array, texts: jax.Array, temperature: jax.Array, chunk: int = 0
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    images: Float[Array, "B D"], texts: Float[Array, "B D"], temperature: Float[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean of the image-to-text and text-to-image cross entropies; pair i belongs to row i.
 
     images, texts: unit-length embeddings [B, D], B the global batch. Under jit with the batch
     sharded, the texts are gathered and every device compares its own images with all of them: the
-    value and gradient are those of one device. chunk: images per device compared at a time, 0 for
-    all; it divides those a device has, or is larger. No more than chunk x B similarities exist at
-    once then; the gradient computes them again.
+    value and gradient are those of one device.
     Returns the loss and its metrics: accuracies of both directions, the clipped temperature.
     """
-    tau = clip_temperature(temperature)
-    batch, parts = len(images), device_count()
-    rows = min(chunk or batch, batch // parts)
-    if batch % (parts * rows):
-        raise ValueError(f"{batch} images on {parts} devices are no multiple of chunk={rows}.")
-    # Everything has a leading axis over the devices, so that each sums up on its own and they
-    # exchange embeddings, gradients and statistics of columns once, not once per chunk.
-    queries = constrain_batch(images.reshape(parts, -1, rows, images.shape[1]))
-    keys = gather_batch(texts)
-    targets = constrain_batch(jnp.arange(batch).reshape(parts, -1, rows))
-
-    def compare(columns, inputs):
-        total, best, where = columns
-        queries, targets = inputs
-        # Full float32 products: GPUs and TPUs would otherwise round the inputs.
-        logits = jnp.einsum("prd,pbd->prb", queries, keys, precision=jax.lax.Precision.HIGHEST)
-        logits /= tau
-        total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=1))
-        matched = jnp.take_along_axis(logits, targets[..., None], axis=2)[..., 0]
-        loss = jax.nn.logsumexp(logits, axis=2) - 2 * matched
-        logits = jax.lax.stop_gradient(logits)
-        higher = logits.max(axis=1) > best
-        first = jnp.take_along_axis(targets, jnp.argmax(logits, axis=1), axis=1)
-        columns = total, jnp.maximum(best, logits.max(axis=1)), jnp.where(higher, first, where)
-        return columns, (loss, jnp.argmax(logits, axis=2) == targets)
-
-    start = jnp.full((parts, batch), -jnp.inf)
-    columns = (start, start, jnp.zeros((parts, batch), jnp.int32))
-    columns = jax.tree.map(constrain_batch, columns)
-    inputs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (queries, targets))
-    if len(inputs[0]) == 1:
-        columns, outputs = compare(columns, jax.tree.map(lambda x: x[0], inputs))
-    else:
-        columns, outputs = jax.lax.scan(jax.checkpoint(compare), columns, inputs)
-    total, best, where = columns
-    loss, found = outputs
-    # Of equal similarities the first counts, as for argmax; devices exchange B numbers twice, where
-    # an argmax over them would gather devices x B.
-    first = jnp.where(best == best.max(axis=0, keepdims=True), where, batch).min(axis=0)
-    found_by_text = first == jnp.arange(batch)
+    tau, pairs = clip_temperature(temperature), jnp.arange(len(images))
+    logits = similarities(images, texts) / tau
+    to_images = jax.nn.logsumexp(logits, axis=0)
+    matched = jnp.take_along_axis(logits, pairs[:, None], axis=1)[:, 0]
+    # A cross entropy is the logarithm of the sum over a row or a column, less the pair's logit.
+    to_texts = jax.nn.logsumexp(logits, axis=1) - 2 * matched
+    loss = (to_texts.sum() + to_images.sum()) / (2 * len(images))
+    # The first of the best images of a text, as argmax finds it; that would gather all logits'
+    # maxima on every device, while these two send B numbers each.
+    best = jnp.where(logits == logits.max(axis=0, keepdims=True), pairs[:, None], len(images)).min(
+        axis=0
+    )
     metrics = {
-        "i2t_accuracy": jnp.mean(found),
-        "t2i_accuracy": jnp.mean(found_by_text),
+        "i2t_accuracy": jnp.mean(jnp.argmax(logits, axis=1) == pairs),
+        "t2i_accuracy": jnp.mean(best == pairs),
         "temperature": tau,
     }
-    return (loss.sum() + jax.nn.logsumexp(total, axis=0).sum()) / (2 * batch), metrics
+    return loss, metrics
+
+
+def similarities(images: Float[Array, "B D"], texts: Float[Array, "B D"]) -> Float[Array, "B B"]:
+    """Cosines [B, B] of every image (row) and text; rows are split over devices as the images."""
+    rows = images.reshape(device_count(), -1, images.shape[1])
+    cosines = _cosines(rows, gather_batch(texts))
+    return constrain_batch(cosines.reshape(len(images), -1))
+
+
+def chunked_contrastive_loss(
+    images: Float[Array, "B D"],
+    texts: Float[Array, "B D"],
+    temperature: Float[Array, ""],
+    chunk: int,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """`contrastive_loss` in less memory: no more than chunk x B similarities per device at a time.
+
+    chunk: images per device compared at a time; it divides those a device has, or is larger. Sums
+    over rows are complete after each turn; those over columns are carried from turn to turn. The
+    gradient computes the similarities again.
+    """
+    tau = clip_temperature(temperature)
+    batch, devices = len(images), device_count()
+    rows = min(chunk, batch // devices)
+    if batch % (devices * rows):
+        raise ValueError(f"{batch} images on {devices} devices are no multiple of chunk={rows}.")
+    # Everything has a leading axis over the devices, so that each sums up on its own and they
+    # exchange embeddings, gradients and statistics of columns once, not once per turn.
+    queries = constrain_batch(images.reshape(devices, -1, rows, images.shape[1]))
+    keys = gather_batch(texts)
+    pairs = constrain_batch(jnp.arange(batch).reshape(devices, -1, rows))
+
+    def turn(columns, inputs):
+        total, best, where = columns  # [devices, B]: logarithm of the sum, best logit, whose it is
+        queries, pairs = inputs
+        logits = _cosines(queries, keys) / tau
+        total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=1))
+        matched = jnp.take_along_axis(logits, pairs[..., None], axis=2)[..., 0]
+        to_texts = jax.nn.logsumexp(logits, axis=2) - 2 * matched
+        logits = jax.lax.stop_gradient(logits)
+        higher = logits.max(axis=1) > best
+        first = jnp.take_along_axis(pairs, jnp.argmax(logits, axis=1), axis=1)
+        columns = total, jnp.maximum(best, logits.max(axis=1)), jnp.where(higher, first, where)
+        return columns, (to_texts, jnp.argmax(logits, axis=2) == pairs)
+
+    nothing = jnp.full((devices, batch), -jnp.inf)
+    start = jax.tree.map(
+        constrain_batch, (nothing, nothing, jnp.zeros((devices, batch), jnp.int32))
+    )
+    inputs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (queries, pairs))
+    columns, (to_texts, found) = jax.lax.scan(jax.checkpoint(turn), start, inputs)
+    total, best, where = columns
+    to_images = jax.nn.logsumexp(total, axis=0)
+    first = jnp.where(best == best.max(axis=0, keepdims=True), where, batch).min(axis=0)
+    metrics = {
+        "i2t_accuracy": jnp.mean(found),
+        "t2i_accuracy": jnp.mean(first == jnp.arange(batch)),
+        "temperature": tau,
+    }
+    return (to_texts.sum() + to_images.sum()) / (2 * batch), metrics
+
+
+def _cosines(images: jax.Array, texts: jax.Array) -> jax.Array:
+    """[P, R, B] of R images of each of P devices and all texts [P, B, D]."""
+    # Full float32 products: GPUs and TPUs would otherwise round the inputs.
+    return jnp.einsum("prd,pbd->prb", images, texts, precision=jax.lax.Precision.HIGHEST)

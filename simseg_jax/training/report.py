@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from simseg_jax.runtime.errors import UserError, one_line
+from simseg_jax.runtime.errors import writing
 from simseg_jax.runtime.files import appearing
 from simseg_jax.training.cost import peak_flops
 
@@ -138,15 +138,9 @@ class Reporter:
         self.tensorboard.write_event(event)
         self.tensorboard.flush()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"Cannot write the metrics in {self.path.parent} ({one_line(error)}). The newest "
-                "checkpoint stays: make room or mend the folder, then run again to continue."
-            ) from error
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        advice = "The newest checkpoint stays: make room or mend the folder, then run again."
+        return writing(f"the metrics in {self.path.parent}", lambda: advice)
 
     def pause(self) -> None:
         """Starts a new stretch for the pairs per second: what came before does not count."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
 from simseg_jax.models.simseg import bind
 from simseg_jax.runtime.sharding import batch_sharding, constrain_batch, map_batch
-from simseg_jax.training.loss import contrastive_loss
+from simseg_jax.training.loss import chunked_contrastive_loss, contrastive_loss
 
 
 def make_update(
@@ -31,7 +31,8 @@ def make_update(
     "mask": bool [B, T]}. Dropout and augmentation follow from (seed, step) alone.
 
     micro_batch: pairs per device that the encoders see at a time, 0 for all (`cached_gradient`).
-    loss_chunk: as `contrastive_loss`. Neither changes the result, but for rounding.
+    loss_chunk: as of `chunked_contrastive_loss`, 0 for the plain form. Neither changes the result,
+    but for rounding.
     frozen: a bool per parameter, those that the optimiser does not move; their gradients are zero,
     and what only serves those is not computed.
     """
@@ -49,7 +50,10 @@ def make_update(
 
     def compare(embeddings, params):
         images, texts = embeddings
-        return contrastive_loss(images, texts, fixed(params)["temperature"], loss_chunk)
+        temperature = fixed(params)["temperature"]
+        if loss_chunk:
+            return chunked_contrastive_loss(images, texts, temperature, loss_chunk)
+        return contrastive_loss(images, texts, temperature)
 
     def update(state, batch):
         params, size = state["params"], len(batch["image"])
@@ -79,7 +83,7 @@ def initial_state(params, optimizer: optax.GradientTransformation) -> dict:
 
 
 def jit_update(update: Callable, shardings: dict, mesh: Mesh):
-    """`update` as it is run everywhere: state split as `shardings`, its memory used again."""
+    """`update` as it is run everywhere: state split as `shardings` and donated."""
     return jax.jit(
         update,
         in_shardings=(shardings, batch_sharding(mesh)),

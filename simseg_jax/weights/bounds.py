@@ -1,10 +1,10 @@
-"""Limits on the weights files of others; every reader checks them before it allocates.
+"""Limits on untrusted weights files; every reader checks them before it allocates.
 
-A file that exceeds one is refused in one sentence. Together they keep the reading of a small file,
-whatever its content, below a few hundred megabytes and a few seconds.
+A file that exceeds one is refused. Together they bound the cost of a small file, whatever it holds,
+to a few hundred megabytes and a few seconds.
 """
 
-PICKLE = 1 << 20  # Bytes of the pickle in a .pth: some 200 for each tensor, up to 100 in memory.
+PICKLE = 1 << 20  # Bytes of the pickle in a .pth: about 200 a tensor; one may take 100 in memory.
 HEADER = 8 << 20  # Bytes of the header of a .safetensors file.
 JSON = 8 << 20  # Bytes of a JSON file beside the weights or in a model folder.
 TENSORS = 20_000  # In one file; a ViT and a BERT of twelve blocks have 351.
@@ -13,8 +13,8 @@ DIMENSIONS = 8  # Of a tensor.
 
 
 def inflated(size: int) -> int:
-    """Bytes that the tensors of a file of `size` bytes may take.
+    """The most bytes that the tensors of a file of `size` bytes may take.
 
-    Weights hardly compress, and tensors that share their storage are few.
+    Generous: weights hardly compress, and few tensors share their storage.
     """
     return 8 * size + (64 << 20)

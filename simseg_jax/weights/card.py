@@ -1,4 +1,4 @@
-"""The model card: what a converted model is, how to use it, where it came from."""
+"""The model card of a converted model: what it is, how to use it, where it came from."""
 
 from typing import Any
 
@@ -55,16 +55,18 @@ from PIL import Image
 with open("segmenter.stablehlo", "rb") as file:
     segment = jax.jit(export.deserialize(file.read()).call)
 classes = np.load("classes.npz")
-image = Image.open("photo.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR)
+size = {settings.resolution}
+image = Image.open("photo.jpg").convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
 masks, scores, thresholds = segment(np.asarray(image)[None], classes["embeddings"])
 print({{classes["names"][i] for i in np.unique(masks)}})
 ```
 
-`masks` uint8 [B, {size}, {size}] holds positions in `names`, 0 is the background. The batch is
-free, so is the number of classes from {least} on; the first is the background. The protocol has
-refine={refine}, sigma_weight={sigma}, M^I={m_image}, M^T={m_text}.
+`masks` uint8 [B, S, S] holds positions in `names`; 0 is the background. Sides S are
+{settings.resolution} pixels. The batch size B is free, so is the number of classes from {least} to
+256; the first is the background. Protocol: refine={settings.refine},
+sigma_weight={settings.sigma_weight}, M^I={settings.m_image}, M^T={settings.m_text}.
 
-`image_encoder.stablehlo`: uint8 [B, {size}, {size}, 3] -> embeddings [B, {width}] and tokens.
+`image_encoder.stablehlo`: uint8 [B, S, S, 3] -> embeddings [B, {width}] and tokens.
 `text_encoder.stablehlo`: ids int32 [B, {length}] and mask bool [B, {length}] ([CLS] pieces [SEP],
 padded with 0; the vocabulary is in `tokenizer/`) -> embeddings [B, {width}]. The embedding of a
 class is the normalised mean over its prompts.
@@ -75,8 +77,8 @@ ORIGIN = """
 
 {lines}
 
-Captions of the web decide what the words mean to it: check it on your own images before relying on
-it. No licence is stated here: add the one of the weights and data before you publish this.
+The captions it was trained on decide what the words mean: check it on your own images before you
+rely on it. No licence is stated here: add that of the weights and data before you publish this.
 """
 
 

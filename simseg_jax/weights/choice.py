@@ -1,44 +1,43 @@
-"""Choosing one of the models in a file: wrappers of training code, prefixes, averages, the key.
+"""Choosing one of the models in a file.
 
-A checkpoint may hold a model several times: raw and averaged, student and teacher. What precedes
-the names of a model's tensors, the prefix, tells them apart.
+A checkpoint may hold a model several times: raw and averaged, student and teacher. They differ in
+the prefix of their tensors' names. The user's key chooses one; without it the average is taken.
 """
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import numpy as np
 
 from simseg_jax.models.layers import BLOCKS
 from simseg_jax.runtime.errors import UserError, some
+from simseg_jax.weights.containers import Tensors
+from simseg_jax.weights.formats import VARIANTS
 
-Tensors = Mapping[str, np.ndarray]
-
-# Wrappers of training code, which leave a part of their own in the names.
-WRAPPER = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-# Averages of the parameters: where a file has them, their authors evaluate these.
+# Prefixes of averaged parameters, which are what authors evaluate.
 AVERAGED = r"(^|[._/])(ema|teacher)([._/]|$)"
+# Moments of an optimiser have the names of the parameters: they are no model.
 OPTIMIZER = r"(^|[./])opt(im|imizer|imizer_state|_state)?[./]"
 
 
 def usual_names(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Tensors under the current names of their code base, without the parts of wrappers."""
+    """Tensors under the names that `formats` knows, each block by itself."""
     usual: dict[str, np.ndarray] = {}
-    for old, tensor in tensors.items():
-        name = re.sub(WRAPPER, "", old)
-        # Old BERTs, converted from TensorFlow.
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+    for name, tensor in tensors.items():
+        for variant, known in VARIANTS.items():
+            name = re.sub(variant, known, name)
+        parts = {name: tensor}
         stacked = re.match(r"(.*Transformer/encoderblock)/(.*)", name)
         if stacked and tensor.ndim and len(tensor) <= BLOCKS:
-            # big_vision with its blocks in a loop.
+            # big_vision with its blocks in a loop: their parameters lie in one array.
             parts = {f"{stacked[1]}_{i}/{stacked[2]}": part for i, part in enumerate(tensor)}
-        else:
-            parts = {name: tensor}
         twice = usual.keys() & parts.keys()
         if twice:
-            raise UserError(f"The weights hold {some(sorted(twice))} twice, with and without DDP.")
+            raise UserError(
+                f"The weights hold {some(sorted(twice))} twice: under two names that mean the same "
+                "(as with and without DDP's module.)."
+            )
         usual |= parts
     return usual
 
@@ -76,10 +75,10 @@ def choose(found: Collection[str], key: str, what: str) -> str:
 def take(
     tensors: Tensors, prefix: str, found: Collection[str], unused: str
 ) -> tuple[dict[str, np.ndarray], str]:
-    """(tensors of the model with this prefix, by their names without it; a sentence about them).
+    """(the tensors of the model with this prefix, a sentence on what was taken and what not).
 
-    found: the prefixes of all models in the file. unused: pattern of names that the method has no
-    use for. The sentence says what was taken and what was not.
+    The names of the result lack the prefix. found: the prefixes of all models in the file. unused:
+    pattern of the names that the method does not need.
     """
     others = tuple(p for p in found if p != prefix and p.startswith(prefix))
     taken, rest = {}, []
@@ -102,7 +101,7 @@ def label(prefix: str) -> str:
 
 
 def _group(name: str, prefix: str) -> str:
-    """The shortest start of a name that no name with the prefix has."""
+    """How the sentence names an ignored tensor: up to the first part that differs from `prefix`."""
     parts, others = re.split(r"[./]", name), re.split(r"[./]", prefix)
     common = 0
     while common < min(len(parts), len(others)) and parts[common] == others[common]:

@@ -1,7 +1,7 @@
-"""Self-contained programs with the parameters inside, as serialised StableHLO (`jax.export`).
+"""Exported programs: serialised StableHLO (`jax.export`) with the parameters inside.
 
 They run wherever JAX does, without this package: `jax.export.deserialize(data).call(...)`. JAX
-promises that artefacts load for six months after they were written, in practice for longer.
+guarantees that they load for six months after they were written; in practice it is longer.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from simseg_jax.masks.postprocess import closing, compose, min_max
+from simseg_jax.masks.postprocess import closing
 from simseg_jax.masks.refine import refine_image
 from simseg_jax.models.simseg import bind, make_model
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.load import TrainedModel
-from simseg_jax.zeroshot.paper import respond
+from simseg_jax.zeroshot.paper import compose, min_max, respond
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 IMAGE, TEXT, SEGMENTER = "image_encoder", "text_encoder", "segmenter"
 SUFFIX = ".stablehlo"
 CLASSES = "classes.npz"
+
+
+def least_classes(settings: SegmentationConfig) -> int:
+    """How many classes the segmenter needs, the background included."""
+    return max(settings.class_scores, settings.candidates)
 
 
 def write_programs(
@@ -36,22 +41,24 @@ def write_programs(
     platforms: Sequence[str],
     dtype: Any = np.float32,
 ) -> None:
-    """Writes one file per program, and the names and embeddings of the classes as classes.npz.
+    """Writes one file per program, and classes.npz with the names and embeddings of the classes.
 
-    names: of C classes, the background first. class_embeddings: float32 [C, D].
+    names: of C classes, the background first. class_embeddings: float32 [C, D]. dtype: of the
+    parameters inside; products are float32. The programs:
+
     image_encoder: uint8 [B, S, S, 3] -> unit-length embeddings [B, D], projected tokens [B, N, D].
     text_encoder: ids int32 [B, T], mask bool [B, T] -> unit-length embeddings [B, D].
     segmenter: uint8 [B, S, S, 3], class embeddings float32 [C, D], the first that of the
     background -> masks uint8 [B, S, S] of class numbers, scores [B, C], thresholds [B].
-    B and C are free, C at least `top_k` and at most 256. dtype: of the parameters inside; products
-    are float32.
+
+    B is free, and so is C from `least_classes` to 256.
     """
     if settings.protocol != "paper" or settings.refine == "pydensecrf":
         raise UserError(
             "The exported segmenter follows the paper protocol in JAX: choose --refine=none, crf "
-            "or pamr and a benchmark with protocol=paper."
+            "or pamr and a test set with protocol=paper."
         )
-    least = max(settings.class_scores, settings.candidates)
+    least = least_classes(settings)
     if len(names) < least:
         raise UserError(f"The threshold needs {least} classes, the background included: add words.")
     if len(names) > 256:
@@ -64,7 +71,6 @@ def write_programs(
     graphdef = make_model(model.architecture, jnp.float32)
     stored = jax.tree.map(lambda x: np.asarray(x).astype(dtype), model.params)
     size = settings.resolution
-    grid = size // model.architecture.image.patch_size
 
     def bound():
         return bind(graphdef, jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), stored))
@@ -80,15 +86,14 @@ def write_programs(
     def segment(images, class_embeddings):
         network = bound()
         _, tokens = network.encode_image(network.normalize(images))
-        response = respond(network, tokens, class_embeddings, settings, grid, True)
+        response = respond(network, tokens, class_embeddings, settings)
         maps = min_max(response.similarity)
         # One image after the other: the lattice of a CRF needs a size that is known beforehand.
         masks = jax.lax.map(
             lambda arguments: refine_image(settings, *arguments), (images, maps, response.drawn)
         )
         closed = closing(masks, settings.closing)
-        labels = compose(closed, response.scores, response.classes, response.drawn)
-        return labels, response.scores, response.threshold
+        return compose(closed, response), response.scores, response.threshold
 
     length, width = model.config.data.max_length, model.architecture.embed_dim
     (b,) = export.symbolic_shape("b", constraints=["b >= 1"])

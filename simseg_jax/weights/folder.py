@@ -2,17 +2,17 @@
 
     config.json         the configuration: architecture, text length, protocols
     tokenizer/          the vocabulary
-    params/ or model.safetensors
+    params/ (Orbax), model.safetensors or exported programs
     README.md           the model card
     manifest.json       format, origin and SHA-256 of every file
 
-It is complete or not there at all: written under another name, then renamed.
+It is never incomplete: written under another name, then renamed.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,8 +26,9 @@ from safetensors.numpy import save_file
 
 from simseg_jax.config import RunConfig, published
 from simseg_jax.models.simseg import SimSegConfig
+from simseg_jax.runtime import errors
 from simseg_jax.runtime.errors import UserError, one_line, some
-from simseg_jax.runtime.files import sha256
+from simseg_jax.runtime.files import appearing, sha256
 from simseg_jax.runtime.settings import to_json
 from simseg_jax.runtime.sharding import place
 from simseg_jax.training.checkpoint import (
@@ -37,11 +38,12 @@ from simseg_jax.training.checkpoint import (
     load_arrays,
     refuse_unusable,
 )
-from simseg_jax.weights import authors
-from simseg_jax.weights.sources import META, read_json, read_weights
+from simseg_jax.weights.containers import META, read_settings, read_weights
+from simseg_jax.weights.read import describe, fit, state_dict
 
 MANIFEST, CARD = "manifest.json", "README.md"
-PARAMS, SAFETENSORS = "params", "model.safetensors"
+# What holds the parameters, as the manifest says.
+PARAMS, SAFETENSORS, PROGRAMS = "params", "model.safetensors", "programs"
 FORMAT = "simseg_jax 1"
 
 
@@ -52,7 +54,7 @@ def is_model_folder(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, after comparing every file it lists with its checksum."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_settings(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{folder / MANIFEST} says format={manifest.get('format')!r}, this version of "
@@ -84,7 +86,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _used_files(folder: Path) -> list[str]:
-    """What `trained.load_model` may read in a folder besides the manifest."""
+    """What `load.load_model` may read in a folder besides the manifest."""
     inside = [f for part in (TOKENIZER, PARAMS) for f in (folder / part).rglob("*") if f.is_file()]
     files = [*inside, *(folder / name for name in (CONFIG, SAFETENSORS))]
     return [f.relative_to(folder).as_posix() for f in files if f.is_file()]
@@ -96,29 +98,23 @@ def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConf
         return load_arrays(epath.Path(folder / PARAMS), {"params": shapes})["params"]
     if manifest.get("weights") == SAFETENSORS:
         tensors = read_weights(folder / SAFETENSORS).tensors
-        return place(authors.fit(tensors, architecture), shapes)
+        return place(fit(tensors, architecture), shapes)
     raise UserError(
         f"{folder} holds exported programs, not parameters: take the folder they were made from."
     )
 
 
-def write_folder(
-    folder: Path,
-    *,
-    config: RunConfig,
-    tokenizer,
-    origin: dict[str, Any],
-    weights: str,
-    card: str,
-    write_weights: Callable[[Path], None],
-) -> None:
-    """Writes a model folder.
+@contextlib.contextmanager
+def writing(
+    folder: Path, config: RunConfig, tokenizer, origin: dict[str, Any], weights: str, card: str
+) -> Iterator[Path]:
+    """A place to write the parameters to; on success the rest is added and the folder appears.
 
-    weights: what holds the parameters, `PARAMS`, `SAFETENSORS` or "programs"; write_weights(folder)
-    writes that. card: the model card. origin: where the parameters came from.
+    origin: where the parameters came from. weights: what holds them, `PARAMS`, `SAFETENSORS` or
+    `PROGRAMS`. card: the model card.
     """
     with complete(folder) as partial:
-        write_weights(partial)
+        yield partial
         (partial / CONFIG).write_text(to_json(published(config)) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(partial / TOKENIZER)
         (partial / CARD).write_text(card, encoding="utf-8")
@@ -137,22 +133,15 @@ def write_folder(
 
 @contextlib.contextmanager
 def complete(path: Path, folder: bool = True) -> Iterator[Path]:
-    """A place to write a folder or file that appears at `path` once all went well."""
+    """A place to write a folder or file that appears at `path` on success, where nothing may be."""
     refuse_existing(path)
-    partial = path.with_name(f"{path.name}.partial")
-    _remove(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    if folder:
-        partial.mkdir()
-    try:
-        yield partial
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:  # A full disk, for instance.
-        raise UserError(
-            f"Cannot write {path}: {one_line(error)}. Nothing was written; name a place with room."
-        ) from error
-    finally:
-        _remove(partial)
+    advice = "Nothing was written; name a place with room."
+    with errors.writing(str(path), lambda: advice, (OSError, SafetensorError)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as partial:
+            if folder:
+                partial.mkdir()
+            yield partial
 
 
 def refuse_existing(path: Path) -> None:
@@ -162,9 +151,9 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_orbax(folder: Path, params: dict) -> None:
-    """Parameters for `load_arrays`, in the type they have."""
+    """Writes parameters in their own dtype; `load_arrays` reads them."""
     refuse_unusable(str(folder.absolute()))
-    # Before writing: Orbax answers a full disk with tracebacks of every array it still writes.
+    # Checked first: on a full disk Orbax prints a traceback for every array it still writes.
     needed, free = sum(x.nbytes for x in jax.tree.leaves(params)), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
@@ -176,14 +165,14 @@ def write_orbax(folder: Path, params: dict) -> None:
 
 
 def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
-    """Parameters under the authors' names in PyTorch's layouts."""
-    tensors = authors.state_dict(params, architecture)
-    metadata = {"format": "pt", META: authors.describe(architecture)}
+    """Writes parameters under the authors' names, in PyTorch's layouts."""
+    tensors = state_dict(params)
+    metadata = {"format": "pt", META: describe(architecture)}
     save_file(tensors, folder / SAFETENSORS, metadata)
 
 
 def cast(params: dict, dtype) -> dict:
-    """Parameters in another type; the temperature, a single number, stays float32."""
+    """Parameters in another dtype; the temperature, a single number, stays float32."""
     return {
         k: v if k == "temperature" else jax.tree.map(lambda x: np.asarray(x).astype(dtype), v)
         for k, v in params.items()

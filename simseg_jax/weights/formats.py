@@ -1,25 +1,18 @@
-"""The formats of encoders: how to recognise them and read the architecture from their files.
+"""The weight formats of other code bases: everything in which they differ.
 
-The names of the tensors tell the format. What their shapes do not say (heads, activation,
-normalisation of the images) comes from the JSON files beside the weights.
+Each section has a function that reads what the JSON files beside the weights tell about the
+architecture, then the `Format`: how it is recognised (`signature`) and its table of names. The
+notation of the tables is explained in `table.Format`.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-
-from simseg_jax.models.layers import BLOCKS
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights import layouts
-from simseg_jax.weights.choice import Tensors
-from simseg_jax.weights.layouts import Entry
+from simseg_jax.weights.containers import Settings, Tensors
+from simseg_jax.weights.table import Format, part_of, shape_of
 
-Settings = Mapping[str, dict]
-
-# Published ViTs whose heads are not 64 channels wide: width -> heads.
-HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 INCEPTION = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 ACTIVATIONS = {
@@ -29,67 +22,28 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
+# Other names of the same tensors: pattern -> the name that the tables below have.
+VARIANTS = {
+    # Wrappers of training code.
+    r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": "",
+    # BERTs that were converted from TensorFlow.
+    r"LayerNorm\.gamma$": "LayerNorm.weight",
+    r"LayerNorm\.beta$": "LayerNorm.bias",
+    # AugReg and the first ViTs: the modules of a block are numbered together, not by kind.
+    r"Transformer/posembed_input/pos_embedding$": "pos_embedding",
+    r"(/encoderblock\w*)/MultiHeadDotProductAttention_1/": r"\1/MultiHeadDotProductAttention_0/",
+    r"(/encoderblock\w*)/LayerNorm_2/": r"\1/LayerNorm_1/",
+    r"(/encoderblock\w*)/MlpBlock_3/": r"\1/MlpBlock_0/",
+}
 
 
-class Format(NamedTuple):
-    """How one code base stores an encoder."""
-
-    name: str
-    side: str
-    signature: str  # A tensor that every such file has; what precedes it there is a prefix.
-    describe: Callable[[Tensors, Settings, int | None], dict[str, Any]]
-    table: Callable[..., list[Entry]]
-    unused: str  # Pattern of tensors that the method does not need: heads, poolers, buffers.
-
-
-def _shape(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
-    if name not in tensors or tensors[name].ndim != dims or not tensors[name].size:
-        found = f"of shape {tensors[name].shape}" if name in tensors else "missing"
-        raise UserError(f"The weights cannot be used: {name} is {found}.")
-    return tensors[name].shape
-
-
-def _count(tensors: Tensors, pattern: str) -> int:
-    """The number of blocks: one more than the largest that a pattern with one group finds."""
-    numbers = [m[1] for m in (re.match(pattern, name) for name in tensors) if m]
-    largest = max(numbers, key=lambda number: (len(number), number), default="-1")
-    # Checked before anything is built for them.
-    if len(largest) > 3 or int(largest) >= BLOCKS:
-        raise UserError(f"The weights number a block {largest[:20]}: at most {BLOCKS} are read.")
-    return int(largest) + 1
-
-
-def _part(card: Mapping[str, Any], key: str) -> dict:
-    """An object inside the object of a JSON file; empty without it."""
-    part = card.get(key) or {}
-    if not isinstance(part, dict):
-        raise UserError(f"The JSON beside the weights has {key} that is no object.")
-    return part
-
-
-def _vit(
-    positions: np.ndarray | None, patch: int, width: int, heads: int | None, **settings
-) -> dict[str, Any]:
-    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
-    rows = 0 if positions is None or not positions.ndim else positions.size // (width or 1)
-    grid = round(max(rows - 1, 0) ** 0.5)
-    if not rows or 1 + grid**2 != rows:
-        raise UserError(
-            f"The ViT cannot be used: its position embedding has {rows} rows, not one for a CLS "
-            "token and one for each patch of a square image (as SigLIP and other ViTs without CLS "
-            "token, with register tokens or with relative positions)."
-        )
-    heads = heads or HEADS.get(width, max(width // 64, 1))
-    sizes = {"image_size": grid * patch, "patch_size": patch, "width": width, "heads": heads}
-    return {**sizes, **settings}
+# ---- timm's VisionTransformer, that of CLIP included
 
 
 def _timm(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    width, _, patch, _ = _shape(tensors, "patch_embed.proj.weight", 4)
-    card = settings.get("config.json", {})
-    card = card if "architecture" in card or "pretrained_cfg" in card else {}
-    pretrained = {**card, **_part(card, "pretrained_cfg")}
-    known: dict[str, Any] = {k: pretrained[k] for k in ("mean", "std") if k in pretrained}
+    config = settings.get("config.json", {})
+    config = config if "architecture" in config or "pretrained_cfg" in config else {}
+    pretrained = {**config, **part_of(config, "pretrained_cfg")}
     if "fc_norm.weight" in tensors:
         raise UserError(
             "The ViT was trained with average pooling: its last LayerNorm, fc_norm, acts on the "
@@ -97,185 +51,269 @@ def _timm(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, 
             "Take one with a CLS token, which has norm.weight."
         )
     clip = "norm_pre.weight" in tensors
-    quick = "quickgelu" in str(card.get("architecture", ""))
-    return _vit(
-        tensors.get("pos_embed"),
-        patch,
-        width,
-        heads or _part(card, "model_args").get("num_heads"),
-        depth=_count(tensors, r"blocks\.(\d+)\."),
-        mlp_width=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0],
-        pre_norm=clip,
-        activation="quick_gelu" if quick else "gelu",
-        norm_eps=1e-5 if clip else 1e-6,
-        **known,
-    )
+    quick = "quickgelu" in str(config.get("architecture", ""))
+    return {
+        "heads": heads or part_of(config, "model_args").get("num_heads"),
+        "pre_norm": clip,
+        "activation": "quick_gelu" if quick else "gelu",
+        "norm_eps": 1e-5 if clip else 1e-6,
+        **{key: pretrained[key] for key in ("mean", "std") if key in pretrained},
+    }
+
+
+TIMM = Format(
+    name="timm ViT",
+    part="image",
+    signature="patch_embed.proj.weight",
+    facts=_timm,
+    names={
+        "cls_token": "cls_token",
+        "pos_embed": "pos_embed",
+        "patch_embed/proj": "patch_embed.proj.",
+        "norm_pre": "norm_pre.",
+        "blocks/#/norm1": "blocks.#.norm1.",
+        "blocks/#/attn/qkv": "blocks.#.attn.qkv.",
+        "blocks/#/attn/proj": "blocks.#.attn.proj.",
+        "blocks/#/attn/proj *": "blocks.#.ls1.gamma",
+        "blocks/#/norm2": "blocks.#.norm2.",
+        "blocks/#/mlp/fc1": "blocks.#.mlp.fc1.",
+        "blocks/#/mlp/fc2": "blocks.#.mlp.fc2.",
+        "blocks/#/mlp/fc2 *": "blocks.#.ls2.gamma",
+        "norm": "norm.",
+    },
+    unused=r"(head|head_drop|pre_logits)\..*|mask_token",
+)
+
+
+# ---- transformers' ViTModel, CLIPVisionModel and BertModel (without its pooler)
 
 
 def _transformers(
-    settings: Settings, types: Sequence[str], weights: str, part: str = ""
+    settings: Settings,
+    heads: int | None,
+    types: tuple[str, ...],
+    activation: str = "gelu",
+    norm_eps: float = 1e-12,
+    part: str = "",
 ) -> dict[str, Any]:
-    """config.json of transformers, without which heads and activation are unknown."""
-    card = settings.get("config.json")
-    if card is None:
+    """Heads, activation and epsilon from config.json, without which they are unknown.
+
+    types: the values of model_type that can be read. activation, norm_eps: where the file is
+    silent. part: the object in it that describes the encoder; by default all of it.
+    """
+    config = settings.get("config.json")
+    if config is None:
         raise UserError(
-            f"The {weights} needs its config.json beside it (heads and activation leave no trace "
-            "in the weights): give the folder that holds both."
+            f"A {types[0]} of transformers needs its config.json beside it (heads and activation "
+            "leave no trace in the weights): give the folder that holds both."
         )
-    kind = card.get("model_type")
-    card = {"model_type": kind, **_part(card, part)} if part else card
+    kind = config.get("model_type")
     if kind not in types:
         raise UserError(
             f"config.json says model_type={str(kind)[:40]!r}, which cannot be represented, only "
             f"{' or '.join(types)}: take another encoder."
         )
-    if str(card.get("hidden_act", "gelu")) not in ACTIVATIONS:
-        raise UserError(f"The activation {str(card['hidden_act'])[:40]!r} is not known here.")
-    return card
+    config = part_of(config, part) if part else config
+    activation = str(config.get("hidden_act", activation))
+    if activation not in ACTIVATIONS:
+        raise UserError(f"The activation {activation[:40]!r} is not known here.")
+    return {
+        "heads": heads or config.get("num_attention_heads", 12),
+        "activation": ACTIVATIONS[activation],
+        "norm_eps": config.get("layer_norm_eps", norm_eps),
+    }
 
 
-def _processor(settings: Settings, default: dict) -> dict[str, Any]:
-    card = settings.get("preprocessor_config.json", {})
-    names = {"mean": "image_mean", "std": "image_std"}
-    return {key: card.get(name, default[key]) for key, name in names.items()}
+def _normalisation(config: Mapping[str, Any], default: dict, prefix: str = "") -> dict[str, Any]:
+    return {key: config.get(prefix + key, default[key]) for key in default}
 
 
-def _hugging_face_vit(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    card = _transformers(settings, ("vit",), "Hugging Face ViT")
-    weight = "embeddings.patch_embeddings.projection.weight"
-    width, _, patch, _ = _shape(tensors, weight, 4)
-    return _vit(
-        tensors.get("embeddings.position_embeddings"),
-        patch,
-        width,
-        heads or card.get("num_attention_heads", 12),
-        depth=_count(tensors, r"encoder\.layer\.(\d+)\."),
-        mlp_width=_shape(tensors, "encoder.layer.0.intermediate.dense.weight", 2)[0],
-        activation=ACTIVATIONS[card.get("hidden_act", "gelu")],
-        norm_eps=card.get("layer_norm_eps", 1e-12),
-        **_processor(settings, INCEPTION),
-    )
+def _hugging_face_vit(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
+    images = settings.get("preprocessor_config.json", {})
+    facts = _transformers(settings, heads, ("vit",))
+    return {**facts, **_normalisation(images, INCEPTION, "image_")}
 
 
-def _hugging_face_clip(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    whole = settings.get("config.json", {}).get("model_type") == "clip"
-    types = ("clip", "clip_vision_model")
-    card = _transformers(settings, types, "CLIP", "vision_config" if whole else "")
-    width, _, patch, _ = _shape(tensors, "embeddings.patch_embedding.weight", 4)
-    return _vit(
-        tensors.get("embeddings.position_embedding.weight"),
-        patch,
-        width,
-        heads or card.get("num_attention_heads", 12),
-        depth=_count(tensors, r"encoder\.layers\.(\d+)\."),
-        mlp_width=_shape(tensors, "encoder.layers.0.mlp.fc1.weight", 2)[0],
-        pre_norm=True,
-        activation=ACTIVATIONS[card.get("hidden_act", "quick_gelu")],
-        norm_eps=card.get("layer_norm_eps", 1e-5),
-        **_processor(settings, CLIP),
-    )
+HUGGING_FACE_VIT = Format(
+    name="Hugging Face ViT",
+    part="image",
+    signature="embeddings.patch_embeddings.projection.weight",
+    facts=_hugging_face_vit,
+    names={
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed/proj": "embeddings.patch_embeddings.projection.",
+        "blocks/#/norm1": "encoder.layer.#.layernorm_before.",
+        "blocks/#/attn/qkv": "encoder.layer.#.attention.attention.(query|key|value).",
+        "blocks/#/attn/proj": "encoder.layer.#.attention.output.dense.",
+        "blocks/#/norm2": "encoder.layer.#.layernorm_after.",
+        "blocks/#/mlp/fc1": "encoder.layer.#.intermediate.dense.",
+        "blocks/#/mlp/fc2": "encoder.layer.#.output.dense.",
+        "norm": "layernorm.",
+    },
+    unused=r"(pooler|classifier)\..*",
+)
+
+
+def _hugging_face_clip(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
+    images = settings.get("preprocessor_config.json", {})
+    both = (
+        settings.get("config.json", {}).get("model_type") == "clip"
+    )  # Text tower and image tower.
+    part = "vision_config" if both else ""
+    facts = _transformers(settings, heads, ("clip", "clip_vision_model"), "quick_gelu", 1e-5, part)
+    return {**facts, "pre_norm": True, **_normalisation(images, CLIP, "image_")}
+
+
+HUGGING_FACE_CLIP = Format(
+    name="Hugging Face CLIP",
+    part="image",
+    signature="embeddings.patch_embedding.weight",
+    facts=_hugging_face_clip,
+    names={
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding.weight",
+        "patch_embed/proj": "embeddings.patch_embedding.",
+        "norm_pre": "pre_layrnorm.",
+        "blocks/#/norm1": "encoder.layers.#.layer_norm1.",
+        "blocks/#/attn/qkv": "encoder.layers.#.self_attn.(q|k|v)_proj.",
+        "blocks/#/attn/proj": "encoder.layers.#.self_attn.out_proj.",
+        "blocks/#/norm2": "encoder.layers.#.layer_norm2.",
+        "blocks/#/mlp/fc1": "encoder.layers.#.mlp.fc1.",
+        "blocks/#/mlp/fc2": "encoder.layers.#.mlp.fc2.",
+        "norm": "post_layernorm.",
+    },
+    unused=r"embeddings\.position_ids",
+)
+
+
+def _bert(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
+    # Who gives the heads needs no file: the rest is as in every published BERT.
+    settings = {"config.json": {"model_type": "bert"}} if heads else settings
+    facts = _transformers(settings, heads, ("bert",))
+    config = settings["config.json"]
+    if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
+        raise UserError("The BERT encoder has relative positions or is a decoder: take another.")
+    return facts
+
+
+BERT = Format(
+    name="Hugging Face BERT",
+    part="text",
+    signature="embeddings.word_embeddings.weight",
+    facts=_bert,
+    names={
+        "embeddings/word_embeddings": "embeddings.word_embeddings.",
+        "embeddings/position_embeddings": "embeddings.position_embeddings.",
+        "embeddings/token_type_embeddings": "embeddings.token_type_embeddings.",
+        "embeddings/LayerNorm": "embeddings.LayerNorm.",
+        "layers/#/query": "encoder.layer.#.attention.self.query.",
+        "layers/#/key": "encoder.layer.#.attention.self.key.",
+        "layers/#/value": "encoder.layer.#.attention.self.value.",
+        "layers/#/attention_output": "encoder.layer.#.attention.output.dense.",
+        "layers/#/attention_norm": "encoder.layer.#.attention.output.LayerNorm.",
+        "layers/#/intermediate": "encoder.layer.#.intermediate.dense.",
+        "layers/#/output": "encoder.layer.#.output.dense.",
+        "layers/#/output_norm": "encoder.layer.#.output.LayerNorm.",
+    },
+    unused=r"pooler\..*|embeddings\.(position|token_type)_ids",
+)
+
+
+# ---- the image towers of OpenAI's CLIP and of open_clip
 
 
 def _open_clip(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    card = settings.get("open_clip_config.json")
-    if card is None:
+    config = settings.get("open_clip_config.json")
+    if config is None:
         raise UserError(
             "The CLIP tower needs its open_clip_config.json beside it (OpenAI's CLIP has another "
             "activation than most of open_clip's, which leaves no trace in the weights): give the "
             'folder that holds both, or write {"model_cfg": {"quick_gelu": true}} there.'
         )
-    model, images = _part(card, "model_cfg"), _part(card, "preprocess_cfg")
-    width, _, patch, _ = _shape(tensors, "conv1.weight", 4)
-    per_head = _part(model, "vision_cfg").get("head_width", 64)
-    return _vit(
-        tensors.get("positional_embedding"),
-        patch,
-        width,
-        heads or width // per_head,
-        depth=_count(tensors, r"transformer\.resblocks\.(\d+)\."),
-        mlp_width=_shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
-        pre_norm=True,
-        activation="quick_gelu" if model.get("quick_gelu", False) else "gelu",
-        norm_eps=1e-5,
-        **{key: images.get(key, CLIP[key]) for key in CLIP},
-    )
-
-
-def _big_vision(tensors: Tensors, _settings: Settings, heads: int | None) -> dict[str, Any]:
-    patch, _, _, width = _shape(tensors, "embedding/kernel", 4)
-    queries = [n for n in tensors if re.search(r"encoderblock_0/.*/query/kernel$", n)]
-    hidden = [n for n in tensors if re.search(r"encoderblock_0/.*/Dense_0/kernel$", n)]
-    inside = "Transformer/posembed_input/pos_embedding"
-    return _vit(
-        tensors.get(inside, tensors.get("pos_embedding")),
-        patch,
-        width,
-        heads or _shape(tensors, queries[0] if queries else "query/kernel", 3)[1],
-        depth=_count(tensors, r"Transformer/encoderblock_(\d+)/"),
-        mlp_width=_shape(tensors, hidden[0] if hidden else "Dense_0/kernel", 2)[1],
-        **INCEPTION,
-    )
-
-
-def _bert(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    card = {} if heads else _transformers(settings, ("bert",), "BERT encoder")
-    if card.get("position_embedding_type", "absolute") != "absolute" or card.get("is_decoder"):
-        raise UserError("The BERT encoder has relative positions or is a decoder: take another.")
-    vocab_size, width = _shape(tensors, "embeddings.word_embeddings.weight", 2)
+    model, images = part_of(config, "model_cfg"), part_of(config, "preprocess_cfg")
+    width = shape_of(tensors, "conv1.weight", 4)[0]
     return {
-        "vocab_size": vocab_size,
-        "max_positions": _shape(tensors, "embeddings.position_embeddings.weight", 2)[0],
-        "width": width,
-        "depth": _count(tensors, r"encoder\.layer\.(\d+)\."),
-        "heads": heads or card.get("num_attention_heads", 12),
-        "mlp_width": _shape(tensors, "encoder.layer.0.intermediate.dense.weight", 2)[0],
-        "activation": ACTIVATIONS[card.get("hidden_act", "gelu")],
-        "norm_eps": card.get("layer_norm_eps", 1e-12),
+        "heads": heads or max(width // part_of(model, "vision_cfg").get("head_width", 64), 1),
+        "pre_norm": True,
+        "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu",
+        "norm_eps": 1e-5,
+        **_normalisation(images, CLIP),
     }
 
 
-TIMM = Format(
-    "timm ViT",
-    "image",
-    "patch_embed.proj.weight",
-    _timm,
-    layouts.timm_vit,
-    r"(head|head_drop|pre_logits)\..*|mask_token",
+OPEN_CLIP = Format(
+    name="open_clip",
+    part="image",
+    signature="ln_pre.weight",
+    facts=_open_clip,
+    names={
+        "cls_token": "class_embedding",
+        "pos_embed": "positional_embedding",
+        "patch_embed/proj": "conv1.",
+        "norm_pre": "ln_pre.",
+        "blocks/#/norm1": "transformer.resblocks.#.ln_1.",
+        "blocks/#/attn/qkv": "transformer.resblocks.#.attn.in_proj_",
+        "blocks/#/attn/proj": "transformer.resblocks.#.attn.out_proj.",
+        "blocks/#/norm2": "transformer.resblocks.#.ln_2.",
+        "blocks/#/mlp/fc1": "transformer.resblocks.#.mlp.c_fc.",
+        "blocks/#/mlp/fc2": "transformer.resblocks.#.mlp.c_proj.",
+        "norm": "ln_post.",
+    },
+    unused=r"proj",
 )
-BERT = Format(
-    "Hugging Face BERT",
-    "text",
-    "embeddings.word_embeddings.weight",
-    _bert,
-    layouts.hugging_face_bert,
-    r"pooler\..*|embeddings\.(position|token_type)_ids",
+
+
+# ---- big_vision's .npz, and those of AugReg and the first ViTs, see VARIANTS
+
+ATTENTION = "Transformer/encoderblock_#/MultiHeadDotProductAttention_0/"
+
+
+def _big_vision(tensors: Tensors, _: Settings, heads: int | None) -> dict[str, Any]:
+    query = ATTENTION.replace("#", "0") + "query/kernel"  # [width, heads, width / heads]
+    return {"heads": heads or shape_of(tensors, query, 3)[1], **INCEPTION}
+
+
+BIG_VISION = Format(
+    name="big_vision ViT",
+    part="image",
+    signature="embedding/kernel",
+    facts=_big_vision,
+    names={
+        "cls_token": "cls",
+        "pos_embed": "pos_embedding",
+        "patch_embed/proj": "embedding/",
+        "blocks/#/norm1": "Transformer/encoderblock_#/LayerNorm_0/",
+        "blocks/#/attn/qkv": f"{ATTENTION}(query|key|value)/",
+        "blocks/#/attn/proj": f"{ATTENTION}out/",
+        "blocks/#/norm2": "Transformer/encoderblock_#/LayerNorm_1/",
+        "blocks/#/mlp/fc1": "Transformer/encoderblock_#/MlpBlock_0/Dense_0/",
+        "blocks/#/mlp/fc2": "Transformer/encoderblock_#/MlpBlock_0/Dense_1/",
+        "norm": "Transformer/encoder_norm/",
+    },
+    unused=r"(head|pre_logits)/.*",
+    free_bias=False,
 )
-FORMATS = (
-    TIMM,
-    Format(
-        "Hugging Face ViT",
-        "image",
-        "embeddings.patch_embeddings.projection.weight",
-        _hugging_face_vit,
-        layouts.hugging_face_vit,
-        r"(pooler|classifier)\..*",
-    ),
-    Format(
-        "Hugging Face CLIP",
-        "image",
-        "embeddings.patch_embedding.weight",
-        _hugging_face_clip,
-        layouts.hugging_face_clip,
-        r"embeddings\.position_ids",
-    ),
-    Format("open_clip", "image", "ln_pre.weight", _open_clip, layouts.open_clip, r"proj"),
-    Format(
-        "big_vision ViT",
-        "image",
-        "embedding/kernel",
-        _big_vision,
-        layouts.big_vision,
-        r"(head|pre_logits)/.*",
-    ),
-    BERT,
+
+# ---- the authors' .pth of whole models: timm's ViT, transformers' BERT and what joins them
+
+IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
+
+
+AUTHORS = Format(
+    name="authors' checkpoint",
+    part="model",
+    signature="image_projection.linear.weight",
+    facts=lambda *_: {},  # Nothing lies beside the tensors.
+    names={
+        **{f"image_encoder/{here}": IMAGE + there for here, there in TIMM.names.items()},
+        **{f"text_encoder/{here}": TEXT + there for here, there in BERT.names.items()},
+        "image_projection": "image_projection.linear.",
+        "text_projection": "text_projection.linear.",
+        "temperature": "loss.temperature",
+    },
+    unused=rf"{re.escape(IMAGE)}({TIMM.unused})|{re.escape(TEXT)}({BERT.unused})",
+    free_bias=False,
 )
+
+FORMATS = (AUTHORS, TIMM, HUGGING_FACE_VIT, HUGGING_FACE_CLIP, OPEN_CLIP, BIG_VISION, BERT)

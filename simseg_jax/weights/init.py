@@ -12,9 +12,8 @@ from simseg_jax.data.text import load_tokenizer
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.settings import changed, plain
-from simseg_jax.weights import authors
 from simseg_jax.weights.load import load_model, open_source
-from simseg_jax.weights.towers import SIDES, read_tower, refuse_infinite
+from simseg_jax.weights.read import PARTS, SIDES, Found, read_model, refuse_infinite
 
 # What stays the run's own choice.
 KEPT = {"image": ("image_size",), "text": ("dropout",)}
@@ -34,26 +33,22 @@ def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
     """
     params, notes = {}, []
     changes: dict[str, Any] = {}
-    if config.init.model:
-        architecture, loaded, vocabulary, note = _read_model(config.init.model)
-        _check_vocabulary(config.init.model, vocabulary, tokenizer)
-        for side in SIDES:
-            changes |= _adopted(side, plain(getattr(architecture, side)))
-        changes["model.embed_dim"] = architecture.embed_dim
-        params = loaded
-        notes.append(f"The model starts from {config.init.model}.{note}")
-    for side in SIDES:
-        source = getattr(config.init, side)
-        if source:
-            form, settings, encoder, vocabulary, note = _read_encoder(source, side)
-            if side == "text":
-                _check_vocabulary(source, vocabulary, tokenizer)
-            changes |= _adopted(side, settings)
-            params[f"{side}_encoder"] = encoder
-            notes.append(
-                f"The {SIDES[side]} starts from {source}: {form}, {settings['depth']} blocks of "
-                f"width {settings['width']}.{note}"
-            )
+    for part in PARTS:
+        source = getattr(config.init, part)
+        if not source:
+            continue
+        found, vocabulary = _read(source, part)
+        if part != "image":
+            _check_vocabulary(source, vocabulary, tokenizer)
+        changes |= _decided(part, found.fields)
+        if part == "model":
+            params |= found.params
+            what = ""
+        else:
+            params[f"{part}_encoder"] = found.params
+            size = "{depth} blocks of width {width}".format(**found.fields)
+            what = f": {found.format}, {size}"
+        notes.append(f"The {PARTS[part]} starts from {source}{what}. {found.note}".rstrip())
     config = changed(config, changes)
     image = params.get("image_encoder")
     if image:
@@ -66,44 +61,35 @@ def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
 def keep_architecture(config: RunConfig, saved: RunConfig) -> RunConfig:
     """The configuration with what `init` decides of the model as in the checkpoint of `saved`."""
     changes: dict[str, Any] = {}
-    for side in SIDES:
-        if config.init.model or getattr(config.init, side):
-            changes |= _adopted(side, plain(getattr(saved.model, side)))
-    if config.init.model:
-        changes["model.embed_dim"] = saved.model.embed_dim
+    for part in PARTS:
+        if getattr(config.init, part):
+            changes |= _decided(
+                part, plain(saved.model if part == "model" else getattr(saved.model, part))
+            )
     return changed(config, changes)
 
 
-def _adopted(side: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an encoder decides of a configuration, by dotted name."""
-    return {f"model.{side}.{k}": v for k, v in settings.items() if k not in KEPT[side]}
+def _decided(part: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """What a source with these fields decides of a configuration, by dotted name."""
+    if part == "model":
+        sides = [_decided(side, fields[side]) for side in SIDES]
+        return {**sides[0], **sides[1], "model.embed_dim": fields["embed_dim"]}
+    return {f"model.{part}.{k}": v for k, v in fields.items() if k not in KEPT[part]}
 
 
-def _read_model(source: str):
-    """(architecture, parameters, tokenizer or None, note) of a whole model."""
+def _read(source: str, part: str) -> tuple[Found, Any]:
+    """(the part in a source, its tokenizer or None)."""
     path, weights = open_source(source)
-    if weights is None:
-        return *_trained(path), ""
-    architecture, params, note = authors.read_model(weights)
-    return architecture, params, None, f" {note}"
-
-
-def _read_encoder(source: str, side: str):
-    """(format, settings, parameters, tokenizer or None, note) of one encoder."""
-    path, weights = open_source(source)
-    if weights is None:
-        architecture, params, vocabulary = _trained(path)
-        settings = plain(getattr(architecture, side))
-        return "simseg_jax", settings, params[f"{side}_encoder"], vocabulary, ""
-    tower = read_tower(weights, side)
-    return tower.format, tower.settings, tower.params, _tokenizer_beside(path), f" {tower.note}"
-
-
-def _trained(path: Path):
-    model = load_model(path)
-    params = jax.tree.map(np.asarray, model.params)
+    if weights is not None:
+        model = read_model(weights, part)
+        return model, None if part == "model" else _tokenizer_beside(path)
+    trained = load_model(path)
+    params = jax.tree.map(np.asarray, trained.params)
     refuse_infinite(params)
-    return model.architecture, params, model.tokenizer
+    config, fields = trained.architecture, plain(trained.architecture)
+    if part != "model":
+        config, fields, params = getattr(config, part), fields[part], params[f"{part}_encoder"]
+    return Found("simseg_jax", config, fields, params, ""), trained.tokenizer
 
 
 def _tokenizer_beside(path: Path):

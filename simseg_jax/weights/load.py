@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
-from jax.sharding import Mesh
 
 from simseg_jax.config import RunConfig, compute_dtype, from_file, model_config, of_checkpoint
 from simseg_jax.data.text import TextEncoder, load_tokenizer, vocabulary_identity
@@ -26,32 +24,26 @@ from simseg_jax.training.checkpoint import (
     read_metadata,
     with_sharding,
 )
+from simseg_jax.weights.containers import Weights, read_weights
 from simseg_jax.weights.folder import MANIFEST, is_model_folder, read_manifest, read_params
-from simseg_jax.weights.sources import Weights, fetch, read_weights, split_key
+from simseg_jax.weights.sources import fetch, split_key
+from simseg_jax.zeroshot.model import Model
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """What inference needs of a checkpoint; everything is in it, nothing is asked of the user.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedModel(Model):
+    """A model with its parameters and all that inference needs; a checkpoint holds it completely.
 
-    identity: tells its results from those of other checkpoints. origin: where it came from.
+    identity: differs between checkpoints, so that results are not mixed up. origin: where it came
+    from.
     """
 
     config: RunConfig
     step: int
-    architecture: SimSegConfig
-    graphdef: nnx.GraphDef
     params: Any
     tokenizer: Any
-    encoder: TextEncoder
-    mesh: Mesh
     identity: dict[str, Any]
     origin: dict[str, Any]
-
-    @property
-    def parts(self) -> tuple[nnx.GraphDef, int, Mesh, TextEncoder]:
-        """What evaluators and `Engine` take: structure, patch size, mesh and text encoder."""
-        return self.graphdef, self.architecture.image.patch_size, self.mesh, self.encoder
 
 
 def is_trained(folder: Path) -> bool:

@@ -1,8 +1,9 @@
-"""Reads and writes tensors in PyTorch `.pth` files without PyTorch and without executing anything.
+"""PyTorch's `.pth` files, read and written without PyTorch; nothing in a file is executed.
 
-A `.pth` file is a zip archive: one pickle that describes the objects and one raw file per storage.
-The pickle may name any Python function. The reader resolves the four kinds of names that a plain
-dictionary of tensors needs, drops what training loops keep beside it, and refuses all others.
+A `.pth` file is a zip archive: a pickle, data.pkl, that describes the objects, and one entry of raw
+numbers for each storage, data/KEY. The pickle may name any Python function to call. The reader
+knows those that build a dictionary of tensors, ignores those of what training loops keep beside it,
+and refuses all others.
 """
 
 import math
@@ -32,6 +33,7 @@ DTYPES = {
     "BoolStorage": np.bool_,
 }
 STORAGES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+# Opcodes of pickles that push their argument as it is.
 PLAIN = (
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING"),
     *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
@@ -60,25 +62,10 @@ def load_tensors(path: Path) -> Any:
                 f"{path} is a TorchScript program, not a file of tensors: take the safetensors "
                 "file of the same model."
             )
-        entries = _Entries(archive, path.stat().st_size)
-        byteorder = root + "byteorder"
-        if byteorder in names and entries.read(byteorder) != b"little":
+        reader = _Reader(archive, root, path.stat().st_size)
+        if root + "byteorder" in names and reader.entry("byteorder") != b"little":
             raise UserError(f"{path} was written on a big-endian machine; save it again.")
-        return _Reader(entries, root).read(entries.read(name))
-
-
-class _Entries:
-    """Reads uncompressed entries of an archive, in total at most the bytes of its file."""
-
-    def __init__(self, archive: zipfile.ZipFile, size: int):
-        self.archive, self.size, self.left = archive, size, size
-
-    def read(self, name: str) -> bytes:
-        info = self.archive.getinfo(name)
-        self.left -= info.file_size
-        if info.compress_type != zipfile.ZIP_STORED or self.left < 0:
-            raise ValueError("its entries are compressed or overlap, which PyTorch never writes")
-        return self.archive.read(info)
+        return reader.unpickled(reader.entry("data.pkl"))
 
 
 class _Storage(NamedTuple):
@@ -90,12 +77,12 @@ class _Ignored:
     """Stands for an object that is no tensor."""
 
 
-# What a pickle may name, and what it becomes. Training loops keep options and NumPy scalars beside
-# the weights.
+# The names that a pickle may ask for, and what `_make` makes of a call.
 MADE: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): "dictionary",
     ("torch._utils", "_rebuild_tensor_v2"): "tensor",
     ("torch._utils", "_rebuild_parameter"): "parameter",
+    # Options and NumPy's scalars, which training loops keep beside the weights.
     ("argparse", "Namespace"): _Ignored,
     ("numpy", "dtype"): _Ignored,
     ("numpy.core.multiarray", "scalar"): _Ignored,
@@ -109,16 +96,33 @@ MADE: dict[tuple[str, str], Any] = {
 class _Reader:
     """Interprets the opcodes that PyTorch writes for dictionaries of tensors; nothing is called.
 
-    Python's own unpickler runs what a file names, and few bytes make it take gigabytes: its memo
-    grows to any index, and a tuple of nested tuples as a key takes for ever to hash.
+    Why not Python's unpickler: it calls what a file names, and a few bytes suffice to exhaust it.
+    Its memo grows to any index, and nested tuples as a key take for ever to hash.
+
+    size: bytes of the file, which bound what its entries and tensors may take.
     """
 
-    def __init__(self, entries: _Entries, root: str):
-        self.entries, self.root = entries, root
+    def __init__(self, archive: zipfile.ZipFile, root: str, size: int):
+        self.archive, self.root = archive, root
         self.storages: dict[str, bytes] = {}
-        self.tensors, self.bytes = bounds.TENSORS, bounds.inflated(entries.size)
+        self.entry_bytes, self.tensor_bytes = size, bounds.inflated(size)
+        self.tensors = bounds.TENSORS
 
-    def read(self, pickled: bytes) -> Any:
+    def entry(self, name: str) -> bytes:
+        """An entry of the archive; all of them together have at most the bytes of the file."""
+        info = self.archive.getinfo(self.root + name)
+        self.entry_bytes -= info.file_size
+        if info.compress_type != zipfile.ZIP_STORED or self.entry_bytes < 0:
+            raise ValueError("its entries are compressed or overlap, which PyTorch never writes")
+        return self.archive.read(info)
+
+    def unpickled(self, pickled: bytes) -> Any:
+        """The object that a pickle describes.
+
+        A pickle is a program for a stack machine. Most opcodes push an object. MARK sets the stack
+        aside and begins an empty one, whose items a later opcode turns into a container or adds to
+        one. The memo keeps objects that are used again, by number.
+        """
         if len(pickled) > bounds.PICKLE:
             raise ValueError(f"its pickle has {len(pickled):,} bytes, more than {bounds.PICKLE:,}")
         stack: list[Any] = []
@@ -128,6 +132,8 @@ class _Reader:
             match opcode.name:
                 case name if name in PLAIN:
                     stack.append(argument)
+                case "NEWTRUE" | "NEWFALSE" as name:
+                    stack.append(name == "NEWTRUE")
                 case "BINPUT" | "LONG_BINPUT" | "PUT":
                     memo[argument] = stack[-1]
                 case "MEMOIZE":
@@ -137,15 +143,13 @@ class _Reader:
                 case "MARK":
                     marks.append(stack)
                     stack = []
+                case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" as name:
+                    stack.append(_container(name.removeprefix("EMPTY_"), []))
                 case "TUPLE" | "LIST" | "DICT" as name:
                     items, stack = stack, marks.pop()
-                    stack.append(_collected(name, items))
+                    stack.append(_container(name, items))
                 case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
                     stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
-                case "NEWTRUE" | "NEWFALSE" as name:
-                    stack.append(name == "NEWTRUE")
-                case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" as name:
-                    stack.append(_collected(name.removeprefix("EMPTY_"), []))
                 case "SETITEM" | "APPEND" as name:
                     count = 2 if name == "SETITEM" else 1
                     items = stack[-count:]
@@ -155,16 +159,16 @@ class _Reader:
                     items, stack = stack, marks.pop()
                     _extend(stack[-1], items)
                 case "GLOBAL":
-                    stack.append(self._named(*str(argument).split(" ", 1)))
+                    stack.append(_named(*str(argument).split(" ", 1)))
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
-                    stack.append(self._named(module, name))
+                    stack.append(_named(module, name))
                 case "BINPERSID":
                     stack.append(self._storage(*stack.pop()))
                 case "REDUCE" | "NEWOBJ":
                     arguments, made = stack.pop(), stack.pop()
                     stack.append(self._make(made, arguments))
-                case "BUILD":  # The attributes of an object, as the versions of a state dict.
+                case "BUILD":  # Attributes of an object, such as the versions of a state dict.
                     stack.pop()
                 case "PROTO" | "FRAME":
                     pass
@@ -175,17 +179,6 @@ class _Reader:
                         f"its pickle has the opcode {name}, which PyTorch never writes"
                     )
         raise ValueError("its pickle has no end")
-
-    def _named(self, module: str, name: str) -> Any:
-        if (module, name) in MADE:
-            return MADE[module, name]
-        if module == "torch" and name in DTYPES:
-            return np.dtype(DTYPES[name])
-        raise UserError(
-            f"The .pth asks to run {f'{module}.{name}'[:80]!a}, which is refused. If you trust "
-            "the file, save its state dict alone with PyTorch: "
-            'torch.save({"state_dict": ...}, PATH).'
-        )
 
     def _make(self, made: Any, arguments: tuple) -> Any:
         if made == "tensor":
@@ -202,7 +195,7 @@ class _Reader:
         if not (isinstance(key, str) and isinstance(dtype, np.dtype)):
             raise ValueError("a storage has no name or type")
         if key not in self.storages:
-            self.storages[key] = self.entries.read(f"{self.root}data/{key}")
+            self.storages[key] = self.entry(f"data/{key}")
         return _Storage(self.storages[key], dtype)
 
     def _tensor(self, storage: _Storage, offset: int, size: tuple, stride: tuple) -> np.ndarray:
@@ -210,8 +203,8 @@ class _Reader:
             raise ValueError("a tensor has no storage or too many dimensions")
         itemsize = storage.dtype.itemsize
         self.tensors -= 1
-        self.bytes -= math.prod(size) * itemsize
-        if self.tensors < 0 or self.bytes < 0:
+        self.tensor_bytes -= math.prod(size) * itemsize
+        if self.tensors < 0 or self.tensor_bytes < 0:
             raise ValueError(
                 f"it has more than {bounds.TENSORS:,} tensors, or many that share their storage"
             )
@@ -220,7 +213,18 @@ class _Reader:
         return np.ndarray(size, storage.dtype, storage.data, offset * itemsize, strides)
 
 
-def _collected(kind: str, items: list) -> Any:
+def _named(module: str, name: str) -> Any:
+    if (module, name) in MADE:
+        return MADE[module, name]
+    if module == "torch" and name in DTYPES:
+        return np.dtype(DTYPES[name])
+    raise UserError(
+        f"The .pth asks to run {f'{module}.{name}'[:80]!a}, which is refused. If you trust "
+        'the file, save its state dict alone with PyTorch: torch.save({"state_dict": ...}, PATH).'
+    )
+
+
+def _container(kind: str, items: list) -> Any:
     if kind == "TUPLE":
         return tuple(items)
     container = {} if kind == "DICT" else []
@@ -246,62 +250,58 @@ def save_tensors(path: Path, content: dict) -> None:
     """
     storages: list[np.ndarray] = []
     described = pickle.PROTO + b"\x02" + _pickled(content, storages) + pickle.STOP
-    root = path.stem
+    entries = {
+        "data.pkl": described,
+        "byteorder": b"little",
+        **{f"data/{key}": storage for key, storage in enumerate(storages)},
+        "version": b"3\n",
+    }
     # Stored, not compressed: PyTorch maps the storages into memory.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        _add(archive, f"{root}/data.pkl", described)
-        _add(archive, f"{root}/byteorder", b"little")
-        for key, storage in enumerate(storages):
-            _add(archive, f"{root}/data/{key}", storage.tobytes())
-        _add(archive, f"{root}/version", b"3\n")
-
-
-def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    info = zipfile.ZipInfo(name)
-    assert archive.fp is not None
-    # PyTorch wants the data of an entry at a multiple of 64 bytes: a header field fills the gap.
-    begin = archive.fp.tell() + 30 + len(name.encode()) + 4
-    padding = -begin % 64
-    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    archive.writestr(info, data)
+        for name, data in entries.items():
+            info = zipfile.ZipInfo(f"{path.stem}/{name}")
+            assert archive.fp is not None
+            # It wants the data of an entry at a multiple of 64 bytes. Before them are a header of
+            # 30 bytes, the name, and a field of four bytes and any content, which fills the gap.
+            padding = -(archive.fp.tell() + 30 + len(info.filename.encode()) + 4) % 64
+            info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+            archive.writestr(info, data if isinstance(data, bytes) else data.tobytes())
 
 
 def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
-    """The pickle of `value`: PyTorch's names are written as they are, it need not be installed."""
+    """The pickle of `value`, without the frame around it; its arrays are added to `storages`.
+
+    The names of PyTorch's functions are written as text: it need not be installed.
+    """
+
+    def call(module: str, name: str, *arguments: bytes) -> bytes:
+        return named(module, name) + tuple_of(*arguments) + pickle.REDUCE
+
+    def named(module: str, name: str) -> bytes:
+        return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+    def tuple_of(*items: bytes) -> bytes:
+        return pickle.MARK + b"".join(items) + pickle.TUPLE
+
+    def plain(scalar: Any) -> bytes:
+        return pickle.dumps(scalar, protocol=2)[2:-1]
+
     if isinstance(value, dict):
-        items = [_pickled(k, storages) + _pickled(v, storages) for k, v in value.items()]
+        items = [_pickled(part, storages) for item in value.items() for part in item]
         return pickle.EMPTY_DICT + pickle.MARK + b"".join(items) + pickle.SETITEMS
-    if isinstance(value, np.ndarray):
-        storages.append(value)
-        name = STORAGES[value.dtype]
-        strides = np.cumprod([1, *value.shape[:0:-1]])[::-1] if value.ndim else ()
-        identity = (
-            _pickled("storage", storages)
-            + _named("torch", name)
-            + _pickled(str(len(storages) - 1), storages)
-            + _pickled("cpu", storages)
-            + _pickled(value.size, storages)
-        )
-        arguments = (
-            _tuple(identity)
-            + pickle.BINPERSID
-            + _pickled(0, storages)
-            + _tuple(b"".join(_pickled(n, storages) for n in value.shape))
-            + _tuple(b"".join(_pickled(int(n), storages) for n in strides))
-            + pickle.NEWFALSE
-            + _named("collections", "OrderedDict")
-            + pickle.EMPTY_TUPLE
-            + pickle.REDUCE
-        )
-        rebuild = _named("torch._utils", "_rebuild_tensor_v2")
-        return rebuild + _tuple(arguments) + pickle.REDUCE
-    # Everything else as Python pickles it, without the frame around it.
-    return pickle.dumps(value, protocol=2)[2:-1]
-
-
-def _named(module: str, name: str) -> bytes:
-    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
-
-
-def _tuple(items: bytes) -> bytes:
-    return pickle.MARK + items + pickle.TUPLE
+    if not isinstance(value, np.ndarray):
+        return plain(value)
+    storages.append(value)
+    strides = np.cumprod([1, *value.shape[:0:-1]])[::-1] if value.ndim else ()  # In elements.
+    kind, key, device = named("torch", STORAGES[value.dtype]), str(len(storages) - 1), "cpu"
+    storage = tuple_of(plain("storage"), kind, plain(key), plain(device), plain(value.size))
+    return call(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        storage + pickle.BINPERSID,
+        plain(0),  # The first element in the storage.
+        tuple_of(*map(plain, value.shape)),
+        tuple_of(*(plain(int(stride)) for stride in strides)),
+        pickle.NEWFALSE,  # requires_grad
+        call("collections", "OrderedDict"),  # Hooks: none.
+    )

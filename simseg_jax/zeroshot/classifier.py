@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.models.simseg import bind, l2_normalize
 from simseg_jax.runtime.errors import some
+from simseg_jax.zeroshot.model import Model
 
 CHUNK = 128
 
@@ -29,7 +29,7 @@ class Prompts(NamedTuple):
 def tokenize_prompts(
     encoder: TextEncoder, names: Sequence[Sequence[str]], templates: Sequence[str]
 ) -> Prompts:
-    """Every template filled with every name of every class; says which the vocabulary knows not."""
+    """Every template filled with every name of every class; reports names without a known word."""
     unknown = unknown_words(encoder, [name for synonyms in names for name in synonyms])
     if unknown and jax.process_index() == 0:
         tqdm.write(
@@ -48,13 +48,13 @@ def unknown_words(encoder: TextEncoder, names: Sequence[str]) -> list[str]:
     return [name for name in names if encoder.unknown(encoder.pieces(name))]
 
 
-def class_embedder(graphdef: nnx.GraphDef, devices: int = 1) -> Callable:
+def class_embedder(model: Model) -> Callable:
     """embed(params, prompts, m_text) -> unit-length class embeddings float32 [C, D].
 
     Each prompt is embedded as by `text_embedder`; the mean over the prompts of a class is
     normalised again.
     """
-    embed_texts = text_embedder(graphdef, devices)
+    embed_texts = text_embedder(model)
 
     def embed(params, prompts: Prompts, m_text: int) -> jax.Array:
         embeddings = embed_texts(params, prompts.ids, prompts.mask, m_text)
@@ -65,18 +65,18 @@ def class_embedder(graphdef: nnx.GraphDef, devices: int = 1) -> Callable:
     return embed
 
 
-def text_embedder(graphdef: nnx.GraphDef, devices: int = 1) -> Callable:
+def text_embedder(model: Model) -> Callable:
     """embed(params, ids, mask, m_text) -> unit-length embeddings float32 [P, D] of P texts.
 
     ids, mask: [P, T]. Each text is pooled over its `m_text` strongest words, padding masked. One
     compiled program serves any number of texts: they pass in chunks.
     """
+    graphdef, devices = model.graphdef, model.local_mesh.size
     chunk = -(-CHUNK // devices) * devices
 
     @functools.partial(jax.jit, static_argnames="m_text")
     def embed_chunk(params, ids, mask, m_text):
-        model = bind(graphdef, params)
-        return model.encode_text(ids, mask, m=m_text, mask_padding=True)
+        return bind(graphdef, params).encode_text(ids, mask, m=m_text, mask_padding=True)
 
     def embed(params, ids: np.ndarray, mask: np.ndarray, m_text: int) -> jax.Array:
         parts = []

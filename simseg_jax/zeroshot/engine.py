@@ -6,20 +6,17 @@ so that processes need not agree on anything before the end.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 from PIL import Image
 
-from simseg_jax.data.text import TextEncoder
-from simseg_jax.masks.refine import threads_of
 from simseg_jax.runtime.settings import leaves, plain
-from simseg_jax.runtime.sharding import local_mesh
+from simseg_jax.runtime.threads import ahead, thread_count
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.paper import PaperProtocol
 from simseg_jax.zeroshot.prompts import TEMPLATES
 from simseg_jax.zeroshot.settings import SegmentationConfig
@@ -29,53 +26,46 @@ PROTOCOLS = {"paper": PaperProtocol, "standard": StandardProtocol}
 
 
 def before_encoder(settings: SegmentationConfig) -> tuple:
-    """The settings that decide what the encoder sees: variants of an `Engine` share them."""
-    variable = PROTOCOLS[settings.protocol].variable
-    return tuple(item for item in leaves(plain(settings)) if item[0].split(".")[0] not in variable)
+    """The settings that decide what the encoder sees: all those of an `Engine` share them."""
+    after = PROTOCOLS[settings.protocol].after_encoder
+    return tuple(item for item in leaves(plain(settings)) if item[0].split(".")[0] not in after)
 
 
 # What a stream holds: something to keep, its image, and (height, width) of the mask wanted; or
 # nothing, if there is no image to be had.
 Job = Callable[[], tuple[Any, Image.Image, tuple[int, int]] | None]
-# So many pixels of images are decoded at a time, unless a single one has more.
-PIXELS_AHEAD = 1 << 26
 
 
 class Engine:
-    """Masks of any images for fixed classes.
+    """Masks of any images for fixed classes, under V settings at once.
 
-    variants: entries of `config.evals.seg` that share what reads and encodes an image. names: the
-    prompt names of every class, those of the background first. background: whether the benchmark
-    has that class; label 0 means "none" otherwise.
+    settings: they share what reads and encodes an image (`before_encoder`). names: the prompt names
+    of every class, those of the background first. background: whether the test set has that class;
+    label 0 means "none" otherwise.
     """
 
     def __init__(
         self,
-        graphdef: nnx.GraphDef,
-        patch_size: int,
-        mesh: Mesh,
-        encoder: TextEncoder,
-        variants: Sequence[SegmentationConfig],
+        model: Model,
+        settings: Sequence[SegmentationConfig],
         names: Sequence[Sequence[str]],
         background: bool = True,
     ):
-        settings = variants[0]
-        if len(set(map(before_encoder, variants))) > 1:
-            raise ValueError("Variants may differ only in what follows the encoder.")
-        self.variants, self.mesh = variants, local_mesh(mesh)
+        first = settings[0]
+        if len(set(map(before_encoder, settings))) > 1:
+            raise ValueError("The settings may differ only in what follows the encoder.")
+        self.settings, self.mesh = settings, model.local_mesh
         # Every device gets as many images; results do not depend on it.
-        self.batch_size = -(-settings.batch_size // self.mesh.size) * self.mesh.size
-        self.threads = threads_of(settings)
-        self.prompts = tokenize_prompts(encoder, names, TEMPLATES[settings.prompts])
-        self.embed_classes = class_embedder(graphdef, self.mesh.size)
-        self.protocol = PROTOCOLS[settings.protocol](
-            graphdef, patch_size, self.mesh, variants, background
-        )
+        self.batch_size = -(-first.batch_size // self.mesh.size) * self.mesh.size
+        self.threads = thread_count(first.threads)
+        self.prompts = tokenize_prompts(model.encoder, names, TEMPLATES[first.prompts])
+        self.embed_classes = class_embedder(model)
+        self.protocol = PROTOCOLS[first.protocol](model, settings, background)
 
     def embed(self, params) -> dict[int, jax.Array]:
-        """Class embeddings [C, D] for every M^T of the variants; params: on `self.mesh`."""
+        """Class embeddings [C, D] for every M^T of the settings; params: on `self.mesh`."""
         with jax.set_mesh(self.mesh):
-            sizes = sorted({settings.m_text for settings in self.variants})
+            sizes = sorted({settings.m_text for settings in self.settings})
             return {m: self.embed_classes(params, self.prompts, m) for m in sizes}
 
     def run(
@@ -146,28 +136,3 @@ class Engine:
             for row, (_, arrays) in zip(batch[name], group, strict=False):
                 row[:] = arrays[name]
         return [kept for kept, _ in group], batch
-
-
-def ahead(
-    pool: Executor,
-    function: Callable,
-    items: Iterable,
-    depth: int,
-    pixels: Callable[[Any], int] = lambda _item: 0,
-) -> Iterator:
-    """Results of `function` in order, computed by the pool up to `depth` items in advance.
-
-    pixels: those of an item; items in advance have PIXELS_AHEAD together at most, or are one.
-    """
-    futures: deque[tuple[Future, int]] = deque()
-    total = 0
-    for item in items:
-        size = pixels(item)
-        while futures and (len(futures) == depth or total + size > PIXELS_AHEAD):
-            future, done = futures.popleft()
-            yield future.result()
-            total -= done
-        futures.append((pool.submit(function, item), size))
-        total += size
-    while futures:
-        yield futures.popleft()[0].result()

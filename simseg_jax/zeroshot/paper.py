@@ -1,41 +1,29 @@
-"""The paper's zero-shot protocol: images and class embeddings -> index masks.
+"""The paper's zero-shot protocol, section 3.3: images and class embeddings -> index masks.
 
-A protocol turns one decoded image into arrays (`load`), a batch of those into masks (`start`, which
-returns at once, and `finish`) and a mask into labels of the image's own pixels (`restore`).
-`standard.StandardProtocol` is the other one.
+scores -> threshold -> candidates -> similarity -> refinement -> composition. `respond` has the
+first four steps, `masks.refine` the fifth, `compose` the last; `PaperProtocol` runs them on batches
+of images.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 from PIL import Image
 
 from simseg_jax.data.images import resize
-from simseg_jax.masks.densecrf_jax import lattice_size
-from simseg_jax.masks.postprocess import (
-    adaptive_threshold,
-    candidate_classes,
-    closing,
-    compose,
-    min_max,
-    resize_nearest,
-)
-from simseg_jax.masks.refine import (
-    on_host,
-    positions_for,
-    refine_on_device,
-    refine_on_host,
-    threads_of,
-)
+from simseg_jax.masks.postprocess import closing, label_type, resize_nearest
+from simseg_jax.masks.refine import Refiner
 from simseg_jax.models.simseg import SimSeg, bind, l2_normalize
 from simseg_jax.runtime.sharding import to_global_batch
+from simseg_jax.runtime.threads import thread_count
+from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 CPU_CHUNK = 4
@@ -56,7 +44,9 @@ class Response(NamedTuple):
         return Response(*(field[index] for field in self))
 
 
-def project(model: SimSeg, images: jax.Array, mesh: Mesh) -> jax.Array:
+def project(
+    model: SimSeg, images: UInt8[Array, "B H W 3"], mesh: Mesh
+) -> Float[Array, "B tokens D"]:
     """Projected tokens [B, 1 + N, D] of uint8 images [B, H, W, 3]."""
 
     def tokens(images: jax.Array) -> jax.Array:
@@ -72,16 +62,15 @@ def project(model: SimSeg, images: jax.Array, mesh: Mesh) -> jax.Array:
 
 def respond(
     model: SimSeg,
-    tokens: jax.Array,
-    class_embeddings: jax.Array,
+    tokens: Float[Array, "B tokens D"],
+    class_embeddings: Float[Array, "C D"],
     settings: SegmentationConfig,
-    grid: int,
-    background: bool,
+    background: bool = True,
 ) -> Response:
     """Scores, threshold, candidates and similarity maps from projected tokens [B, 1 + g * g, D].
 
     class_embeddings: [C, D], the first that of the background, which takes part in the scores only
-    if `background`. grid: g, patches per side.
+    if `background`.
     """
     embedding = model.pool_image(tokens, settings.m_image)
     highest = jax.lax.Precision.HIGHEST
@@ -94,6 +83,7 @@ def respond(
     patches = l2_normalize(tokens[:, 1:])
     maps = jnp.einsum("bnd,bkd->bkn", patches, class_embeddings[classes], precision=highest)
     own = jnp.einsum("bnd,bd->bn", patches, embedding, precision=highest)
+    grid = math.isqrt(patches.shape[1])
     return Response(
         scores,
         threshold,
@@ -104,44 +94,75 @@ def respond(
     )
 
 
-class PaperProtocol:
-    """Method of the paper, section 3.3, with p > 0.5, dense CRF or PAMR as refinement.
+def adaptive_threshold(
+    scores: Float[Array, "B C"], top_k: int, sigma_weight: float
+) -> Float[Array, " B"]:
+    """Mean plus sigma_weight standard deviations (unbiased) of the top-k scores: [B, C] -> [B]."""
+    top, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
+    return jnp.mean(top, axis=1) + sigma_weight * jnp.std(top, axis=1, ddof=1)
 
-    variants: entries of `config.evals.seg` that differ only in `variable` keys; every image passes
-    the encoder once for all of them, and masks they have in common are refined once. background:
+
+def candidate_classes(
+    scores: Float[Array, "B C"], threshold: Float[Array, " B"], count: int
+) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
+    """The `count` best classes in order and which of them may be drawn: int32, bool [B, count].
+
+    Class 0 (background) takes a place but is never drawn.
+    """
+    best, classes = jax.lax.top_k(scores, min(count, scores.shape[1]))
+    return classes, (best >= threshold[:, None]) & (classes != 0)
+
+
+def min_max(maps: Float[Array, "*B h w"]) -> Float[Array, "*B h w"]:
+    """Each map [..., h, w] scaled to [0, 1]; a constant map becomes 0."""
+    low = maps.min(axis=(-2, -1), keepdims=True)
+    spread = maps.max(axis=(-2, -1), keepdims=True) - low
+    return jnp.where(spread > 0, (maps - low) / jnp.where(spread > 0, spread, 1), 0)
+
+
+def compose(masks: Bool[Array, "B K H W"], response: Response) -> UInt[Array, "B H W"]:
+    """Index masks [B, H, W] of `label_type` from per-candidate masks [B, K, H, W].
+
+    The original multiplies every mask with its class score and takes the argmax over classes with
+    0 for the background. Candidates come in descending order of score, so that is the first
+    candidate whose mask is set, provided its score is positive.
+    """
+    scores, classes = response.scores, response.classes
+    drawn = response.drawn & (jnp.take_along_axis(scores, classes, axis=1) > 0)
+    masks = masks & drawn[:, :, None, None]
+    first = jnp.argmax(masks, axis=1)
+    label = jnp.take_along_axis(classes[:, :, None, None], first[:, None], axis=1)[:, 0]
+    return jnp.where(masks.any(axis=1), label, 0).astype(label_type(scores.shape[1]))
+
+
+class PaperProtocol:
+    """The method on batches of images, under one or several settings.
+
+    A protocol turns one decoded image into arrays (`load`), a batch of those into masks (`start`,
+    which returns at once, and `finish`) and a mask into labels of the image's own pixels
+    (`restore`); `standard.StandardProtocol` is the other one. settings: they differ only in keys of
+    `after_encoder`, so that every image passes the encoder once for all of them. background:
     whether class 0, "background", takes part in the scores.
     """
 
-    # What follows the encoder.
-    variable = ("m_image", "m_text", "top_k", "sigma_weight", "candidates")
-    variable += ("refine", "crf", "pamr", "closing")
+    after_encoder = ("m_image", "m_text", "top_k", "sigma_weight", "candidates")
+    after_encoder += ("refine", "crf", "pamr", "closing")
 
     def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        patch_size: int,
-        mesh: Mesh,
-        variants: Sequence[SegmentationConfig],
-        background: bool = True,
+        self, model: Model, settings: Sequence[SegmentationConfig], background: bool = True
     ):
-        self.graphdef, self.mesh, self.variants = graphdef, mesh, variants
-        self.background, self.size = background, variants[0].resolution
-        self.grid = self.size // patch_size
-        # Stage: variants refined alike, together. Block: those among them with the same candidates,
-        # whose thresholds only say which of the masks are needed.
-        stages: dict[tuple, dict[tuple, list[int]]] = {}
-        for v, settings in enumerate(variants):
-            refinement = (settings.refine, settings.crf, settings.pamr)
-            candidates = (settings.m_image, settings.m_text, settings.candidates)
-            stages.setdefault(refinement, {}).setdefault(candidates, []).append(v)
-        self.stages = [list(blocks.values()) for blocks in stages.values()]
-        # Settings of every stage, and whether it leaves the device.
-        self.refinements = [variants[blocks[0][0]] for blocks in self.stages]
-        self.on_host = [on_host(settings) for settings in self.refinements]
-        self.pool = ThreadPoolExecutor(threads_of(variants[0]))
-        self.vertices = lattice_size(self.size, self.size)
-        self.predict_jit = jax.jit(self._predict, static_argnames="vertices")
-        self.finish_jit = jax.jit(self._finish)
+        self.graphdef, self.mesh = model.graphdef, model.local_mesh
+        self.settings, self.background = settings, background
+        self.size = settings[0].resolution
+        pool = ThreadPoolExecutor(thread_count(settings[0].threads))
+        # Masks are refined together if their refinement is the same: the lattice of an image is
+        # built once. Of settings that differ only in threshold and closing they are the same.
+        self.stages = []
+        for alike in _grouped(range(len(settings)), lambda i: _refinement(settings[i])):
+            refiner = Refiner(settings[alike[0]], self.size, self.mesh, pool)
+            self.stages.append((refiner, _grouped(alike, lambda i: _candidates(settings[i]))))
+        self.respond_jit = jax.jit(self._respond)
+        self.compose_jit = jax.jit(self._compose)
 
     def load(self, image: Image.Image, _shape: tuple[int, int]) -> dict[str, np.ndarray]:
         """The model's input: uint8 [S, S, 3], aspect not kept."""
@@ -154,72 +175,62 @@ class PaperProtocol:
     def start(self, params, class_embeddings: dict[int, jax.Array], batch: dict):
         """Begins the work on a batch of `load`; class_embeddings: [C, D] by M^T."""
         images = to_global_batch(batch["image"], self.mesh)
-        positions = [
-            None if host else positions_for(settings, len(images), self.mesh)
-            for settings, host in zip(self.refinements, self.on_host, strict=True)
+        responses, slots = self.respond_jit(params, class_embeddings, images)
+        refined = [
+            refiner.start(images, *arrays)
+            for (refiner, _), arrays in zip(self.stages, slots, strict=True)
         ]
-        arguments = (params, class_embeddings, images, positions)
-        return arguments, self.predict_jit(*arguments, vertices=self.vertices)
+        return responses, refined
 
     def finish(self, started) -> tuple[np.ndarray, list[Response]]:
-        """Masks [V, B, S, S] and one response per variant, in NumPy."""
-        arguments, (result, responses, used) = started
-        while int(used) > self.vertices:
-            # Rare images have more colours than there is room for. A full hash table only says
-            # that it was too small.
-            most = 6 * self.size**2
-            self.vertices = int(used) if int(used) <= most else min(2 * self.vertices, most)
-            result, responses, used = self.predict_jit(*arguments, vertices=self.vertices)
-        if any(self.on_host):
-            images, refined = np.asarray(arguments[2]), []
-            for settings, host, stage in zip(self.refinements, self.on_host, result, strict=True):
-                if host:
-                    maps, needed = map(np.asarray, stage)
-                    stage = refine_on_host(settings, images, maps, needed, self.pool)
-                refined.append(stage)
-            result = self.finish_jit(refined, responses)
-        return np.asarray(result), jax.tree.map(np.asarray, responses)
+        """Masks [V, B, S, S] and responses of V settings, in NumPy."""
+        responses, refined = started
+        masks = [
+            refiner.finish(begun) for (refiner, _), begun in zip(self.stages, refined, strict=True)
+        ]
+        labels = self.compose_jit(masks, responses)
+        return np.asarray(labels), jax.tree.map(np.asarray, responses)
 
-    def _predict(self, params, class_embeddings, images, positions, vertices: int):
-        """(masks [V, B, S, S], responses, lattice vertices used per image).
-
-        If a stage must continue on the host, instead of the masks what each stage has: masks, or
-        maps in [0, 1] and which of them are needed.
-        """
+    def _respond(self, params, class_embeddings, images):
+        """Responses by setting; maps [B, K, g, g] in [0, 1] and which are needed, by stage."""
         model = bind(self.graphdef, params)
         tokens = project(model, images, self.mesh)
         responses = [
-            respond(model, tokens, class_embeddings[v.m_text], v, self.grid, self.background)
-            for v in self.variants
+            respond(model, tokens, class_embeddings[s.m_text], s, self.background)
+            for s in self.settings
         ]
-        stages, used = [], [jnp.int32(0)]
-        for blocks, settings, host, lattice in zip(
-            self.stages, self.refinements, self.on_host, positions, strict=True
-        ):
-            maps = [min_max(responses[block[0]].similarity) for block in blocks]
-            needed = [jnp.any(jnp.stack([responses[v].drawn for v in b]), axis=0) for b in blocks]
-            slots = jnp.concatenate(maps, axis=1), jnp.concatenate(needed, axis=1)
-            if host:
-                stages.append(slots)
-            else:
-                masks, count = refine_on_device(
-                    settings, images, *slots, positions=lattice, vertices=vertices, mesh=self.mesh
-                )
-                stages.append(masks)
-                used.append(count)
-        result = stages if any(self.on_host) else self._finish(stages, responses)
-        return result, responses, jnp.stack(used).max()
+        slots = []
+        for _, groups in self.stages:
+            maps = [min_max(responses[first].similarity) for first, *_ in groups]
+            drawn = [jnp.stack([responses[i].drawn for i in group]) for group in groups]
+            needed = [jnp.any(every, axis=0) for every in drawn]
+            slots.append((jnp.concatenate(maps, axis=1), jnp.concatenate(needed, axis=1)))
+        return responses, slots
 
-    def _finish(self, refined: list[jax.Array], responses: list[Response]) -> jax.Array:
-        """Masks [V, B, S, S] from those of every stage, bool [B, K, S, S]."""
-        composed = {}
-        for masks, blocks in zip(refined, self.stages, strict=True):
-            begin = 0
-            for block in blocks:
-                end = begin + responses[block[0]].classes.shape[1]
-                for v in block:
-                    scores, _, classes, drawn, *_ = responses[v]
-                    closed = closing(masks[:, begin:end], self.variants[v].closing)
-                    composed[v] = compose(closed, scores, classes, drawn)
-                begin = end
-        return jnp.stack([composed[v] for v in range(len(responses))])
+    def _compose(self, masks, responses):
+        """Index masks [V, B, S, S] from the masks bool [B, K, S, S] of every stage."""
+        labels = {}
+        for refined, (_, groups) in zip(masks, self.stages, strict=True):
+            sizes = [responses[first].classes.shape[1] for first, *_ in groups]
+            parts = jnp.split(refined, np.cumsum(sizes)[:-1], axis=1)
+            for part, group in zip(parts, groups, strict=True):
+                for i in group:
+                    closed = closing(part, self.settings[i].closing)
+                    labels[i] = compose(closed, responses[i])
+        return jnp.stack([labels[i] for i in range(len(responses))])
+
+
+def _refinement(settings: SegmentationConfig) -> tuple:
+    return settings.refine, settings.crf, settings.pamr
+
+
+def _candidates(settings: SegmentationConfig) -> tuple:
+    return settings.m_image, settings.m_text, settings.candidates
+
+
+def _grouped(items: Iterable[int], key: Callable[[int], tuple]) -> list[list[int]]:
+    """The items by key, in the order in which keys appear."""
+    groups: dict[tuple, list[int]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
+from jaxtyping import Float
 from PIL import Image
 
 from simseg_jax.masks.pamr import pamr
@@ -22,6 +21,7 @@ from simseg_jax.masks.postprocess import label_type
 from simseg_jax.models.simseg import bind, l2_normalize
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.sharding import BATCH, to_global_batch
+from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.paper import project
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
@@ -42,24 +42,15 @@ class Scores(NamedTuple):
 
 
 class StandardProtocol:
-    """Same methods as `protocols.PaperProtocol`.
+    """Same arguments and methods as `paper.PaperProtocol`."""
 
-    variants: entries of `config.evals.seg` that differ only in `variable` keys.
-    """
-
-    # What follows the encoder.
-    variable = ("m_image", "m_text", "background", "background_threshold", "softmax_scale")
+    after_encoder = ("m_image", "m_text", "background", "background_threshold", "softmax_scale")
 
     def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        patch_size: int,
-        mesh: Mesh,
-        variants: Sequence[SegmentationConfig],
-        background: bool = True,
+        self, model: Model, settings: Sequence[SegmentationConfig], background: bool = True
     ):
-        self.graphdef, self.mesh, self.variants = graphdef, mesh, variants
-        self.settings, self.patch, self.background = variants[0], patch_size, background
+        self.graphdef, self.mesh, self.patch = model.graphdef, model.local_mesh, model.patch_size
+        self.settings, self.common, self.background = settings, settings[0], background
         self.predict_jit = jax.jit(self._predict)
 
     def load(self, image: Image.Image, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -69,8 +60,8 @@ class StandardProtocol:
         is resized by PIL, which antialiases (OpenCV does not), and without limit to the longer
         side; whole images to a multiple of the patch size.
         """
-        scale = self.settings.resolution / min(image.size)
-        unit = 1 if self.settings.window else self.patch
+        scale = self.common.resolution / min(image.size)
+        unit = 1 if self.common.window else self.patch
         width, height = (max(int(side * scale / unit + 0.5), 1) * unit for side in image.size)
         if width * height > MAX_PIXELS:
             raise UserError(
@@ -79,10 +70,10 @@ class StandardProtocol:
             )
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
         # PAMR refines values of pixels; otherwise a window has values of patches.
-        cell = 1 if self.settings.refine == "pamr" else self.patch
+        cell = 1 if self.common.refine == "pamr" else self.patch
         tops, rows = self._along(height, shape[0], cell)
         lefts, columns = self._along(width, shape[1], cell)
-        h, w = self.settings.window or height, self.settings.window or width
+        h, w = self.common.window or height, self.common.window or width
         windows = [pixels[top : top + h, left : left + w] for top in tops for left in lefts]
         return {"windows": np.stack(windows), "rows": rows, "columns": columns}
 
@@ -95,14 +86,14 @@ class StandardProtocol:
         return self.predict_jit(params, class_embeddings, to_global_batch(batch, self.mesh))
 
     def finish(self, started) -> tuple[np.ndarray, list[Scores]]:
-        """Masks [V, B, H, W] and scores per variant, in NumPy."""
+        """Masks [V, B, H, W] and scores per setting, in NumPy."""
         return jax.tree.map(np.asarray, started)
 
     def _along(self, size: int, target: int, cell: int) -> tuple[list[int], np.ndarray]:
         """Window positions along one side, and the matrices [windows, padded target, cells]."""
-        window = self.settings.window or size
+        window = self.common.window or size
         # A longer stride would leave gaps. The last window is moved back to end with the image.
-        stride = min(self.settings.stride, window)
+        stride = min(self.common.stride, window)
         count = -(-max(size - window, 0) // stride) + 1
         begins = [min(i * stride, size - window) for i in range(count)]
         covering = np.zeros(size, np.float32)
@@ -132,7 +123,7 @@ class StandardProtocol:
         )
         masks = label(class_embeddings, patches, windows, rows, columns)
         responses = []
-        for settings in self.variants:
+        for settings in self.settings:
             embedding = model.pool_image(tokens, settings.m_image).reshape(images, count, -1)
             classes = class_embeddings[settings.m_text].T
             scores = jnp.matmul(embedding.mean(axis=1), classes, precision=HIGHEST)
@@ -142,15 +133,15 @@ class StandardProtocol:
     def _labels(self, class_embeddings, patches, windows, rows, columns) -> jax.Array:
         """[V, H, W] of one image; patches: [n, m, g, g, D]."""
         values = {}
-        for m_text in {settings.m_text for settings in self.variants}:
+        for m_text in {settings.m_text for settings in self.settings}:
             cosines = jnp.einsum(
                 "ijghd,cd->ijcgh", patches, class_embeddings[m_text], precision=HIGHEST
             )
-            if self.settings.refine == "pamr":
+            if self.common.refine == "pamr":
                 cosines = self._refined(cosines, windows)
             tall = jnp.einsum("iyg,ijcgh->jcyh", rows, cosines, precision=HIGHEST)
             values[m_text] = jnp.einsum("jcyh,jxh->cyx", tall, columns, precision=HIGHEST)
-        masks = [self._argmax(values[settings.m_text], settings) for settings in self.variants]
+        masks = [self._argmax(values[settings.m_text], settings) for settings in self.settings]
         return jnp.stack(masks).astype(label_type(len(class_embeddings)))
 
     def _refined(self, cosines: jax.Array, windows: jax.Array) -> jax.Array:
@@ -158,7 +149,7 @@ class StandardProtocol:
         height, width = windows.shape[1:3]
         up = bilinear(grid[0], height), bilinear(grid[1], width)
         maps = jnp.einsum("yg,ijcgh,xh->ijcyx", up[0], cosines, up[1], precision=HIGHEST)
-        options = self.settings.pamr
+        options = self.common.pamr
         maps = maps.reshape(n * m, classes, height, width)
         maps = pamr(windows, maps, options.iterations, tuple(options.dilations))
         return maps.reshape(n, m, classes, height, width)
@@ -177,7 +168,7 @@ class StandardProtocol:
 
 
 @functools.lru_cache(maxsize=32)  # Up to 7 MB each.
-def bilinear(size: int, target: int) -> np.ndarray:
+def bilinear(size: int, target: int) -> Float[np.ndarray, "{target} {size}"]:
     """The matrix float32 [target, size] of bilinear interpolation.
 
     As PyTorch with align_corners=False: pixel centres, borders repeat, no antialiasing.

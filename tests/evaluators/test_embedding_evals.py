@@ -10,17 +10,22 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from pairs_support import make_pairs, write_tar
 from PIL import Image
-from support import assert_close, classification_eval, probe_config, retrieval_eval, tiny_config
+from support import (
+    assert_close,
+    classification_eval,
+    model_of,
+    probe_config,
+    retrieval_eval,
+    tiny_model,
+)
 
-from simseg_jax.config import default_config, model_config, run_config
+from simseg_jax.config import default_config, run_config
 from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.testsets.labelled import class_prompts, labelled_source
-from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.build import entries_of, headlines, make_evaluators
 from simseg_jax.evaluators.embedding import ImageEmbedder, resize_and_crop
-from simseg_jax.models.simseg import bind, init_params, make_model
+from simseg_jax.models.simseg import bind
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
 SMALL = {"resize": 40, "crop": 32, "threads": 2}
@@ -28,21 +33,18 @@ SMALL = {"resize": 40, "crop": 32, "threads": 2}
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = load_tokenizer("shapes")
-    architecture = model_config(run_config(tiny_config()), len(tokenizer))
-    params = init_params(architecture, jax.random.key(0))
-    return make_model(architecture), params, TextEncoder(tokenizer, 25)
+    return tiny_model()
 
 
 def evaluators(model, devices=1, **entries):
     """Of a configuration with `kind__name=settings`, and the parameters."""
-    graphdef, params, encoder = model
+    model, params = model
     config = default_config()
     for entry, settings in entries.items():
         kind, name = entry.split("__")
         config.evals[kind][name] = settings
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    return make_evaluators(entries_of(config.evals), graphdef, 8, mesh, encoder), params
+    model = model_of(model.architecture, model.encoder, devices)
+    return make_evaluators(model, entries_of(config.evals)), params
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -70,7 +72,7 @@ def test_photographs_through_retrieval_equal_a_second_implementation(
     golden_model, photographs, aspect
 ):
     """640 x 427 and 600 x 400, the paper's sizes; squashed unless told otherwise."""
-    _, graphdef, params = golden_model
+    architecture, _, params = golden_model
     changed = {} if aspect == "squash" else {"aspect": aspect}
     settings = retrieval_eval(batch_size=2, threads=1, **changed)
     photos = ("rocket", "coffee")
@@ -80,7 +82,7 @@ def test_photographs_through_retrieval_equal_a_second_implementation(
         crop = resize_and_crop(image, 324, 288, aspect)
         np.testing.assert_array_equal(crop[::16, ::16], photographs[key])
         assert zlib.crc32(crop.tobytes()) == photographs[f"{key}/checksum"]
-    embedder = ImageEmbedder(graphdef, make_mesh(devices=jax.devices()[:1]), settings, 2)
+    embedder = ImageEmbedder(model_of(architecture), settings, 2)
     params = jax.tree.map(jnp.asarray, params)
     vectors, _ = embedder(params, range(2), lambda index: (images[index], index))
     expected = [photographs[f"{photo}/retrieval/{aspect}/embedding"] for photo in photos]
@@ -97,10 +99,9 @@ def test_paper_sizes_and_aspects():
 def test_retrieval_keeps_its_indexes_where_the_configuration_says(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     path = write_tar(make_pairs(4), tmp_path)
-    graphdef, _, encoder = model
     entries = {"retrieval/x": retrieval_eval(path=str(path), **SMALL)}
     cache = tmp_path / "cache"
-    built = make_evaluators(entries, graphdef, 8, make_mesh(), encoder, str(cache))
+    built = make_evaluators(model[0], entries, str(cache))
     assert built["retrieval/x"].count == 4
     assert any(cache.rglob("*"))
     assert not (tmp_path / "home").exists()
@@ -108,21 +109,20 @@ def test_retrieval_keeps_its_indexes_where_the_configuration_says(model, tmp_pat
 
 @pytest.mark.parametrize("feature", ["embedding", "cls", "mean"])
 def test_vectors_do_not_depend_on_batches_and_devices(model, feature):
-    graphdef, params, _ = model
+    model, params = model
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (40, 44, 3), np.uint8)) for _ in range(7)]
     results = []
     for batch_size, devices in ((32, 1), (2, 1), (3, 2)):
         settings = retrieval_eval(batch_size=batch_size, **SMALL)
-        embedder = ImageEmbedder(
-            graphdef, make_mesh(devices=jax.devices()[:devices]), settings, batch_size, feature
-        )
+        spread = model_of(model.architecture, devices=devices)
+        embedder = ImageEmbedder(spread, settings, batch_size, feature)
         vectors, kept = embedder(params, range(7), lambda index: (images[index], index))
         assert kept == list(range(7))
         results.append(vectors)
         assert_close(results[-1], results[0], 1e-6)
-    network = bind(graphdef, params)
-    image = network.normalize(resize_and_crop(images[3], 40, 32)[None])
+    network = bind(model.graphdef, params)
+    image = network.normalize(jnp.asarray(resize_and_crop(images[3], 40, 32))[None])
     tokens = network.image_encoder(image)[0]
     expected = {
         "embedding": network.encode_image(image)[0][0],
@@ -172,12 +172,12 @@ def test_recall_of_the_model_is_that_of_its_similarities(model):
     built, params = evaluators(model, retrieval__shapes=settings)
     evaluator = built["retrieval/shapes"]
     results = dict(evaluator.run(params))
-    graphdef, _, encoder = model
-    network = bind(graphdef, params)
+    model, _ = model
+    network = bind(model.graphdef, params)
     examples = [evaluator.source[i] for i in range(20)]
     pixels = [resize_and_crop(Image.fromarray(e["image"]), 40, 32) for e in examples]
-    images = np.asarray(network.encode_image(network.normalize(np.stack(pixels)))[0])
-    ids, mask = encoder.batch([e["captions"][0] for e in examples])
+    images = np.asarray(network.encode_image(network.normalize(jnp.stack(pixels)))[0])
+    ids, mask = map(jnp.asarray, model.encoder.batch([e["captions"][0] for e in examples]))
     texts = np.asarray(network.encode_text(ids, mask, m=1, mask_padding=True))
     similarity = images @ texts.T
     total = 0.0
@@ -205,14 +205,17 @@ def test_classification_is_the_nearest_class(model):
     built, params = evaluators(model, devices=2, classification__shapes=settings)
     evaluator = built["classification/shapes"]
     results = dict(evaluator.run(params))
-    graphdef, _, encoder = model
-    network = bind(graphdef, params)
+    model, _ = model
+    network = bind(model.graphdef, params)
     examples = [evaluator.source[i] for i in range(24)]
     pixels = [resize_and_crop(Image.fromarray(e["image"]), 40, 32) for e in examples]
-    images = np.asarray(network.encode_image(network.normalize(np.stack(pixels)))[0])
+    images = np.asarray(network.encode_image(network.normalize(jnp.stack(pixels)))[0])
     classes = []
     for name in evaluator.source.classes:
-        ids, mask = encoder.batch([template.format(name) for template in TEMPLATES["shapes"]])
+        ids, mask = map(
+            jnp.asarray,
+            model.encoder.batch([template.format(name) for template in TEMPLATES["shapes"]]),
+        )
         mean = np.asarray(network.encode_text(ids, mask, m=1, mask_padding=True)).mean(axis=0)
         classes.append(mean / np.linalg.norm(mean))
     order = np.argsort(-images @ np.stack(classes).T, axis=1)

@@ -2,32 +2,25 @@ import jax
 import numpy as np
 import pytest
 from conftest import SHARED
-from support import tiny_config, tiny_eval
+from support import model_of, tiny_eval, tiny_model
 
-from simseg_jax.config import model_config, run_config
-from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.reports.statistics import class_table
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.runtime.sharding import make_mesh
 
 VOC = SHARED / "data" / "VOCdevkit" / "VOC2012"
 
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = load_tokenizer("shapes")
-    architecture = model_config(run_config(tiny_config()), len(tokenizer))
-    params = init_params(architecture, jax.random.key(0))
-    return make_model(architecture), params, TextEncoder(tokenizer, 25)
+    return tiny_model(devices=8)
 
 
 def evaluate(model, devices=8, **settings):
-    graphdef, params, encoder = model
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    with jax.set_mesh(mesh):
-        evaluator = SegmentationEvaluator(graphdef, 8, mesh, encoder, tiny_eval(**settings))
+    model, params = model
+    model = model_of(model.architecture, model.encoder, devices)
+    with jax.set_mesh(model.mesh):
+        evaluator = SegmentationEvaluator(model, tiny_eval(**settings))
         return dict(evaluator.run(params))
 
 
@@ -49,8 +42,8 @@ def test_limit_and_names(model):
 
 
 def test_perfect_predictions_score_one(model, monkeypatch):
-    graphdef, params, encoder = model
-    evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, tiny_eval(resolution=64))
+    model, params = model
+    evaluator = SegmentationEvaluator(model, tiny_eval(resolution=64))
     protocol, oracle = evaluator.engine.protocol, iter(range(24))
     original = protocol.finish
 
@@ -65,18 +58,17 @@ def test_perfect_predictions_score_one(model, monkeypatch):
 
 @pytest.mark.parametrize("protocol", ["paper", "standard"])
 def test_records_add_up_and_keep_every_pixel(model, protocol):
-    graphdef, params, encoder = model
     settings = tiny_eval(protocol=protocol, window=32, limit=10)
     other = tiny_eval(protocol=protocol, window=32, limit=10, m_text=2)
-    evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, settings, other)
-    records = list(evaluator.records(params))
+    evaluator = SegmentationEvaluator(model[0], settings, other)
+    records = list(evaluator.records(model[1]))
     assert sorted(record.name for record in records) == [f"val_{i:05d}" for i in range(10)]
     for record in records:
         assert [counts[:, 2].sum() for counts in record.counts] == [64 * 64] * 2
         assert record.scores[0].shape == (11,)
     scores = dict(evaluator.scores(evaluator.confusion(records)))
     assert scores == evaluate(model, protocol=protocol, window=32, limit=10)
-    some = list(evaluator.records(params, [7, 2]))
+    some = list(evaluator.records(model[1], [7, 2]))
     assert {record.name for record in some} == {"val_00002", "val_00007"}
     by_name = {record.name: record for record in records}
     for record in some:
@@ -84,8 +76,8 @@ def test_records_add_up_and_keep_every_pixel(model, protocol):
 
 
 def test_class_embeddings_follow_the_parameters(model):
-    graphdef, params, encoder = model
-    evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, tiny_eval(limit=2))
+    model, params = model
+    evaluator = SegmentationEvaluator(model, tiny_eval(limit=2))
     calls, embed = [], evaluator.engine.embed
     evaluator.engine.embed = lambda params: calls.append(params) or embed(params)
     others = jax.tree.map(lambda x: x + 0.1, params)
@@ -112,9 +104,9 @@ def test_benchmark_without_background(model, protocol):
         model, data="voc20", root=str(VOC), limit=4, protocol=protocol, window=32, prompts="plain"
     )
     assert "iou/none" not in results
-    graphdef, params, encoder = model
+    model, params = model
     settings = tiny_eval(data="voc20", root=str(VOC), limit=4, protocol=protocol, window=32)
-    evaluator = SegmentationEvaluator(graphdef, 8, make_mesh(), encoder, settings)
+    evaluator = SegmentationEvaluator(model, settings)
     records = list(evaluator.records(params))
     ious = evaluator.ious(evaluator.confusion(records))
     names = [row["class"] for row in class_table(records, ious, evaluator.class_names)]

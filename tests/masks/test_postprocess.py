@@ -5,40 +5,7 @@ import numpy as np
 import pytest
 from conftest import GOLDENS
 
-from simseg_jax.masks.postprocess import (
-    adaptive_threshold,
-    candidate_classes,
-    closing,
-    compose,
-    min_max,
-    resize_nearest,
-    upsample,
-)
-
-
-def test_threshold_is_mean_plus_unbiased_deviation_of_the_top():
-    scores = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
-    top = np.sort(scores, axis=1)[:, -10:]
-    expected = top.mean(axis=1) + 0.5 * top.std(axis=1, ddof=1)
-    np.testing.assert_allclose(adaptive_threshold(scores, 10, 0.5), expected, rtol=1e-5)
-    # Fewer classes than K: all of them.
-    np.testing.assert_allclose(
-        adaptive_threshold(scores, 30, 0.0), scores.mean(axis=1), rtol=1e-4, atol=1e-6
-    )
-
-
-def test_candidates_skip_background_and_stop_at_the_threshold():
-    scores = jnp.array([[0.9, 0.1, 0.8, 0.5, 0.5]])
-    classes, drawn = candidate_classes(scores, jnp.array([0.5]), 4)
-    np.testing.assert_array_equal(classes, [[0, 2, 3, 4]])
-    np.testing.assert_array_equal(drawn, [[False, True, True, True]])
-    _, drawn = candidate_classes(scores, jnp.array([0.85]), 4)
-    assert not np.asarray(drawn).any()
-
-
-def test_min_max_guards_constant_maps():
-    maps = jnp.array([[[1.0, 3.0], [2.0, 1.0]], [[5.0, 5.0], [5.0, 5.0]]])
-    np.testing.assert_array_equal(min_max(maps), [[[0, 1], [0.5, 0]], [[0, 0], [0, 0]]])
+from simseg_jax.masks.postprocess import closing, resize_nearest, upsample
 
 
 def test_upsample_repeats_pixels():
@@ -50,23 +17,7 @@ def test_closing_equals_opencv(golden, photo):
     shape = golden[f"seg/{photo}/mask_shape"]
     bits = np.unpackbits(golden[f"seg/{photo}/crf_and_closed"])[: np.prod(shape)]
     before, after = bits.reshape(shape).astype(bool).swapaxes(0, 1)
-    np.testing.assert_array_equal(closing(before), after)
-
-
-def test_composition_is_the_argmax_of_score_times_mask():
-    rng = np.random.default_rng(0)
-    scores = rng.normal(size=(6, 8)).astype(np.float32)
-    classes = np.argsort(-scores, axis=1)[:, :5]
-    masks = rng.random((6, 5, 9, 7)) < 0.4
-    drawn = (classes != 0) & (np.arange(5) < 4)
-    weighted = np.zeros((6, 8, 9, 7))
-    for image in range(6):
-        for rank, label in enumerate(classes[image]):
-            if drawn[image, rank]:
-                weighted[image, label] = masks[image, rank] * scores[image, label]
-    expected = np.where(weighted.max(axis=1) > 0, weighted.argmax(axis=1), 0)
-    composed = compose(jnp.asarray(masks), jnp.asarray(scores), jnp.asarray(classes), drawn)
-    np.testing.assert_array_equal(composed, expected)
+    np.testing.assert_array_equal(closing(jnp.asarray(before)), after)
 
 
 @pytest.fixture(scope="module")

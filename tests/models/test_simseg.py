@@ -91,7 +91,7 @@ def test_padding_competes_only_when_unmasked(golden_model, golden):
     model = bind(graphdef, params)
     _, ids, mask = golden_batch(golden)
     longer = jnp.pad(ids, ((0, 0), (0, 10)))
-    longer_mask = np.pad(mask, ((0, 0), (0, 10)))
+    longer_mask = jnp.pad(mask, ((0, 0), (0, 10)))
     masked = model.encode_text(ids, mask, m=3, mask_padding=True)
     assert_close(model.encode_text(longer, longer_mask, m=3, mask_padding=True), masked)
     unmasked = model.encode_text(ids, mask, m=3, mask_padding=False)

@@ -27,13 +27,14 @@ TESTS = HERE.parent
 FAULTY = """
 import os, pathlib, time
 import jax
-from simseg_jax import main, train
+from simseg_jax import main
 from simseg_jax.training.checkpoint import checkpoints_folder, completed_steps
+from simseg_jax.training.report import Reporter
 
-report = train._report
+report = Reporter.train
 
-def die(reporter, checkpoints, step, *rest):
-    report(reporter, checkpoints, step, *rest)
+def die(self, step, *rest, **counts):
+    report(self, step, *rest, **counts)
     if step == int(os.environ["AT_STEP"]) and jax.process_index() == int(os.environ["PROCESS"]):
         if not os.path.exists(os.environ["ONCE"]):
             open(os.environ["ONCE"], "w").close()
@@ -41,7 +42,7 @@ def die(reporter, checkpoints, step, *rest):
                 time.sleep(0.1)  # Saving goes on in the background.
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
-train._report = die
+Reporter.train = die
 main.main()
 """
 
@@ -292,7 +293,7 @@ def test_two_processes_evaluate_like_one(tmp_path):
 
     # One of them was killed half way; with the other's records only those are missing.
     (output / "shapes" / files[1]).write_text("\n".join(lines[1][:4]) + "\n")
-    done = launch(2, *arguments, "--benchmark=shapes")
+    done = launch(2, *arguments, "--test_set=shapes")
     assert "shapes: 7 images in" in done.stdout
     again = json.loads((output / "result.json").read_text())["results"]
     assert again == {key: value for key, value in expected.items() if "/shapes/" in key}

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,11 @@ import pytest
 from support import assert_close
 
 from simseg_jax.runtime.sharding import batch_sharding, make_mesh
-from simseg_jax.training.loss import clip_temperature, contrastive_loss
+from simseg_jax.training.loss import (
+    chunked_contrastive_loss,
+    clip_temperature,
+    contrastive_loss,
+)
 
 
 def unit_rows(seed, shape):
@@ -38,7 +44,7 @@ def test_temperature_is_clipped_and_gets_no_gradient_outside():
     assert slope(jnp.float32(0.07)) != 0
 
 
-@pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (1, 16), (8, 0), (8, 2)])
+@pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (1, 16), (1, 100), (8, 0), (8, 2)])
 def test_chunks_and_devices_give_the_same_loss(devices, chunk):
     # Row 5 is as similar to two texts: the first of them is the answer, in every order of chunks.
     images, texts = unit_rows(0, (64, 8)), unit_rows(1, (64, 8))
@@ -57,9 +63,9 @@ def test_chunks_and_devices_give_the_same_loss(devices, chunk):
 
 
 def value_and_gradients(chunk):
-    def loss(images, texts, temperature):
-        return contrastive_loss(images, texts, temperature, chunk)
-
+    loss = contrastive_loss
+    if chunk:
+        loss = functools.partial(chunked_contrastive_loss, chunk=chunk)
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
@@ -76,4 +82,4 @@ def test_chunks_save_memory():
 
 def test_a_chunk_divides_the_batch():
     with pytest.raises(ValueError, match="no multiple of chunk=5"):
-        contrastive_loss(unit_rows(0, (12, 8)), unit_rows(1, (12, 8)), jnp.float32(0.1), chunk=5)
+        chunked_contrastive_loss(unit_rows(0, (12, 8)), unit_rows(1, (12, 8)), jnp.float32(1), 5)

@@ -4,18 +4,17 @@ import jax
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from flax.traverse_util import flatten_dict
 from support import assert_trees_equal
 
 from simseg_jax.models.bert import BertConfig
-from simseg_jax.models.simseg import SimSegConfig, init_params
+from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.models.vit import ViTConfig
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights import authors
-from simseg_jax.weights.sources import ARCHITECTURE, META, Weights
+from simseg_jax.weights.containers import ARCHITECTURE, META, Weights
+from simseg_jax.weights.formats import AUTHORS, IMAGE, TEXT
+from simseg_jax.weights.read import describe, fit, read_model, shapes_of, state_dict
 from simseg_jax.weights.torch_file import load_tensors
-from simseg_jax.weights.towers import leaves_of
-
-IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,10 @@ def test_module_prefix_and_unused_entries_are_ignored(tensors, golden_model):
     prefixed[f"module.{TEXT}pooler.dense.weight"] = np.zeros((32, 32))
     prefixed[f"module.{TEXT}embeddings.position_ids"] = np.zeros((1, 64))
     prefixed[f"module.{IMAGE}head.weight"] = np.zeros((10, 48))
-    config, found, note = authors.read_model(Weights(prefixed, {}, {}, {}), 3, 2)
-    assert note.startswith("Taken: 82 tensors; ignored: text_encoder (2), image_encoder (1)")
-    assert config == golden_model[0]
-    assert_trees_equal(found, params)
+    found = read_model(Weights(prefixed, {}, {}, {}), "model", 3, 2)
+    assert found.note.startswith("Taken: 82 tensors; ignored: text_encoder (2), image_encoder (1)")
+    assert found.config == golden_model[0]
+    assert_trees_equal(found.params, params)
 
 
 def test_all_problems_are_reported_together(tensors, golden_model):
@@ -48,7 +47,7 @@ def test_all_problems_are_reported_together(tensors, golden_model):
     broken["image_projection.linear.weight"] = np.zeros((2, 2))
     broken["decoder.weight"] = np.zeros(3)
     with pytest.raises(UserError, match="3 problems") as error:
-        authors.fit(broken, golden_model[0])
+        fit(broken, golden_model[0])
     for part in (
         "missing loss.temperature",
         "image_projection.linear.weight float64(2, 2)",
@@ -59,12 +58,11 @@ def test_all_problems_are_reported_together(tensors, golden_model):
 
 def test_foreign_state_dict_is_refused():
     with pytest.raises(UserError, match="Not a SimSeg checkpoint"):
-        authors.read_model(Weights({"fc.weight": np.zeros((3, 3))}, {}, {}, {}))
+        read_model(Weights({"fc.weight": np.zeros((3, 3))}, {}, {}, {}), "model")
 
 
 def test_there_and_back_is_exact(tensors, golden_model):
-    config, _, params = golden_model
-    back = authors.state_dict(params, config)
+    back = state_dict(golden_model[2])
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (back[name].shape, back[name].dtype) == (tensor.shape, tensor.dtype)
@@ -129,26 +127,26 @@ def test_full_size_checkpoints_use_every_name_once(image):
     # Another value in every tensor: one that went to the wrong place would be noticed.
     tensors = {n: np.full(s, i, np.float32) for i, (n, s) in enumerate(shapes.items())}
     prefixed = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    config, params, _ = authors.read_model(Weights(prefixed, {}, {}, {}))
+    _, config, _, params, _ = read_model(Weights(prefixed, {}, {}, {}), "model")
     assert config == SimSegConfig(image, BertConfig.base())
-    expected = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    assert leaves_of(params) == leaves_of(expected)
+    leaves = {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
+    assert leaves == shapes_of(config)
     values = [int(leaf.flat[0]) for leaf in jax.tree.leaves(params)]
     assert sorted(values) == list(range(len(tensors)))
-    names = [name for entry in authors.table(config) for name in entry.names]
+    names = [name for path in leaves for name in AUTHORS.tensors(path)]
     assert sorted(names) == sorted(tensors)
 
 
 def test_the_description_beside_a_state_dict_decides(tensors, golden_model):
     config = golden_model[0]
-    meta = {META: {ARCHITECTURE: authors.describe(config)}}
-    assert authors.read_model(Weights(tensors, {}, meta, {}))[0] == config
+    meta = {META: {ARCHITECTURE: describe(config)}}
+    assert read_model(Weights(tensors, {}, meta, {}), "model").config == config
     # Without it heads are taken to be 64 channels wide.
-    assert authors.read_model(Weights(tensors, {}, {}, {}))[0].image.heads == 1
+    assert read_model(Weights(tensors, {}, {}, {}), "model").config.image.heads == 1
     for text in ("{}", "[", "[]", '{"image": 3}', "[" * 100_000):
         with pytest.raises(UserError, match="Cannot read the description of the architecture"):
-            authors.read_model(Weights(tensors, {}, {META: {ARCHITECTURE: text}}, {}))
-    described = json.loads(authors.describe(config))
+            read_model(Weights(tensors, {}, {META: {ARCHITECTURE: text}}, {}), "model")
+    described = json.loads(describe(config))
     for side, key, value in (
         ("image", "depth", 10**6),
         ("image", "heads", 5),
@@ -159,4 +157,4 @@ def test_the_description_beside_a_state_dict_decides(tensors, golden_model):
     ):
         text = json.dumps(described | {side: described[side] | {key: value}})
         with pytest.raises(UserError, match=f"describe an impossible model: .*{key}"):
-            authors.read_model(Weights(tensors, {}, {META: {ARCHITECTURE: text}}, {}))
+            read_model(Weights(tensors, {}, {META: {ARCHITECTURE: text}}, {}), "model")

@@ -7,10 +7,10 @@ from conftest import GOLDENS
 from support import assert_trees_equal
 
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights import authors
-from simseg_jax.weights.sources import Weights, read_weights, split_key
+from simseg_jax.weights.containers import Weights, read_weights
+from simseg_jax.weights.read import parts_in, read_model
+from simseg_jax.weights.sources import split_key
 from simseg_jax.weights.torch_file import load_tensors, save_tensors
-from simseg_jax.weights.towers import read_tower
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def encoder(plain):
-    return read_tower(Weights(plain, {}, {}, {}), "image", heads=3)
+    return read_model(Weights(plain, {}, {}, {}), "image", 3)
 
 
 def prefixed(prefix, tensors):
@@ -29,7 +29,7 @@ def prefixed(prefix, tensors):
 
 def read(path, content, key=""):
     save_tensors(path, content)
-    return read_tower(read_weights(path, key), "image", heads=3)
+    return read_model(read_weights(path, key), "image", 3)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +131,21 @@ def test_whole_models_are_found_as_encoders_are(prefix, golden_model, tmp_path):
     content = {"state_dict": prefixed(prefix, tensors), "ema": averaged(tensors), "meta": {"a": 1}}
     save_tensors(path, content)
     weights = read_weights(path)
-    assert authors.is_whole_model(weights)
-    found = authors.read_model(weights, 3, 2)
+    assert parts_in(weights) == ["model"]
+    found = read_model(weights, "model", 3, 2)
     assert_trees_equal(found.params, jax.tree.map(lambda x: 2 * x, golden_model[2]))
     assert found.note.startswith("Taken: 82 tensors under ema; ignored: state_dict (82).")
     assert "one per 64 channels" not in found.note
-    assert "1 (image) and 1 (text) were taken" in authors.read_model(weights).note
-    raw = authors.read_model(read_weights(path, "state_dict"), 3, 2)
+    assert "1 (image) and 1 (text) were taken" in read_model(weights, "model").note
+    raw = read_model(read_weights(path, "state_dict"), "model", 3, 2)
     assert_trees_equal(raw.params, golden_model[2])
     assert read_weights(path, "state_dict").origin["key"] == "state_dict"
+
+
+def test_what_can_be_read_is_named(plain):
+    assert parts_in(Weights(plain, {}, {}, {})) == ["image"]
+    assert parts_in(read_weights(GOLDENS / "neighbours" / "hf_bert")) == ["text"]
+    assert parts_in(Weights({"fc.weight": np.zeros(3)}, {}, {}, {})) == []
 
 
 def test_keys_in_the_names_of_sources(tmp_path):

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from simseg_jax.models.layers import BLOCKS
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights.sources import read_weights
-from simseg_jax.weights.towers import read_tower
+from simseg_jax.weights.containers import read_weights
+from simseg_jax.weights.read import read_model
 
 NEIGHBOURS = GOLDENS / "neighbours"
 
@@ -33,7 +33,7 @@ def test_blocks_and_arrays_without_end_are_refused(tmp_path):
         more = {f"blocks.{number}.norm1.bias": np.zeros(24, np.float32)}
         weights = read_weights(npz(tmp_path / "many.npz", tensors | more))
         with pytest.raises(UserError, match=f"at most {BLOCKS} are read"):
-            read_tower(weights, "image")
+            read_model(weights, "image")
     bomb = npz(tmp_path / "bomb.npz", {"x": np.zeros(18 * 2**20, np.float32)})
     assert bomb.stat().st_size < 2**20
     with pytest.raises(UserError, match=r"would take 75,497,600 bytes"):
@@ -42,10 +42,10 @@ def test_blocks_and_arrays_without_end_are_refused(tmp_path):
     stacked = {"params/Transformer/encoderblock/LayerNorm_0/bias": endless}
     weights = read_weights(NEIGHBOURS / "big_vision")
     with pytest.raises(UserError, match="problem"):
-        read_tower(weights._replace(tensors=weights.tensors | stacked), "image")
+        read_model(weights._replace(tensors=weights.tensors | stacked), "image")
     flat = {**tensors, "patch_embed.proj.weight": np.zeros((10**12, 3, 0, 0), np.float32)}
     with pytest.raises(UserError, match=r"patch_embed\.proj\.weight is of shape"):
-        read_tower(weights._replace(tensors=flat), "image")
+        read_model(weights._replace(tensors=flat), "image")
 
 
 def test_headers_that_lie_are_refused(tmp_path):
@@ -73,11 +73,12 @@ def test_odd_settings_beside_the_weights_are_refused(tmp_path):
         ({"model_args": [1]}, "model_args that is no object"),
         ({"model_args": {"num_heads": 5}}, "width=24 must be a multiple"),
         ({"model_args": {"num_heads": -1}}, "heads=-1 must be a whole number"),
+        ({"model_args": {"num_heads": 0}}, "heads=0 must be a whole number"),
         ({"model_args": {"num_heads": "a" * 1000}}, r"heads='a+\.\.\."),
     ):
         (folder / "config.json").write_text(json.dumps(card | change))
         with pytest.raises(UserError, match=message) as error:
-            read_tower(read_weights(folder), "image")
+            read_model(read_weights(folder), "image")
         assert len(str(error.value)) < 400
     for text in ("[" * 200_000, "[]", "\x00", "{" * 9):
         (folder / "config.json").write_text(text)
@@ -95,7 +96,7 @@ def test_messages_about_many_tensors_are_short(tmp_path):
     first = {f"blocks.0.{name}": tensors[f"blocks.0.{name}"] for name in ("mlp.fc1.weight",)}
     save_file(rest | renamed | first, tmp_path / "file.safetensors")
     with pytest.raises(UserError, match="problems") as error:
-        read_tower(read_weights(tmp_path / "file.safetensors"), "image")
+        read_model(read_weights(tmp_path / "file.safetensors"), "image")
     assert len(str(error.value)) < 500
 
 

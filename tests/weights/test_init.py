@@ -19,11 +19,11 @@ from simseg_jax.models.simseg import SimSegConfig, bind, init_params, make_model
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.train import train
+from simseg_jax.weights.containers import read_weights
 from simseg_jax.weights.init import adopt
 from simseg_jax.weights.load import load_model
-from simseg_jax.weights.sources import read_weights
+from simseg_jax.weights.read import read_model
 from simseg_jax.weights.torch_file import save_tensors
-from simseg_jax.weights.towers import read_tower
 
 NEIGHBOURS = GOLDENS / "neighbours"
 FROZEN = (("(image|text)_encoder/.*", 0.0), (".*", 1.0))
@@ -66,8 +66,8 @@ def frozen_run(sources, tmp_path_factory):
 
 def test_both_encoders_start_from_weights(frozen_run, sources):
     model = load_model(frozen_run)
-    image = read_tower(read_weights(sources / "vit"), "image")
-    text = read_tower(read_weights(sources / "bert"), "text")
+    image = read_model(read_weights(sources / "vit"), "image")
+    text = read_model(read_weights(sources / "bert"), "text")
     assert_trees_equal(model.params["text_encoder"], text.params)
     # Trained at 16 pixels, used at 32.
     resized = resize_position_embedding(jnp.asarray(image.params["pos_embed"]), (4, 4))
@@ -103,7 +103,7 @@ def test_a_key_chooses_what_a_run_starts_from(sources, tmp_path):
     content = {"model": tensors, "model_ema": {n: np.asarray(2 * x) for n, x in tensors.items()}}
     save_tensors(tmp_path / "both.pth", content)
     tokenizer = load_tokenizer("shapes")
-    plain = read_tower(read_weights(sources / "vit"), "image").params
+    plain = read_model(read_weights(sources / "vit"), "image").params
     cases = (("", 2, "model_ema"), ("#model_ema", 2, "model_ema"), ("#model", 1, "model"))
     for key, factor, taken in cases:
         config = run_config(starting_config(image=f"{tmp_path}/both.pth{key}"))
@@ -124,7 +124,7 @@ def test_parts_of_an_encoder_may_learn_slowly_or_not_at_all(sources, tmp_path):
     config.optim.lr_rules = ((frozen, 0.0), (slow, 0.1), (".*", 1.0))
     config.optim.warmup = 0.0
     train(config, tmp_path)
-    before = read_tower(read_weights(sources / "vit"), "image").params
+    before = read_model(read_weights(sources / "vit"), "image").params
     after = load_model(tmp_path).params["image_encoder"]
     assert_trees_equal(after["blocks"]["0"], before["blocks"]["0"])
     moved = np.abs(
@@ -183,11 +183,12 @@ def test_minilm_agrees_with_transformers(minilm):
     ids, mask = TextEncoder(tokenizer, 25).batch([str(s) for s in golden["sentences"]])
     np.testing.assert_array_equal(ids, golden["ids"])
     np.testing.assert_array_equal(mask, golden["mask"])
-    tower = read_tower(read_weights(Path(minilm)), "text")
+    tower = read_model(read_weights(Path(minilm)), "text")
     architecture = SimSegConfig(image=config.model.image, text=tower.config, embed_dim=8)
     params = init_params(architecture, jax.random.key(0))
     params["text_encoder"] = pretrained.params["text_encoder"]
-    hidden = bind(make_model(architecture), params).text_encoder(jnp.asarray(ids), mask)
+    encoder = bind(make_model(architecture), params).text_encoder
+    hidden = encoder(jnp.asarray(ids), jnp.asarray(mask))
     assert_close(hidden[:, :, ::12], golden["hidden"])
 
 
@@ -200,7 +201,7 @@ def test_training_starts_from_minilm(minilm, tmp_path):
     train(config, tmp_path)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite([m["loss"] for m in metrics if "loss" in m]).all()
-    before = read_tower(read_weights(Path(minilm)), "text").params
+    before = read_model(read_weights(Path(minilm)), "text").params
     after = load_model(tmp_path).params["text_encoder"]
     name = ["layers", "5", "output", "kernel"]
     for key in name:

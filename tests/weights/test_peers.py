@@ -11,8 +11,9 @@ from support import assert_close
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import bind, make_model
 from simseg_jax.models.vit import ViTConfig
-from simseg_jax.weights import authors
-from simseg_jax.weights.sources import Weights
+from simseg_jax.weights.containers import Weights
+from simseg_jax.weights.formats import IMAGE, TEXT
+from simseg_jax.weights.read import read_model
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +39,9 @@ def test_the_authors_encoders_at_full_size(name, image):
         "text_projection.linear.weight": rng.normal(size=(512, 768)),
         "loss.temperature": np.asarray(0.07),
     }
-    for prefix, module in ((authors.IMAGE, vit), (authors.TEXT, bert)):
+    for prefix, module in ((IMAGE, vit), (TEXT, bert)):
         tensors |= {f"{prefix}{key}": x.numpy() for key, x in module.state_dict().items()}
-    config, params = authors.read_model(Weights(tensors, {}, {}, {}))
+    _, config, _, params, _ = read_model(Weights(tensors, {}, {}, {}), "model")
     assert (config.image, config.text) == (image, BertConfig.base())
     images = rng.normal(size=(2, 224, 224, 3)).astype(np.float32)
     ids = rng.integers(1, 30522, (2, 25))

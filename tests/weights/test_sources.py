@@ -11,16 +11,17 @@ from conftest import GOLDENS
 
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import sources
-from simseg_jax.weights.sources import fetch, read_weights
-from simseg_jax.weights.towers import read_tower
+from simseg_jax.weights.containers import read_weights
+from simseg_jax.weights.read import read_model
+from simseg_jax.weights.sources import fetch
 
 NEIGHBOURS = GOLDENS / "neighbours"
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
+    monkeypatch.setenv("SIMSEG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path):
 
 def test_folders_on_object_storage_are_copied_once(cache, bucket, monkeypatch):
     path = fetch(bucket)
-    assert read_tower(read_weights(path), "text").config.depth == 2
+    assert read_model(read_weights(path), "text").config.depth == 2
     assert (path / "notes" / "readme.txt").read_bytes() == b"inner"
     with monkeypatch.context() as patch:
         patch.setattr(sources.shutil, "copyfileobj", None)
@@ -106,7 +107,7 @@ def test_folders_on_object_storage_are_copied_once(cache, bucket, monkeypatch):
 def test_files_on_object_storage_bring_their_settings(cache, bucket):
     path = fetch(f"{bucket}/model.safetensors")
     assert path.name == "model.safetensors"
-    assert read_tower(read_weights(path), "text").config.heads == 3
+    assert read_model(read_weights(path), "text").config.heads == 3
     with pytest.raises(UserError, match="Nothing at memory://bucket/bert/other"):
         fetch(f"{bucket}/other.npz")
 
@@ -161,12 +162,13 @@ import os
 os.environ.update(HF_ENDPOINT="http://127.0.0.1:%d" % server.server_port, HF_HUB_OFFLINE="0")
 
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights.sources import fetch, read_weights
-from simseg_jax.weights.towers import read_tower
+from simseg_jax.weights.containers import read_weights
+from simseg_jax.weights.sources import fetch
+from simseg_jax.weights.read import read_model
 
 for source in ("someone/bert", "someone/bert@main"):
     folder = fetch(source)
-    print(read_tower(read_weights(folder), "text").config.depth, sorted(os.listdir(folder)))
+    print(read_model(read_weights(folder), "text").config.depth, sorted(os.listdir(folder)))
 try:
     fetch("someone/else")
 except UserError as error:

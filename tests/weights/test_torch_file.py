@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDENS
 
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.weights.sources import read_weights
+from simseg_jax.weights.containers import read_weights
 from simseg_jax.weights.torch_file import load_tensors, save_tensors
 
 

@@ -8,14 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close, segmentation_eval
+from support import assert_close, model_of, segmentation_eval
 
 from simseg_jax.masks.postprocess import resize_nearest
 from simseg_jax.masks.refine import denormalized_uint8, image_for_crf
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.zeroshot.classifier import Prompts, class_embedder
-from simseg_jax.zeroshot.paper import PaperProtocol
+from simseg_jax.zeroshot.paper import (
+    PaperProtocol,
+    Response,
+    adaptive_threshold,
+    candidate_classes,
+    compose,
+    min_max,
+)
 
 PHOTOS = ("astronaut", "chelsea")
 needs_crf = pytest.mark.skipif(
@@ -26,32 +32,70 @@ needs_crf = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def class_embeddings(golden_model, golden):
-    _, graphdef, params = golden_model
+    architecture, _, params = golden_model
     ids, mask = (golden[f"seg_class_{name}"] for name in ("ids", "mask"))
     classes = np.repeat(np.arange(len(ids)), ids.shape[1])
     prompts = Prompts(ids.reshape(-1, 25).astype(np.int32), mask.reshape(-1, 25), classes)
-    return class_embedder(graphdef)(params, prompts, 1)
+    return class_embedder(model_of(architecture))(params, prompts, 1)
 
 
 def predict(golden_model, golden, class_embeddings, photos, devices=1, refine="none", **settings):
     """Masks [B, S, S] and response of the photos in one batch."""
-    variants = [segmentation_eval(refine=refine, **settings)]
-    masks, responses = predict_variants(
-        golden_model, golden, class_embeddings, photos, variants, devices
-    )
+    several = [segmentation_eval(refine=refine, **settings)]
+    masks, responses = predict_all(golden_model, golden, class_embeddings, photos, several, devices)
     return masks[0], responses[0]
 
 
-def predict_variants(golden_model, golden, class_embeddings, photos, variants, devices=1):
-    _, graphdef, params = golden_model
+def predict_all(golden_model, golden, class_embeddings, photos, several, devices=1):
+    """Masks [V, B, S, S] and responses under V settings in one pass."""
+    architecture, _, params = golden_model
     images = np.stack([golden[f"seg/{photo}/input_uint8"] for photo in photos])
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    protocol = PaperProtocol(graphdef, 16, mesh, variants)
-    with jax.set_mesh(mesh):
-        started = protocol.start(
-            params, {1: class_embeddings, 2: class_embeddings}, {"image": images}
-        )
-        return protocol.finish(started)
+    protocol = PaperProtocol(model_of(architecture, devices=devices), several)
+    embeddings = {1: class_embeddings, 2: class_embeddings}
+    with jax.set_mesh(protocol.mesh):
+        return protocol.finish(protocol.start(params, embeddings, {"image": images}))
+
+
+def test_threshold_is_mean_plus_unbiased_deviation_of_the_top():
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(3, 20)), jnp.float32)
+    top = np.sort(scores, axis=1)[:, -10:]
+    expected = top.mean(axis=1) + 0.5 * top.std(axis=1, ddof=1)
+    np.testing.assert_allclose(adaptive_threshold(scores, 10, 0.5), expected, rtol=1e-5)
+    # Fewer classes than K: all of them.
+    np.testing.assert_allclose(
+        adaptive_threshold(scores, 30, 0.0), scores.mean(axis=1), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_candidates_skip_background_and_stop_at_the_threshold():
+    scores = jnp.array([[0.9, 0.1, 0.8, 0.5, 0.5]])
+    classes, drawn = candidate_classes(scores, jnp.array([0.5]), 4)
+    np.testing.assert_array_equal(classes, [[0, 2, 3, 4]])
+    np.testing.assert_array_equal(drawn, [[False, True, True, True]])
+    _, drawn = candidate_classes(scores, jnp.array([0.85]), 4)
+    assert not np.asarray(drawn).any()
+
+
+def test_min_max_guards_constant_maps():
+    maps = jnp.array([[[1.0, 3.0], [2.0, 1.0]], [[5.0, 5.0], [5.0, 5.0]]])
+    np.testing.assert_array_equal(min_max(maps), [[[0, 1], [0.5, 0]], [[0, 0], [0, 0]]])
+
+
+def test_composition_is_the_argmax_of_score_times_mask():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(6, 8)).astype(np.float32)
+    classes = np.argsort(-scores, axis=1)[:, :5]
+    masks = rng.random((6, 5, 9, 7)) < 0.4
+    drawn = (classes != 0) & (np.arange(5) < 4)
+    weighted = np.zeros((6, 8, 9, 7))
+    for image in range(6):
+        for rank, label in enumerate(classes[image]):
+            if drawn[image, rank]:
+                weighted[image, label] = masks[image, rank] * scores[image, label]
+    expected = np.where(weighted.max(axis=1) > 0, weighted.argmax(axis=1), 0)
+    response = Response(*map(jnp.asarray, (scores, scores, classes, drawn, masks, masks)))
+    composed = compose(jnp.asarray(masks), response)
+    np.testing.assert_array_equal(composed, expected)
 
 
 def test_class_embeddings(class_embeddings, golden):
@@ -142,11 +186,9 @@ def test_photographs_of_other_sizes_equal_a_second_implementation(
         for key, value in photographs.items()
         if key.startswith(photo)
     }
-    _, graphdef, params = golden_model
+    architecture, _, params = golden_model
     image = stored["image"]
-    protocol = PaperProtocol(
-        graphdef, 16, make_mesh(devices=jax.devices()[:1]), [segmentation_eval()]
-    )
+    protocol = PaperProtocol(model_of(architecture), [segmentation_eval()])
     batch = {"image": protocol.load(Image.fromarray(image), image.shape[:2])["image"][None]}
     for key, pixels in (
         ("input", batch["image"][0]),
@@ -181,13 +223,13 @@ def test_too_little_room_for_the_lattice_runs_again(
 ):
     settings = {"refine": "crf", "crf": {"backend": "jax"}}
     expected, _ = predict(golden_model, golden, class_embeddings, PHOTOS, **settings)
-    monkeypatch.setattr("simseg_jax.zeroshot.paper.lattice_size", lambda height, width: 9000)
+    monkeypatch.setattr("simseg_jax.masks.refine.lattice_size", lambda height, width: 9000)
     masks, _ = predict(golden_model, golden, class_embeddings, PHOTOS, **settings)
     np.testing.assert_array_equal(masks, expected)
 
 
 @pytest.mark.parametrize(("backend", "count"), [("numpy", 6), ("jax", 3)])
-def test_variants_in_one_pass_equal_single_runs(
+def test_settings_in_one_pass_equal_single_runs(
     golden_model, golden, class_embeddings, backend, count
 ):
     crf = {"crf": {"backend": backend}}
@@ -199,12 +241,10 @@ def test_variants_in_one_pass_equal_single_runs(
         {"refine": "crf", "closing": 1},
         {"refine": "pamr", "m_text": 2, "top_k": 5},
     ]
-    variants = [segmentation_eval(**crf, **change) for change in changes[:count]]
-    masks, responses = predict_variants(golden_model, golden, class_embeddings, PHOTOS, variants)
-    for settings, mask, response in zip(variants, masks, responses, strict=True):
-        alone, expected = predict_variants(
-            golden_model, golden, class_embeddings, PHOTOS, [settings]
-        )
+    several = [segmentation_eval(**crf, **change) for change in changes[:count]]
+    masks, responses = predict_all(golden_model, golden, class_embeddings, PHOTOS, several)
+    for settings, mask, response in zip(several, masks, responses, strict=True):
+        alone, expected = predict_all(golden_model, golden, class_embeddings, PHOTOS, [settings])
         np.testing.assert_array_equal(mask, alone[0])
         # Cosines near 0 are sums of products that cancel: rounding leaves 1e-7 there.
         for name, field in expected[0]._asdict().items():
@@ -215,11 +255,9 @@ def test_variants_in_one_pass_equal_single_runs(
 
 
 def test_without_background_class_zero_is_not_scored(golden_model, golden, class_embeddings):
-    _, graphdef, params = golden_model
+    architecture, _, params = golden_model
     images = np.stack([golden[f"seg/{photo}/input_uint8"] for photo in PHOTOS])
-    protocol = PaperProtocol(
-        graphdef, 16, make_mesh(devices=jax.devices()[:1]), [segmentation_eval(top_k=30)], False
-    )
+    protocol = PaperProtocol(model_of(architecture), [segmentation_eval(top_k=30)], False)
     _, (response,) = protocol.finish(
         protocol.start(params, {1: class_embeddings}, {"image": images})
     )
@@ -232,4 +270,4 @@ def test_without_background_class_zero_is_not_scored(golden_model, golden, class
 def test_missing_pydensecrf_says_how_to_get_it(golden_model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydensecrf.densecrf", None)
     with pytest.raises(UserError, match="pydensecrf2"):
-        PaperProtocol(golden_model[1], 16, make_mesh(), [segmentation_eval(refine="pydensecrf")])
+        PaperProtocol(model_of(golden_model[0]), [segmentation_eval(refine="pydensecrf")])

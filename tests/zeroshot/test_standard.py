@@ -1,15 +1,15 @@
 """The standard protocol against an independent reading that works pixel by pixel."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close, segmentation_eval
+from support import assert_close, model_of, segmentation_eval
 
 from simseg_jax.masks.pamr import pamr
 from simseg_jax.models.simseg import bind
 from simseg_jax.runtime.settings import plain
-from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.zeroshot.standard import StandardProtocol, bilinear
 
 PHOTOS = ("astronaut", "chelsea")
@@ -60,15 +60,14 @@ def encode(golden_model):
     return lambda image: np.asarray(tokens(image), np.float64)
 
 
-def predict(golden_model, classes, images, shapes, variants, background=True, devices=1):
+def predict(golden_model, classes, images, shapes, several, background=True, devices=1):
     """Masks [V][B], cut to `shapes`, and scores [V] of images that share their windows' layout."""
-    _, graphdef, params = golden_model
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    protocol = StandardProtocol(graphdef, PATCH, mesh, variants, background)
+    architecture, _, params = golden_model
+    protocol = StandardProtocol(model_of(architecture, devices=devices), several, background)
     loaded = [protocol.load(image, shape) for image, shape in zip(images, shapes, strict=True)]
     batch = {name: np.stack([arrays[name] for arrays in loaded]) for name in loaded[0]}
-    embeddings = {1: classes, 2: classes[::-1]}
-    with jax.set_mesh(mesh):
+    embeddings = {1: jnp.asarray(classes), 2: jnp.asarray(classes[::-1])}
+    with jax.set_mesh(protocol.mesh):
         masks, scores = protocol.finish(protocol.start(params, embeddings, batch))
     assert masks.dtype == np.uint8
     cut = [[protocol.restore(m, s) for m, s in zip(v, shapes, strict=True)] for v in masks]
@@ -181,7 +180,7 @@ def test_layouts(golden_model, photos, classes, encode, layout):
 
 def test_number_of_windows(golden_model):
     """64 x 101 pixels: columns begin at 0, 32 and 37; masks are padded to multiples of 64."""
-    protocol = StandardProtocol(golden_model[1], PATCH, make_mesh(), [settings_of()])
+    protocol = StandardProtocol(model_of(golden_model[0]), [settings_of()])
     arrays = protocol.load(Image.new("RGB", (201, 128)), (64, 101))
     assert arrays["windows"].shape == (3, 64, 64, 3)
     assert arrays["rows"].shape == (1, 64, 4)
@@ -194,13 +193,13 @@ def test_number_of_windows(golden_model):
 
 @pytest.mark.parametrize("window", [64, 0])
 def test_endings(golden_model, photos, classes, encode, window):
-    """Variants share a pass; the second time the benchmark has no class "background"."""
-    variants = [settings_of(window=window, **ending) for ending in ENDINGS]
+    """Several settings share a pass; the second time the test set has no class "background"."""
+    several = [settings_of(window=window, **ending) for ending in ENDINGS]
     image, shape = photos["chelsea"].resize((120, 80)), (80, 120)
-    values = class_values(encode, classes, image, shape, variants[0])
+    values = class_values(encode, classes, image, shape, several[0])
     for background in (True, False):
-        masks, _ = predict(golden_model, classes, [image], [shape], variants, background)
-        for (mask,), settings in zip(masks, variants, strict=True):
+        masks, _ = predict(golden_model, classes, [image], [shape], several, background)
+        for (mask,), settings in zip(masks, several, strict=True):
             ordered = values if settings.m_text == 1 else values[::-1]
             assert_equal_but_for_ties(mask, ordered, settings, background)
 
@@ -216,10 +215,10 @@ def test_pamr_refines_every_window(golden_model, photos, classes, encode):
 
 
 def test_scores_are_the_mean_over_the_windows(golden_model, photos, classes, encode):
-    image, variants = photos["astronaut"].resize((96, 64)), [settings_of(), settings_of(m_image=1)]
-    _, scores = predict(golden_model, classes, [image], [(64, 96)], variants)
+    image, several = photos["astronaut"].resize((96, 64)), [settings_of(), settings_of(m_image=1)]
+    _, scores = predict(golden_model, classes, [image], [(64, 96)], several)
     pixels = np.asarray(image)
-    for settings, score in zip(variants, scores, strict=True):
+    for settings, score in zip(several, scores, strict=True):
         each = []
         for window in (pixels[:, :64], pixels[:, 32:]):
             pooled = np.sort(encode(window)[1:], axis=0)[-settings.m_image :].mean(axis=0)
@@ -229,11 +228,11 @@ def test_scores_are_the_mean_over_the_windows(golden_model, photos, classes, enc
 
 def test_result_depends_neither_on_the_batch_nor_on_the_devices(golden_model, photos, classes):
     """Ground truths of different sizes share a batch: all are padded to 64 x 128."""
-    variants = [settings_of(**PAMR, **ENDINGS[0])]
+    several = [settings_of(**PAMR, **ENDINGS[0])]
     pixels = [np.asarray(photos[name].resize((90, 60))) for name in PHOTOS]
     images = [Image.fromarray(np.roll(pixels[i % 2], 20 * i, axis=1)) for i in range(8)]
     shapes = [(60 - i, 90 + i) for i in range(8)]
-    (together,), _ = predict(golden_model, classes, images, shapes, variants, devices=8)
-    (some,), _ = predict(golden_model, classes, images[3:6], shapes[3:6], variants)
+    (together,), _ = predict(golden_model, classes, images, shapes, several, devices=8)
+    (some,), _ = predict(golden_model, classes, images[3:6], shapes[3:6], several)
     for mask, other in zip(some, together[3:6], strict=True):
         np.testing.assert_array_equal(mask, other)

@@ -1,16 +1,14 @@
-import jax
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
-from support import assert_close, tiny_config, tiny_eval
+from support import assert_close, tiny_eval, tiny_model
 
-from simseg_jax.config import model_config, run_config
 from simseg_jax.data.shapes import scene
 from simseg_jax.data.testsets.classes import class_names, prompt_names
 from simseg_jax.data.text import TextEncoder, load_tokenizer
-from simseg_jax.models.simseg import init_params, make_model
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts, unknown_words
 from simseg_jax.zeroshot.engine import Engine
 from simseg_jax.zeroshot.prompts import TEMPLATES
@@ -27,29 +25,27 @@ def test_templates_and_classes():
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = load_tokenizer("shapes")
-    architecture = model_config(run_config(tiny_config()), len(tokenizer))
-    params = init_params(architecture, jax.random.key(0))
-    return make_model(architecture), params, TextEncoder(tokenizer, 12)
+    model, params = tiny_model(devices=2)
+    return dataclasses.replace(model, encoder=TextEncoder(load_tokenizer("shapes"), 12)), params
 
 
 def test_chunks_do_not_change_class_embeddings(model, monkeypatch):
-    graphdef, params, encoder = model
-    prompts = tokenize_prompts(encoder, prompt_names("shapes"), TEMPLATES["shapes"])
+    model, params = model
+    prompts = tokenize_prompts(model.encoder, prompt_names("shapes"), TEMPLATES["shapes"])
     assert prompts.ids.shape == prompts.mask.shape == (44, 12)
-    whole = class_embedder(graphdef)(params, prompts, 1)
+    whole = class_embedder(model)(params, prompts, 1)
     assert whole.shape == (11, 16)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, rtol=1e-6)
     monkeypatch.setattr("simseg_jax.zeroshot.classifier.CHUNK", 7)
-    assert_close(class_embedder(graphdef, devices=2)(params, prompts, 1), whole, 1e-6)
+    assert_close(class_embedder(model)(params, prompts, 1), whole, 1e-6)
 
 
 def test_synonyms_share_a_class(model):
-    graphdef, params, encoder = model
-    embed = class_embedder(graphdef)
-    alone = embed(params, tokenize_prompts(encoder, [("star",), ("moon",)], ("a {}",)), 1)
+    model, params = model
+    embed = class_embedder(model)
+    alone = embed(params, tokenize_prompts(model.encoder, [("star",), ("moon",)], ("a {}",)), 1)
     names = [("star", "moon"), ("heart",)]
-    both = embed(params, tokenize_prompts(encoder, names, ("a {}",)), 1)
+    both = embed(params, tokenize_prompts(model.encoder, names, ("a {}",)), 1)
     mean = np.asarray(alone).mean(axis=0)
     assert_close(both[0], mean / np.linalg.norm(mean), 1e-6)
 
@@ -57,10 +53,9 @@ def test_synonyms_share_a_class(model):
 @pytest.mark.parametrize("in_order", [True, False])
 def test_engine_batches_images_of_equal_shape(model, in_order):
     """Order, padding and grouping, with the standard protocol, whose inputs differ in size."""
-    graphdef, params, encoder = model
-    mesh = make_mesh(devices=jax.devices()[:2])
+    model, params = model
     settings = tiny_eval(protocol="standard", resolution=32, window=32, stride=16, batch_size=4)
-    engine = Engine(graphdef, 8, mesh, encoder, [settings], prompt_names("shapes"))
+    engine = Engine(model, [settings], prompt_names("shapes"))
     sizes = [(40, 32), (60, 32), (40, 32), (40, 32), (60, 32), (40, 32), (40, 32)]
     images = [Image.fromarray(scene(i, "val")[0]).resize(size) for i, size in enumerate(sizes)]
     jobs = [lambda i=i, x=x: (i, x, (x.height, x.width)) for i, x in enumerate(images)]
@@ -76,8 +71,8 @@ def test_engine_batches_images_of_equal_shape(model, in_order):
 
 
 def test_an_error_while_loading_reaches_the_caller(model):
-    graphdef, params, encoder = model
-    engine = Engine(graphdef, 8, make_mesh(), encoder, [tiny_eval()], prompt_names("shapes"))
+    model, params = model
+    engine = Engine(model, [tiny_eval()], prompt_names("shapes"))
 
     def fail():
         raise UserError("Cannot decode it.")
@@ -86,11 +81,10 @@ def test_an_error_while_loading_reaches_the_caller(model):
         list(engine.run(params, [fail], engine.embed(params)))
 
 
-def test_variants_must_share_the_encoder(model):
-    graphdef, _, encoder = model
-    variants = [tiny_eval(), tiny_eval(resolution=64)]
+def test_settings_must_share_what_the_encoder_sees(model):
+    settings = [tiny_eval(), tiny_eval(resolution=64)]
     with pytest.raises(ValueError, match="what follows the encoder"):
-        Engine(graphdef, 8, make_mesh(), encoder, variants, prompt_names("shapes"))
+        Engine(model[0], settings, prompt_names("shapes"))
 
 
 def test_class_names_without_a_known_word_are_named(capsys):

@@ -1,21 +1,21 @@
 """Indexes and copies of data sets in the cache folder, each beside a note of what was left out."""
 
-import contextlib
 import errno
+import functools
 import hashlib
 import json
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from simseg_jax.data.pairs.example import Problems
 from simseg_jax.runtime import remote
-from simseg_jax.runtime.errors import UserError, one_line
-from simseg_jax.runtime.files import sha256, write_json
+from simseg_jax.runtime.errors import writing
+from simseg_jax.runtime.files import appearing, sha256, write_json
 
 VERSION = 3  # Of the cached files: to be raised with any change of their content.
+ADVICE = "Set data.cache to a folder that can be written and has room."
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -33,20 +33,23 @@ def cached(
     notes = path.with_suffix(".json")
     if (problems := _noted(path, notes)) is not None:
         return path, problems
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-    with _writing(folder):
+    storing = functools.partial(writing, f"to the cache folder {folder}", lambda: ADVICE)
+    with storing():
         folder.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    try:
-        with _writing(folder, *FULL):
+    with appearing(path) as partial:
+        with storing():
+            partial.touch()
+        try:
             problems = build(partial)
-        with _writing(folder):
+        except OSError as error:
+            if error.errno not in FULL:  # Of what it reads.
+                raise
+            with storing():
+                raise
+        with storing():
             status, digest = partial.stat(), sha256(partial)
             told = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
             write_json(notes, {"problems": asdict(problems), **told})
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path, problems
 
 
@@ -63,21 +66,6 @@ def _noted(path: Path, notes: Path) -> Problems | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return problems
-
-
-@contextlib.contextmanager
-def _writing(folder: Path, *numbers: int) -> Iterator[None]:
-    """Turns errors of the system, or only some, into a `UserError` about the cache folder."""
-    try:
-        yield
-    except OSError as error:
-        if numbers and error.errno not in numbers:
-            raise
-        reason = error.strerror or one_line(error)
-        raise UserError(
-            f"Cannot write to the cache folder {folder}: {reason}. Set data.cache to a folder that "
-            "can be written and has room."
-        ) from error
 
 
 def local_copy(file: remote.File, cache: Path) -> str:

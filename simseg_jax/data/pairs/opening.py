@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 from simseg_jax.data import shapes
 from simseg_jax.data.pairs.example import Problems
@@ -12,12 +11,12 @@ from simseg_jax.data.pairs.tables import TableSource
 from simseg_jax.data.pairs.tars import TarSource
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.runtime.files import digest, stamp
+from simseg_jax.runtime.files import cache_folder, digest, stamp
 from simseg_jax.runtime.ranges import SCENES, TEXT, number, one_of
 from simseg_jax.runtime.settings import setting
 
-# How each format is recognised by the names of its files. A folder with files of several formats
-# has the first of these: img2dataset leaves Parquet and JSON with statistics beside its tars.
+# How each format is recognised by file names. A folder with several formats has the first of these:
+# img2dataset leaves Parquet and JSON with statistics beside its tars.
 SHARD_NAMES = {
     "webdataset": r"\.(tar(\.(gz|bz2|xz|zst))?|tgz)$",
     "array_record": r"\.array_?record",
@@ -78,10 +77,10 @@ class ShapesSource:
 def open_source(settings: PairsConfig, cache: str = ""):
     """The source of the training pairs that `settings` describes.
 
-    cache: folder for indexes and copies, '' for ~/.cache/simseg_jax.
+    cache: folder for indexes and copies, '' for the usual one, see `files.cache_folder`.
     """
     form = settings.format
-    folder = Path(cache or "~/.cache/simseg_jax").expanduser()
+    folder = cache_folder(cache)
     keys = settings.image_key, settings.caption_key
     if form == "shapes":
         return ShapesSource(settings.size, settings.split or "train")
@@ -142,7 +141,7 @@ def _format_of(path: str) -> str:
         if any(re.search(pattern, name, re.I) for name in names):
             return form
     raise UserError(
-        f"{path} does not tell its format: no file in it, such as {names[0]}, ends in .tar, "
+        f"The format of {path} is unknown: no file in it, such as {names[0]}, ends in .tar, "
         ".parquet or .array_record*; set format, or give the path of a .csv, .tsv or .json."
     )
 

@@ -4,14 +4,12 @@ Every function here takes the job and a number, may run in any process or on any
 the folders of the job, and leaves its result there as files that appear when they are complete.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +20,9 @@ from PIL import Image
 
 from simseg_jax.data.images import decode_image, open_image
 from simseg_jax.data.pairs import BadExample, PairsConfig, open_source, tf_example
-from simseg_jax.runtime.errors import NAMED, UserError, one_line
+from simseg_jax.runtime.errors import NAMED, UserError, writing
 from simseg_jax.runtime.files import appearing
+from simseg_jax.runtime.threads import ahead
 
 DROPPED = "dropped.npy"  # In the folder of a job that drops duplicates: positions, sorted.
 THREADS = 16  # Per process: remote files answer slowly, and PIL works outside Python's lock.
@@ -140,17 +139,20 @@ def write_shard(job: Job, folder: Path, index: int) -> None:
     order = _order(job, folder)
     positions = order[_part(len(order), job.shards, index)].tolist()
     final = folder / job.file_name(index)
+    advice = "Make room there and run the same command again; finished shards are kept."
+    # ArrayRecord raises RuntimeError for whatever the operating system says.
+    storing = functools.partial(writing, str(final), lambda: advice, RuntimeError)
     with appearing(final) as path:
         writer = ArrayRecordWriter(str(path), "group_size:1")
         with ThreadPoolExecutor(THREADS) as pool:
-            results = _ahead(pool, functools.partial(_read, job, source), positions)
+            results = ahead(pool, functools.partial(_read, job, source), positions, AHEAD)
             for position, result in zip(positions, results, strict=True):
                 statistics.add(result)
                 if isinstance(result, Accepted):
-                    with _writing(final):
+                    with storing():
                         writer.write(result.record)
                     hashes.append((position, result.hash))
-        with _writing(final):
+        with storing():
             writer.close()
         statistics.file_size = path.stat().st_size
     if job.duplicates == "keep":
@@ -191,7 +193,8 @@ def hash_part(job: Job, folder: Path, index: int) -> None:
 
     positions = range(job.examples)[_part(job.examples, job.shards, index)]
     with ThreadPoolExecutor(THREADS) as pool:
-        _save_hashes(folder, index, [found for found in _ahead(pool, read, positions) if found])
+        found = list(filter(None, ahead(pool, read, positions, AHEAD)))
+    _save_hashes(folder, index, found)
 
 
 def repeated(job: Job, folder: Path) -> np.ndarray:
@@ -281,30 +284,7 @@ def _part(length: int, parts: int, index: int) -> slice:
     return slice(length * index // parts, length * (index + 1) // parts)
 
 
-def _ahead(pool: Executor, call: Callable, items: Iterable) -> Iterator:
-    """Results of `call` in the order of `items`; a bounded number of them waits in memory."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(call, item))
-        if len(waiting) == AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def _save_hashes(folder: Path, index: int, hashes: list[tuple[int, int]]) -> None:
     table = np.array(hashes, np.uint64).reshape(-1, 2)
     with appearing(hashes_path(folder, index)) as path, path.open("wb") as file:
         np.save(file, table)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """ArrayRecord raises `RuntimeError` for whatever the operating system says."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(
-            f"Cannot write {path}: {one_line(error)}. Make room there and run the same command "
-            "again; finished shards are kept."
-        ) from error

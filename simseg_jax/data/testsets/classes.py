@@ -1,4 +1,4 @@
-"""The classes of every benchmark: names in label_sets/*.txt, and the names put into prompts.
+"""The classes of every test set: names in label_sets/*.txt, and the names put into prompts.
 
 A line of such a file is `name` or `name: prompt name, prompt name, ...`, in the order of the
 labels and without background. The first name is spelled as the authors' evaluation spells it,
@@ -14,7 +14,7 @@ from simseg_jax.runtime.errors import UserError
 
 
 class Labels(NamedTuple):
-    """The labels of a benchmark.
+    """The labels of a test set.
 
     background: whether label 0 is a class "background". top_k: how many class scores set the
     threshold of the paper protocol.
@@ -46,13 +46,13 @@ def label_set(name: str) -> tuple[str, ...]:
 
 
 def class_names(data: str) -> tuple[str, ...]:
-    """Names of the labels 0..C-1 of a benchmark; "background" first where it is one of them."""
+    """Names of the labels 0..C-1 of a test set; "background" first where it is one of them."""
     labels = TEST_SETS[data]
     return ("background",) * labels.background + label_set(labels.label_set)
 
 
 def prompt_names(data: str, names: str = "original") -> tuple[tuple[str, ...], ...]:
-    """For every label of a benchmark the names to put into prompts.
+    """For every label of a test set the names to put into prompts.
 
     names: original (the first name of each line), synonyms (those after the colon where there are
     some) or the path of a text file of your own with one line per class, read like synonyms.

@@ -1,4 +1,4 @@
-"""Where the files of the segmentation benchmarks lie, and what the values in their masks mean.
+"""Where the files of the segmentation test sets lie, and what the values in their masks mean.
 
 Each function takes (root, split) and returns a `Layout`, or raises a `UserError` that says which
 file is missing, where it was looked for and how to get it. PASCAL Context has its own module.
@@ -189,7 +189,7 @@ def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
         found = np.unique(values[wrong])
         which = "value {}, which does" if len(found) == 1 else "values {}, which do"
         raise UserError(
-            f"The mask {path} has the {which.format(some(found))} not belong to this benchmark, at "
+            f"The mask {path} has the {which.format(some(found))} not belong to this test set, at "
             f"{wrong.sum():,} pixels: it is a mask of something else or was converted in another "
             "way."
         )

@@ -106,7 +106,7 @@ class LabelledRecords:
         self.folder = folder
         shards, problems = open_shards(files, Path(), lengths)
         if not shards or problems.count:
-            # A benchmark with a hole would give another number.
+            # A test set with a hole would give another number.
             raise UserError(f"{folder} is not complete. {problems}. Prepare it again.")
         self.records: Any = ArrayRecordDataSource(shards)
         with reading(f"the first record of {folder}", "Prepare the data again."):

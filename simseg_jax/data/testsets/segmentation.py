@@ -1,4 +1,4 @@
-"""Segmentation benchmarks: images with a label per pixel.
+"""Segmentation test sets: images with a label per pixel.
 
 A source has `__len__`, `names` of its images, no two alike, `class_names`, `background`, `turned`
 (files of images read so far whose masks were turned along on trust) and, per index, {"name": str,
@@ -21,7 +21,7 @@ from simseg_jax.data.testsets.pascal_context import context
 from simseg_jax.runtime.errors import UserError, require_file
 from simseg_jax.runtime.files import stamp
 
-# data key of a benchmark on disk -> (root, split) -> its files.
+# data key of a test set on disk -> (root, split) -> its files.
 LAYOUTS = {
     "voc": layouts.voc,
     "voc20": layouts.voc,
@@ -33,12 +33,12 @@ LAYOUTS = {
     "cityscapes": layouts.cityscapes,
 }
 
-# Label with "no class" as 0 -> label of a benchmark without background.
+# Label with "no class" as 0 -> label of a test set without background.
 WITHOUT_BACKGROUND = np.array([layouts.IGNORE, *range(254), layouts.IGNORE], np.uint8)
 
 
 def segmentation_source(settings):
-    """The benchmark that an entry of `config.evals.seg` describes."""
+    """The test set that an entry of `config.evals.seg` describes."""
     if settings.data == "shapes":
         return ShapesSegmentation(settings.size, settings.split)
     return SegmentationFolder(settings.data, settings.root, settings.split)
@@ -74,7 +74,7 @@ class ShapesSegmentation:
 
 
 class SegmentationFolder:
-    """A benchmark on disk: `data` is a key of LAYOUTS.
+    """A test set on disk: `data` is a key of LAYOUTS.
 
     Raises a `UserError` for a file that is missing, cannot be read or does not fit.
     """

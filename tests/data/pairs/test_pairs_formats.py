@@ -104,7 +104,7 @@ def test_mistakes_are_named(tmp_path):
     fails(r"No file matches .*00007\.tar", f"{tmp_path}/{{00007..00008}}.tar")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("?")
-    fails("does not tell its format.*a.txt", tmp_path / "notes")
+    fails("The format of .* is unknown.*a.txt", tmp_path / "notes")
     fails("is no TFDS data set", tmp_path / "notes", "tfds")
     fails("nothere: Protocol not known|Cannot open nothere", "nothere://a/b.tar")
     fails(

@@ -1,11 +1,11 @@
-"""Every benchmark of the paper, and the field's usual protocol of segmentation; not for training.
+"""Every test set of the paper, and the field's usual protocol of segmentation; not for training.
 
-python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/benchmarks.py \
-    --benchmark=voc,context,coco_object
-python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/benchmarks.py \
-    --benchmark=flickr30k,coco,imagenet
+python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/test_sets.py \
+    --test_set=voc,context,coco_object
+python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/test_sets.py \
+    --test_set=flickr30k,coco,imagenet
 
-Without --benchmark all fourteen are run. The data are expected under data/ (make it a link, or set
+Without --test_set all fourteen are run. The data are expected under data/ (make it a link, or set
 --config.evals.seg.NAME.root), in the layouts people have: VOC2012 as unpacked; PASCAL Context as
 PNGs of mmsegmentation, as trainval_merged.json or as .mat files; COCO-Stuff raw or converted;
 ADEChallengeData2016; Cityscapes with gtFine labelIds or labelTrainIds; Karpathy's splits of
