@@ -1,7 +1,10 @@
-"""Which example stands at which place of the endless training stream, as pure arithmetic.
+"""The order of the endless training stream: position -> (data set, index), as pure arithmetic.
 
-Nothing is read here and nothing is remembered: position -> (data set, index) follows from the sizes
-and the seed alone, so that a run resumes anywhere with any number of processes and workers.
+The order follows from the sizes of the data sets and the seed alone, so a run resumes anywhere with
+any number of processes and workers.
+
+Grain's `mix` is no replacement: it interleaves data sets in a fixed pattern, and its epoch ends
+where the first data set is exhausted.
 """
 
 import functools
@@ -10,8 +13,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-# Up to this size an order is stored; the cipher that makes larger ones on the fly, which costs
-# microseconds and no memory, would take a millisecond for so few indices.
+# Larger permutations are not stored: Grain's cipher computes single elements in microseconds. It
+# retries until a result is in range, which takes a millisecond for a small size.
 SMALL = 2**17
 
 
@@ -19,10 +22,10 @@ class Mixture:
     """One endless stream over several data sets; `mixture[position]` is (data set, index in it).
 
     An epoch has `len(mixture)` positions and shows, in its own order, `weight * size` examples of
-    every data set; no example comes again before its data set is through. `shuffle` mixes freely
-    (a concatenation, shuffled); `debiased` fills every global batch from one data set, with shares
-    in proportion to weight * size (rounded to whole batches), against the model telling data sets
-    apart instead of pairs (Cui et al. 2022, ZeroVL).
+    every data set; no example is repeated before all of its data set were shown. `shuffle` shuffles
+    the concatenation of the data sets. `debiased` fills every global batch from one data set, with
+    shares in proportion to weight * size (rounded to whole batches): in a mixed batch a model can
+    tell wrong pairs by their data set (Cui et al. 2022, ZeroVL).
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Mixture:
         return chosen, self._shuffled(turn, self.sizes[chosen], stream=chosen)
 
     def _shuffled(self, turn: int, size: int, stream: int) -> int:
-        """Every `size` turns are a permutation of range(size), each time another one."""
+        """A permutation of range(size), another one for every `size` turns."""
         round_, index = divmod(turn, size)
         seed = _stream_seed(self.seed, stream, round_)
         if size <= SMALL:
@@ -79,7 +82,7 @@ def _permutation(size: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _schedule(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every batch of an epoch: its data set, and how many of that set's batches came before."""
+    """For every batch of an epoch: its data set, and its number among that data set's batches."""
     owners = np.repeat(np.arange(len(counts)), counts)
     np.random.default_rng((seed, epoch)).shuffle(owners)
     turns = np.empty_like(owners)

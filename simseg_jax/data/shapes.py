@@ -1,8 +1,8 @@
 """The embedded data set: procedural scenes with captions and ground-truth masks, no download.
 
 A scene has a textured ground (grass, sand, sky, water, carpet or snow) and one to three objects of
-ten categories, larger where there are fewer. Categories differ in outline, colour and inner
-pattern, and overlap in each of them: apple, heart and brick are reddish, star and moon yellowish,
+ten categories; few objects are larger than many. Categories differ in outline, colour and pattern
+but share each of these with others: apple, heart and brick are reddish, star and moon yellowish,
 leaf is green on green grass. Captions name the objects, some with an adjective, most with the
 ground. Scene `i` of a split is always the same.
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from simseg_jax.data.pairs.example import Problems
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.files import digest
 
@@ -48,7 +47,7 @@ SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
 def vocabulary() -> dict[str, int]:
-    """Token -> id: special tokens, every word a caption can contain, letters for the rest."""
+    """Token -> id: special tokens, all words of captions, and letters to spell other words."""
     phrases = " ".join((*OPENINGS, *JOINTS, *ADJECTIVES, *WORDS, *CATEGORIES, *GROUNDS))
     words = sorted(set(phrases.split()))
     letters = [chr(ord("a") + i) for i in range(26)]
@@ -57,27 +56,13 @@ def vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-class ShapesSource:
-    """Training pairs: {"image": uint8 [64, 64, 3], "captions": (str,)}; masks stay out of sight."""
-
-    def __init__(self, size: int, split: str = "train"):
-        self.size, self.split, self.problems = size, check_split(split), Problems()
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict:
-        image, _, caption = scene(int(index), self.split)
-        return {"image": image, "captions": (caption,), "name": f"scene {index} of {self.split}"}
-
-
 def version() -> str:
-    """Stands for the code that draws the scenes, as sizes and times do for files."""
+    """A digest of the code that draws the scenes: it tells versions of this data set apart."""
     return digest(Path(__file__).read_bytes())
 
 
 def check_split(split: str) -> str:
-    """`split` if there are scenes of it."""
+    """`split`; a `UserError` if there are no scenes of it."""
     if split not in SPLITS:
         raise UserError(f"The generated scenes have the splits {', '.join(SPLITS)}, not {split!r}.")
     return split
@@ -87,8 +72,8 @@ def check_split(split: str) -> str:
 def scene(index: int, split: str) -> tuple[np.ndarray, np.ndarray, str]:
     """Scene `index` of a split: image uint8 [64, 64, 3], mask uint8 [64, 64], caption.
 
-    The mask is 0 on the ground and 1 + the index of the category on objects. Cached:
-    epochs after the first cost nothing.
+    The mask is 0 on the ground and 1 + the index of the category on objects. Scenes are cached:
+    later epochs do not draw them again.
     """
     rng = np.random.default_rng((SPLITS[split], index))
     ground = rng.choice(list(GROUNDS))

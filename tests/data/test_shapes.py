@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from simseg_jax.data import shapes
-from simseg_jax.data.shapes import CATEGORIES, OUTLINES, ShapesSource, scene, vocabulary
+from simseg_jax.data.pairs.opening import ShapesSource
+from simseg_jax.data.shapes import CATEGORIES, OUTLINES, scene, vocabulary
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.zeroshot.prompts import TEMPLATES
 
@@ -51,7 +52,7 @@ def test_outlines_lie_inside_the_unit_circle_roughly(name):
 
 
 def test_training_examples_carry_no_mask():
-    source = ShapesSource(10)
+    source = ShapesSource(10, "train")
     assert len(source) == 10
     assert set(source[0]) == {"image", "captions", "name"}
 

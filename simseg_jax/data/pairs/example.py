@@ -1,4 +1,4 @@
-"""Shared by all sources: bad examples, problems, usual names of keys, reading captions."""
+"""What all sources of pairs share: problems, the choice of keys, reading captions."""
 
 import codecs
 import json
@@ -15,18 +15,18 @@ CAPTION_KEYS = (
     *("caption", "captions", "captions/text", "title", "text", "txt", "comment"),
     *("sentences", "sentences_raw", "sentence", "raw"),
 )
-TEXT_FIELDS = ("caption", "raw", "text")  # Of captions that are records.
+TEXT_FIELDS = ("caption", "raw", "text")  # The text of a caption that is a record.
 NUMBERED = re.compile(r"(captions?|sentences?|texts?|raw)_?\d+", re.IGNORECASE)
-MISSING = ("nan", "None", "NULL", "N/A", "<NA>")  # What is written for a missing value.
-LIST = re.compile(r"""\s*\[\s*(["'].*)?\]\s*""", re.DOTALL)  # Written as text.
+MISSING = ("nan", "None", "NULL", "N/A", "<NA>")  # Words that programs write for no value.
+LIST = re.compile(r"""\s*\[\s*(["'].*)?\]\s*""", re.DOTALL)  # A list of texts in one text.
 NAME_KEYS = ("name", "image/filename", "key", "__key__", "image_id", "id")
 SHORT = 240  # Characters of a description.
 NOTE = 80  # Characters of a note.
-ROOM = 300  # Characters of all descriptions in a message.
-MAX_TEXT = 1 << 20  # Bytes of the text, or the JSON, of one example.
+ROOM = 300  # Characters of all descriptions in one message.
+MAX_TEXT = 1 << 20  # Bytes of the text or the JSON of one example, at most.
 BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # Before UTF-16's, which it begins with.
+    (codecs.BOM_UTF32_LE, "utf-32"),  # Before UTF-16, whose mark is the start of this one.
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -46,9 +46,10 @@ class BadExample(Exception):  # noqa: N818
 
 @dataclass
 class Problems:
-    """Entries left out while indexing: how many, and the first few in words.
+    """Entries left out while indexing: their number, and the first few in words.
 
-    notes: what was chosen, or left out because of its name, and how often; not in `count`.
+    notes: choices between keys and files left out by their name, with their numbers; these are not
+    part of `count`.
     """
 
     count: int = 0
@@ -67,7 +68,7 @@ class Problems:
             self.note(text, times)
 
     def note(self, text: str, times: int = 1) -> None:
-        """Counts one choice."""
+        """Counts a choice."""
         text = shorten(text, NOTE)
         text = text if text in self.notes or len(self.notes) < NAMED else "others"
         self.notes[text] = self.notes.get(text, 0) + times
@@ -86,7 +87,7 @@ class Problems:
 
 
 def shorten(text: str, limit: int = SHORT) -> str:
-    """`text` in one line; a long one loses its middle, as the ends hold the name and the reason."""
+    """`text` in one line without its middle if it is long: the ends hold name and reason."""
     text = " ".join(text.encode(errors="backslashreplace").decode().split())
     half = limit // 2 - 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
@@ -106,21 +107,8 @@ def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
     """
     captions, wrong = [], []
     for entry in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(entry, dict):
-            entry = next((entry[key] for key in TEXT_FIELDS if key in entry), entry)
         try:
-            text = entry.decode(encoding(entry)) if isinstance(entry, bytes) else entry
-            if isinstance(text, str) and len(text) > MAX_TEXT:
-                wrong.append(f"a caption of {len(text):,} characters")
-            elif isinstance(text, str) and "\0" in text:
-                wrong.append("a caption with NUL characters")
-            elif isinstance(text, str) and text.strip() in MISSING:
-                wrong.append(f"caption missing, written {text.strip()}")
-            elif isinstance(text, str):
-                text.encode()  # A lone surrogate stands for a byte that could not be decoded.
-                captions += _listed(text) if LIST.fullmatch(text) else [text]
-            elif text is not None:
-                wrong.append(f"a caption that is no text but {type(text).__name__}")
+            captions += _texts(entry)
         except UnicodeError:
             wrong.append("a caption that is not UTF-8: recode the file")
         except ValueError as error:
@@ -128,60 +116,66 @@ def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
     return tuple(text.strip() for text in captions if text.strip()), wrong
 
 
-def _listed(text: str) -> list[str]:
-    """The captions of a JSON list: some tables keep several captions in one column."""
+def _texts(entry) -> list[str]:
+    """The captions in one entry of a value; a ValueError says why it has none."""
+    if isinstance(entry, dict):
+        entry = next((entry[key] for key in TEXT_FIELDS if key in entry), entry)
+    text = entry.decode(encoding(entry)) if isinstance(entry, bytes) else entry
+    if text is None:
+        return []
+    if not isinstance(text, str):
+        raise ValueError(f"a caption that is no text but {type(text).__name__}")
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"a caption of {len(text):,} characters")
+    if "\0" in text:
+        raise ValueError("a caption with NUL characters")
+    if text.strip() in MISSING:
+        raise ValueError(f"caption missing, written {text.strip()}")
+    text.encode()  # Fails for a lone surrogate, which stands for a byte that is not UTF-8.
+    if not LIST.fullmatch(text):
+        return [text]
     try:
-        captions = json.loads(text)
+        listed = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("a caption that looks like a list but is no JSON") from error
-    if not all(isinstance(caption, str) for caption in captions):
+    if not all(isinstance(caption, str) for caption in listed):
         raise ValueError("a caption that is a list of other things than text")
-    return captions
+    return listed
 
 
-def choose_key(
+def choose_keys(
     where: str, what: str, wanted: str, usual: Sequence[str], keys: Iterable, problems: Problems
-) -> str:
-    """The key of the image or the captions: `wanted`, or else the first usual one in `keys`.
+) -> list[str]:
+    """The keys of the image or the captions: `wanted`, or else the first usual one in `keys`.
 
-    what: such as "column image". Case counts only between keys that differ in nothing else. Other
-    usual keys are noted.
+    what: such as "column image". Case counts only between keys that differ in nothing else. Without
+    a usual key, captions may be numbered: caption_0, caption_1, .... Other usual keys are noted.
     """
     keys, (kind, role) = list(keys), what.split()
+    numbered = [key for key in keys if role == "caption" and NUMBERED.fullmatch(key)]
     for name in (wanted,) if wanted else usual:
         found = [key for key in keys if key.casefold() == name.casefold()]
         found = [wanted] * found.count(wanted) or found
         if len(found) > 1:
             raise UserError(f"{where} has several {kind}s {name}: rename all but the one meant.")
         if found:
-            able = {*usual, *(_numbered(keys) if role == "caption" else ())}
+            able = {*usual, *numbered}
             others = [key for key in keys if {key, key.casefold()} & able and key != found[0]]
             if others and not wanted:
                 problems.note(f"{role}: {found[0]} taken, {some(others)} left out")
-            return found[0]
+            return found
+    if numbered and not wanted:
+        return numbered
     raise UserError(
         f"{where} has no {what} named {wanted or some(usual)}, only {shorten(some(keys), 120)}: "
         f"rename the one meant, or set {role}_key."
     )
 
 
-def choose_captions(
-    where: str, what: str, wanted: str, usual: Sequence[str], keys: list[str], problems: Problems
-) -> list[str]:
-    """The keys of the captions: as `choose_key` finds it, or all of caption_0, caption_1, ..."""
-    if not wanted and not set(usual) & {key.casefold() for key in keys} and _numbered(keys):
-        return _numbered(keys)
-    return [choose_key(where, what, wanted, usual, keys, problems)]
-
-
-def _numbered(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if NUMBERED.fullmatch(key)]
-
-
 def group(owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, starts): the rows of owner i are `order[starts[i] : starts[i + 1]]`, as they came.
+    """(order, starts): the rows of owner i are `order[starts[i] : starts[i + 1]]`, in their order.
 
-    owners: int [N], which of 0 .. max each row belongs to.
+    owners: int [N], the owner of each row, 0 to max.
     """
     order = np.argsort(owners, kind="stable")
     return order, np.searchsorted(owners[order], np.arange(owners.max(initial=-1) + 2))

@@ -1,10 +1,12 @@
-"""One entry point for all formats of training pairs."""
+"""Opens training pairs: the one entry point for all formats."""
 
 import dataclasses
 import re
 
+from simseg_jax.data import shapes
+from simseg_jax.data.pairs.example import Problems
 from simseg_jax.data.pairs.parquet import ParquetSource
-from simseg_jax.data.pairs.records import INFO, RecordSource, tfds_source
+from simseg_jax.data.pairs.records import INFO, RecordSource, tfds_files
 from simseg_jax.data.pairs.tables import TableSource
 from simseg_jax.data.pairs.tars import TarSource
 from simseg_jax.runtime import remote
@@ -13,15 +15,15 @@ from simseg_jax.runtime.files import cache_folder, digest, stamp
 from simseg_jax.runtime.ranges import SCENES, TEXT, number, one_of
 from simseg_jax.runtime.settings import setting
 
-# How each format is recognised by file names. A folder has the first format that any file has:
+# How each format is recognised by file names. A folder with several formats has the first of these:
 # img2dataset leaves Parquet and JSON with statistics beside its tars.
-NAMES = {
+SHARD_NAMES = {
     "webdataset": r"\.(tar(\.(gz|bz2|xz|zst))?|tgz)$",
     "array_record": r"\.array_?record",
     "parquet": r"\.parquet$",
 }
-SHARDED = {"webdataset": TarSource, "array_record": RecordSource, "parquet": ParquetSource}
-TABLES = {"csv": r"\.(csv|tsv|txt|token)$", "coco": r"\.jsonl?$"}
+TABLE_NAMES = {"csv": r"\.(csv|tsv|txt|token)$", "coco": r"\.jsonl?$"}
+SHARD_SOURCES = {"webdataset": TarSource, "array_record": RecordSource, "parquet": ParquetSource}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class PairsConfig:
     )
     format: str = setting(
         "auto",
-        "of the data; auto: recognised by the names of the files",
+        "format of the data; auto: recognised by the names of the files",
         one_of("auto", "csv", "coco", "tfds", "array_record", "webdataset", "parquet", "shapes"),
     )
     split: str = setting(
@@ -58,33 +60,49 @@ class DataSetConfig(PairsConfig):
     )
 
 
+class ShapesSource:
+    """The generated scenes as training pairs; their masks are not shown."""
+
+    def __init__(self, size: int, split: str):
+        self.size, self.split, self.problems = size, shapes.check_split(split), Problems()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        image, _, caption = shapes.scene(int(index), self.split)
+        return {"image": image, "captions": (caption,), "name": f"scene {index} of {self.split}"}
+
+
 def open_source(settings: PairsConfig, cache: str = ""):
     """The source of the training pairs that `settings` describes.
 
     cache: folder for indexes and copies, '' for the usual one, see `files.cache_folder`.
     """
-    path, form = settings.path, settings.format
+    form = settings.format
     folder = cache_folder(cache)
     keys = settings.image_key, settings.caption_key
     if form == "shapes":
-        # Imported here as its module imports this package.
-        from simseg_jax.data.shapes import ShapesSource
-
         return ShapesSource(settings.size, settings.split or "train")
-    if not path:
+    if not settings.path:
         raise UserError("The path of the training data is empty: set it to a file or folder.")
-    path = remote.local_path(path)
+    path = remote.local_path(settings.path)
     try:
-        if form == "auto":
-            form = _format_of(path)
-        if form in TABLES:
+        form = _format_of(path) if form == "auto" else form
+        if form in TABLE_NAMES:
             return TableSource(path, form, settings.images, settings.split, *keys)
         if form == "tfds":
-            return tfds_source(_version(path), settings.split, *keys, folder)
+            version = _tfds_version(path)
+            if not version:
+                raise UserError(
+                    f"{path} is no TFDS data set: neither it nor a version in it has {INFO}."
+                )
+            files, lengths = tfds_files(version, settings.split)
+            return RecordSource(version, files, *keys, folder, lengths)
         found = remote.find(path)
-        # Of a folder only the files of this format, if their names say so.
-        files = [file for file in found if re.search(NAMES[form], file.path, re.I)] or found
-        return SHARDED[form](path, files, *keys, folder)
+        # Files of a folder whose names do not fit the format count only if no others do.
+        files = [file for file in found if re.search(SHARD_NAMES[form], file.path, re.I)] or found
+        return SHARD_SOURCES[form](path, files, *keys, folder)
     except OSError as error:
         raise UserError(f"Cannot open the training data {path}: {error}.") from error
 
@@ -95,11 +113,9 @@ def content(settings: PairsConfig, source) -> str:
     It covers names, sizes and times of change. Images of a table count only if they are local.
     """
     if settings.format == "shapes":
-        from simseg_jax.data import shapes
-
         return shapes.version()
     path = remote.local_path(settings.path)
-    files = remote.find(_version(path, required=False) or path)
+    files = remote.find(_tfds_version(path) or path)
     if not isinstance(source, TableSource) or remote.is_remote(source.folder):
         return digest(files)
     images = (source.names[int(example)] for example in source.examples)
@@ -115,13 +131,13 @@ def _stamp(folder: str, name: str) -> str:
 
 def _format_of(path: str) -> str:
     """The format of the file `path`, or of the files that a folder or pattern holds."""
-    for form, pattern in {**TABLES, **NAMES}.items():
+    for form, pattern in {**TABLE_NAMES, **SHARD_NAMES}.items():
         if re.search(pattern, path, re.I):
             return form
-    if _version(path, required=False):
+    if _tfds_version(path):
         return "tfds"
     names = [file.path for file in remote.find(path)]
-    for form, pattern in NAMES.items():
+    for form, pattern in SHARD_NAMES.items():
         if any(re.search(pattern, name, re.I) for name in names):
             return form
     raise UserError(
@@ -130,15 +146,9 @@ def _format_of(path: str) -> str:
     )
 
 
-def _version(path: str, required: bool = True) -> str:
+def _tfds_version(path: str) -> str:
     """The folder with dataset_info.json: `path` or its newest version; '' if there is none."""
-    if remote.exists(remote.join(path, INFO)):
-        return path
     folders = [f for f in remote.listing(path)[1] if re.search(r"/\d+\.\d+\.\d+$", f)]
-    folders.sort(key=lambda f: [int(n) for n in f.rpartition("/")[2].split(".")])
-    for folder in reversed(folders):
-        if remote.exists(remote.join(folder, INFO)):
-            return folder
-    if required:
-        raise UserError(f"{path} is no TFDS data set: neither it nor a version in it has {INFO}.")
-    return ""
+    folders.sort(key=lambda f: [int(n) for n in f.rpartition("/")[2].split(".")], reverse=True)
+    present = (f for f in (path, *folders) if remote.exists(remote.join(f, INFO)))
+    return next(present, "")

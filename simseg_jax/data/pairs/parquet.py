@@ -1,14 +1,18 @@
 """Parquet files of images and captions: the authors' retrieval sets and Hugging Face's layouts.
 
-Parquet has no access to single rows: each file is copied once, in a stream, to an uncompressed
-Arrow file in the cache folder, which is then mapped into memory. As a small file may unfold to any
-size, what one may hold is bounded by its size on disk: see `_check_size`.
+Parquet is compressed in groups of rows, so single rows cannot be read. Each file is copied once, a
+few rows at a time, to an uncompressed Arrow file in the cache folder. Arrow files are mapped into
+memory: reading a row then touches only its own bytes.
+
+A hostile or damaged file of a few bytes may unfold to any size. What a file may unfold to is
+therefore bounded by its size on disk, before reading by its own metadata and again while copying.
 """
 
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +23,7 @@ from simseg_jax.data.pairs.example import (
     NAME_KEYS,
     TEXT_FIELDS,
     Problems,
-    choose_captions,
-    choose_key,
+    choose_keys,
     group,
     no_pairs,
     read_captions,
@@ -31,12 +34,21 @@ from simseg_jax.runtime.errors import UserError, one_line
 from simseg_jax.runtime.remote import File
 
 BATCH = 64  # Rows in memory at a time, at most.
-BATCH_BYTES = 64 << 20  # Memory for these rows; one row is always read.
-# A file may unfold to SMALL bytes, or to RATIO times its size if that is more.
+BATCH_BYTES = 64 << 20  # Memory of these rows, unless a single one is larger.
+# A file may unfold to SMALL bytes or to RATIO times its size, whichever is more.
 SMALL, RATIO = 64 << 20, 32
 BINARY = ("binary", "large_binary", "binary_view")  # Names of Arrow's types.
 TEXT = (*BINARY, "string", "large_string", "string_view", "null")
 GROUP_KEY = "image_id"  # Rows that share it and have equal images form one example.
+
+
+class Columns(NamedTuple):
+    """The columns of a file to read; '' for none."""
+
+    image: str
+    captions: tuple[str, ...]
+    name: str
+    group: str
 
 
 class UnfitError(UserError):
@@ -47,27 +59,16 @@ class ParquetSource:
     """Rows with an image (bytes, or Hugging Face's struct of bytes and path) and captions.
 
     Captions are text, lists of it, records with it (`TEXT_FIELDS`), JSON lists, or columns
-    caption_0, caption_1, .... path: what the user named. Files that cannot be read to their end or
+    caption_0, caption_1, .... path: as in the settings. Files that cannot be read to their end or
     lack the columns are left out.
     """
 
     def __init__(self, path: str, files: list[File], image_key: str, caption_key: str, cache: Path):
-        _, pq = _pyarrow()
         self.problems, self.copies = Problems(), []
         refusal = None
         for file in remote.progress(files, len(files), f"copying {path}"):
             try:
-                with remote.open_file(file.path) as opened:
-                    table = pq.ParquetFile(opened, buffer_size=1 << 20)
-                    keys = _choose_keys(
-                        file.path, table.schema_arrow, image_key, caption_key, self.problems
-                    )
-                    copy, problems = cached(
-                        cache,
-                        ("parquet", *file, *keys),
-                        ".arrow",
-                        functools.partial(_copy, file, table, keys),
-                    )
+                self._add(file, image_key, caption_key, cache)
             except UnfitError as error:
                 refusal = refusal or error
                 self.problems.add(str(error))
@@ -76,14 +77,12 @@ class ParquetSource:
                 if not remote.is_damage(error):
                     raise
                 self.problems.add(f"{file.path}: unreadable shard ({one_line(error, 60)})")
-            else:
-                self.copies.append(copy)
-                self.problems.extend(problems)
         if refusal and not self.copies:
             raise refusal
         self.table = _open(self.copies)
         if not self.table.num_rows:
             raise no_pairs(path, self.problems)
+        # starts: None if every row is an example of its own, which needs no index.
         self.order, self.starts = np.empty(0, np.int64), None
         if self.table["group"].null_count < self.table.num_rows:
             owners = self.table["group"].combine_chunks().dictionary_encode().indices
@@ -91,6 +90,22 @@ class ParquetSource:
             alone = owners < 0
             owners[alone] = owners.max() + 1 + np.arange(alone.sum())
             self.order, self.starts = group(owners)
+
+    def _add(self, file: File, image_key: str, caption_key: str, cache: Path) -> None:
+        """Copies the usable rows of a file into the cache, unless an earlier run did."""
+        _, pq = _pyarrow()
+        with remote.open_file(file.path) as opened:
+            table = pq.ParquetFile(opened, buffer_size=1 << 20)
+            schema = table.schema_arrow
+            columns = _choose_columns(file.path, schema, image_key, caption_key, self.problems)
+            copy, problems = cached(
+                cache,
+                ("parquet", *file, *columns),
+                ".arrow",
+                functools.partial(_copy, file, table, columns),
+            )
+        self.copies.append(copy)
+        self.problems.extend(problems)
 
     def __len__(self) -> int:
         return self.table.num_rows if self.starts is None else len(self.starts) - 1
@@ -125,10 +140,11 @@ def _pyarrow():
     return pyarrow, pyarrow.parquet
 
 
-def _schema(pa):
-    # An image that the file holds before is null: it is stored once per image.
+def _schema():
+    """The layout of the copies."""
+    pa, _ = _pyarrow()
     fields = {
-        "image": pa.large_binary(),
+        "image": pa.large_binary(),  # Null in a row of the same group as an earlier one.
         "captions": pa.list_(pa.string()),
         "name": pa.string(),
         "group": pa.string(),
@@ -136,16 +152,16 @@ def _schema(pa):
     return pa.schema(fields)
 
 
-def _choose_keys(
+def _choose_columns(
     path: str, schema, image_key: str, caption_key: str, problems: Problems
-) -> tuple[str, tuple[str, ...], str, str]:
-    """(image, captions, name or '', what to group by or '') of the columns of a file."""
+) -> Columns:
+    """The columns of a file; an `UnfitError` if they are missing or of other types."""
     pa, _ = _pyarrow()
     names = schema.names
     try:
         keys = names, problems
-        image = choose_key(path, "column image", image_key, IMAGE_KEYS, *keys)
-        captions = choose_captions(path, "column caption", caption_key, CAPTION_KEYS, *keys)
+        [image] = choose_keys(path, "column image", image_key, IMAGE_KEYS, *keys)
+        captions = choose_keys(path, "column caption", caption_key, CAPTION_KEYS, *keys)
     except UserError as error:
         raise UnfitError(str(error)) from error
     kind = schema.field(image).type
@@ -164,10 +180,10 @@ def _choose_keys(
                 f"{path}: column {caption} is of type {schema.field(caption).type}, not text, a "
                 f"list of it or of records with {' or '.join(TEXT_FIELDS)}: set caption_key."
             )
-    # Of two columns with one name neither can be read.
+    # Arrow reads neither of two columns with the same name.
     others = {key.casefold(): key for key in names if names.count(key) == 1}
     name = next((others[key] for key in NAME_KEYS if key in others), "")
-    return image, tuple(captions), name, others.get(GROUP_KEY, "")
+    return Columns(image, tuple(captions), name, others.get(GROUP_KEY, ""))
 
 
 def _holds_text(kind) -> bool:
@@ -180,97 +196,101 @@ def _holds_text(kind) -> bool:
     return str(kind) in TEXT
 
 
-def _check_size(file: File, metadata, columns: set[str]) -> int:
-    """The largest number of rows to read at a time.
+def _batch_size(file: File, metadata, columns: set[str]) -> int:
+    """The number of rows to read at a time, from what a file's metadata say about its sizes.
 
-    Raises a ValueError if the file says that it holds more rows than bytes, or that what is read of
-    it unfolds to more than `SMALL` or `RATIO` times its size. Images and captions never do.
+    Raises a ValueError if they promise more rows than the file has bytes, or if `columns` unfold to
+    too much. Images and captions never do.
     """
     if metadata.num_rows > file.size:
         raise ValueError(f"{metadata.num_rows:,} rows in {file.size:,} bytes")
-    largest, total = 0, 0
+    sizes = [0]
     for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        chunks = [group.column(index) for index in range(group.num_columns)]
-        size = sum(
-            chunk.total_uncompressed_size
-            for chunk in chunks
-            if any(f"{chunk.path_in_schema}.".startswith(f"{key}.") for key in columns)
+        row_group = metadata.row_group(number)
+        chunks = [row_group.column(index) for index in range(row_group.num_columns)]
+        sizes.append(
+            sum(
+                chunk.total_uncompressed_size
+                for chunk in chunks
+                if any(f"{chunk.path_in_schema}.".startswith(f"{key}.") for key in columns)
+            )
         )
-        largest, total = max(largest, size), total + size
-    _bounded(file, total)
-    # Rows may all repeat the largest value, which is stored once.
-    return max(1, min(BATCH, BATCH_BYTES // max(largest, 1)))
+    _check_unfolded(file, sum(sizes))
+    # A value that is repeated is stored once: every row may be as large as its row group.
+    return max(1, min(BATCH, BATCH_BYTES // max(*sizes, 1)))
 
 
-def _bounded(file: File, size: int) -> None:
+def _check_unfolded(file: File, size: int) -> None:
     if size > max(SMALL, RATIO * file.size):
         raise ValueError(f"{file.size:,} bytes unfold to more than {size:,}")
 
 
-def _rows(batch) -> list[dict | None]:
+def _copy(file: File, table, columns: Columns, target: Path) -> Problems:
+    """Writes the usable rows of a Parquet file in the layout of `_schema`."""
+    pa, _ = _pyarrow()
+    problems, rows, waiting, written = Problems(), [], 0, 0
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, _schema()) as writer:
+        for row in _usable_rows(file, table, columns, problems):
+            rows.append(row)
+            waiting += len(row["image"] or b"") + sum(map(len, row["captions"]))
+            _check_unfolded(file, written + waiting)
+            if len(rows) >= BATCH or waiting >= BATCH_BYTES:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, _schema()))
+                written, waiting, rows = written + waiting, 0, []
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, _schema()))
+    return problems
+
+
+def _usable_rows(file: File, table, columns: Columns, problems: Problems) -> Iterator[dict]:
+    """The rows with an image and a caption, in the layout of `_schema`; counts the others."""
+    names = {columns.image, *columns.captions, columns.name, columns.group} - {""}
+    batches = table.iter_batches(_batch_size(file, table.metadata, names), columns=sorted(names))
+    number, paths_only, seen = -1, 0, set()
+    for number, row in enumerate(row for batch in batches for row in _decoded(batch)):
+        name = f"{file.path}, row {number}"
+        if row is None:
+            problems.add(f"{name}: text that is not UTF-8")
+            continue
+        image = row[columns.image]
+        if isinstance(image, dict):
+            paths_only += bool(not image["bytes"] and image.get("path"))
+            image = image["bytes"]
+        values = [row[key] for key in columns.captions]
+        captions, wrong = read_captions(
+            [v for value in values for v in (value if isinstance(value, list) else [value])]
+        )
+        if columns.name:
+            name += f", {shorten(str(row[columns.name]))}"
+        usable = bool(image and captions)
+        for reason in wrong or ([] if usable else ["empty caption" if image else "no image"]):
+            problems.add(f"{name}: {reason}")
+        if usable:
+            owner = _owner(row[columns.group], image) if columns.group else None
+            stored = None if owner in seen else image
+            seen.update({owner} - {None})
+            yield {"image": stored, "captions": captions, "name": name, "group": owner}
+    if paths_only and paths_only == number + 1:
+        raise UnfitError(
+            f"{file.path} holds the paths of its images, not their bytes; download the images "
+            "first, for example with img2dataset."
+        )
+
+
+def _decoded(batch) -> list[dict | None]:
     """The rows of a batch; None for one whose text is not UTF-8."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
         if len(batch) == 1:
             return [None]
-        return [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
-
-
-def _copy(file: File, table, keys: tuple[str, tuple[str, ...], str, str], target: Path) -> Problems:
-    """Writes the usable rows of a Parquet file in the layout of `_schema`."""
-    pa, _ = _pyarrow()
-    image_key, caption_keys, name_key, group_key = keys
-    columns = {image_key, *caption_keys, name_key, group_key} - {""}
-    batch_size = _check_size(file, table.metadata, columns)
-    problems, seen, number, addresses, written, waiting = Problems(), set(), 0, 0, 0, 0
-    rows = []
-    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, _schema(pa)) as writer:
-        for batch in table.iter_batches(batch_size, columns=sorted(columns)):
-            for row in _rows(batch):
-                name = f"{file.path}, row {number}"
-                number += 1
-                if row is None:
-                    problems.add(f"{name}: text that is not UTF-8")
-                    continue
-                image = row[image_key]
-                if isinstance(image, dict):
-                    addresses += bool(not image["bytes"] and image.get("path"))
-                    image = image["bytes"]
-                values = [row[key] for key in caption_keys]
-                captions, wrong = read_captions(
-                    [v for value in values for v in (value if isinstance(value, list) else [value])]
-                )
-                if name_key:
-                    name += f", {shorten(str(row[name_key]))}"
-                for reason in wrong:
-                    problems.add(f"{name}: {reason}")
-                if not image or not captions:
-                    if not wrong:
-                        problems.add(f"{name}: {'empty caption' if image else 'no image'}")
-                    continue
-                owner = _owner(row[group_key], image) if group_key else None
-                stored = None if owner in seen else image
-                if owner is not None:
-                    seen.add(owner)
-                waiting += len(stored or b"") + sum(map(len, captions))
-                _bounded(file, written + waiting)
-                rows.append({"image": stored, "captions": captions, "name": name, "group": owner})
-            if len(rows) >= BATCH or waiting >= BATCH_BYTES:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, _schema(pa)))
-                written, waiting, rows = written + waiting, 0, []
-        writer.write_batch(pa.RecordBatch.from_pylist(rows, _schema(pa)))
-    if addresses and addresses == number:
-        raise UnfitError(
-            f"{file.path} holds the paths of its images, not their bytes; download the images "
-            "first, for example with img2dataset."
-        )
-    return problems
+        return [row for i in range(len(batch)) for row in _decoded(batch.slice(i, 1))]
 
 
 def _owner(identity: Any, image: bytes) -> str | None:
-    """What the rows of one example share: ids may start again in every file, or all be the same."""
+    """What the rows of one example share; None for a row without an id.
+
+    It covers the image: ids may start again in every file, or all be the same.
+    """
     if identity is None:
         return None
     digest = hashlib.blake2b(image, digest_size=16)
@@ -281,9 +301,9 @@ def _owner(identity: Any, image: bytes) -> str | None:
 def _open(copies: list[Path]):
     """The Arrow table of all copies, mapped into memory."""
     pa, _ = _pyarrow()
-    tables = [_schema(pa).empty_table()]
+    tables = [_schema().empty_table()]
     for copy in copies:
-        # The mapping outlives the file object: no file stays open, there may be thousands.
+        # The mapping outlives the file object, so that thousands of files need not stay open.
         with pa.memory_map(str(copy)) as file:
             tables.append(pa.ipc.open_file(file).read_all())
     return pa.concat_tables(tables)

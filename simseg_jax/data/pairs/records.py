@@ -1,4 +1,4 @@
-"""ArrayRecord shards of tf.train.Example, and TFDS data sets in that format, without TensorFlow."""
+"""ArrayRecord shards of tf.train.Example, alone or in a TFDS data set, without TensorFlow."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from simseg_jax.data.pairs.example import (
     NAME_KEYS,
     BadExample,
     Problems,
-    choose_key,
+    choose_keys,
     no_pairs,
     read_captions,
 )
@@ -28,16 +28,16 @@ from simseg_jax.runtime.remote import File
 
 INFO = "dataset_info.json"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-LOOKED = 4  # Records of a shard that are searched for the keys.
+LOOKED = 4  # Records of a shard whose features are looked at to choose keys.
 READ_ERRORS = (OSError, ValueError, RuntimeError, DecodeError)
 
 
 class RecordSource:
     """Records of ArrayRecord shards: tf.train.Example with an image and captions.
 
-    path: what the user named, for messages. promised: records per shard, for the message about one
-    that cannot be read. Remote shards are copied into the cache folder: the reader needs local
-    files.
+    path: as in the settings, for messages. promised: records per shard according to TFDS, for the
+    message about an unreadable one. Remote shards are copied into the cache folder, as the reader
+    needs local files.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class RecordSource:
         if not shards:
             raise no_pairs(path, self.problems)
         self.records: Any = ArrayRecordDataSource(shards)
-        example = self._first(shards)
-        keys = example, self.problems
-        self.image = choose_key(path, "feature image", image_key, IMAGE_KEYS, *keys)
-        self.caption = choose_key(path, "feature caption", caption_key, CAPTION_KEYS, *keys)
-        self.name = next((key for key in NAME_KEYS if key in example), "")
-        if not any(isinstance(value, bytes) for value in example[self.image]):
+        features = self._first_features([shard.take for shard in shards])
+        keys = features, self.problems
+        [self.image] = choose_keys(path, "feature image", image_key, IMAGE_KEYS, *keys)
+        self.captions = choose_keys(path, "feature caption", caption_key, CAPTION_KEYS, *keys)
+        self.name = next((key for key in NAME_KEYS if key in features), "")
+        if not any(isinstance(value, bytes) for value in features[self.image]):
             raise UserError(f"{path}: feature {self.image} holds numbers, not an encoded image.")
 
     def __len__(self) -> int:
@@ -71,10 +71,11 @@ class RecordSource:
         name = f"{self.path}, record {index}"
         try:
             values = tf_example.parse(self.records[index])
-            captions, wrong = read_captions(values.get(self.caption, ()))
+            captions, wrong = read_captions([v for k in self.captions for v in values.get(k, ())])
         except READ_ERRORS as error:
             raise BadExample(name, error) from error
-        name = ", ".join([name, *(str(_text(value)) for value in values.get(self.name, ())[:1])])
+        for value in values.get(self.name, ())[:1]:
+            name += f", {value.decode(errors='replace') if isinstance(value, bytes) else value}"
         image = next(iter(values.get(self.image, ())), b"")
         if not image or not isinstance(image, bytes):
             raise BadExample(name, "no image")
@@ -82,28 +83,30 @@ class RecordSource:
             raise BadExample(name, wrong[0] if wrong else "no caption")
         return {"image": image, "captions": captions, "name": name}
 
-    def _first(self, shards) -> dict[str, list]:
-        """The features of a few records, with their values, of the first shard that has any."""
+    def _first_features(self, counts: list[int]) -> dict[str, list]:
+        """Features and their values, from a few records of the first shard that has any.
+
+        counts: records per shard. Several records, as the first one may be odd.
+        """
         start, reason = 0, "they are empty"
         features: dict[str, list] = {}
-        for shard in shards:
-            for index in range(start, start + min(LOOKED, shard.take)):
+        for count in counts:
+            for index in range(start, start + min(LOOKED, count)):
                 try:
                     for key, values in tf_example.parse(self.records[index]).items():
                         features.setdefault(key, []).extend(values)
                 except READ_ERRORS as error:
                     reason = one_line(error)
-            # One of them may be odd; hardly all.
             if features:
                 return features
-            start += shard.take
+            start += count
         raise UserError(f"The records of {self.path} are no tf.train.Example: {reason}.")
 
 
 def open_shards(
     files: list[File], cache: Path, promised: list[int] | None = None
 ) -> tuple[list, Problems]:
-    """Instructions for `ArrayRecordDataSource`, and the shards that cannot be read."""
+    """Shards in the form `ArrayRecordDataSource` takes, and problems with those left out."""
     problems = Problems()
 
     def measure(file: File):
@@ -111,7 +114,7 @@ def open_shards(
             path = local_copy(file, cache)
             reader = ArrayRecordReader(path)
             count = reader.num_records()
-            reader.close()  # Raises what went wrong before: a damaged file counts 0 records.
+            reader.close()  # Raises the errors of a damaged file, which seems to have 0 records.
             return path, count
         except (OSError, RuntimeError) as error:
             if not remote.is_damage(error):
@@ -127,23 +130,18 @@ def open_shards(
             reason = one_line(str(count).partition(";")[0] or "truncated", 60)
             problems.add(f"{shard}: unreadable shard{lost} ({reason})")
         elif count:
-            # The protocol of grain's file instructions; saves it from counting again.
+            # Grain's protocol of read instructions: it need not count the records again.
             shards.append(
                 SimpleNamespace(filename=shard, skip=0, take=count, examples_in_shard=count)
             )
     return shards, problems
 
 
-def tfds_source(
-    folder: str, split: str, image_key: str, caption_key: str, cache: Path
-) -> RecordSource:
-    """The split ('' for train) of a TFDS data set: a folder with dataset_info.json."""
-    files, lengths = tfds_files(folder, split)
-    return RecordSource(folder, files, image_key, caption_key, cache, lengths)
-
-
 def tfds_files(folder: str, split: str) -> tuple[list[File], list[int]]:
-    """The shards of a split of a TFDS data set and their numbers of records."""
+    """The shards of a split ('' for train) of a TFDS data set, and their numbers of records.
+
+    folder: that of one version, with dataset_info.json.
+    """
     path = remote.join(folder, INFO)
     try:
         info = json.loads(remote.read(path))
@@ -174,13 +172,9 @@ def tfds_files(folder: str, split: str) -> tuple[list[File], list[int]]:
             "NUM_SHARDS": f"{count:05d}",
             "SHARD_X_OF_Y": f"{number:05d}-of-{count:05d}",
         }
-        # Not str.format, with which a file could ask for any width.
+        # Not str.format: in an untrusted template it could pad to any width.
         name = str(templates[split]).rpartition("/")[2]
         for key, value in values.items():
             name = name.replace(f"{{{key}}}", str(value))
         files.append(present.get(name, File(remote.join(folder, name), 0, "")))
     return files, lengths[split]
-
-
-def _text(value) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
