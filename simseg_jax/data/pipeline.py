@@ -6,7 +6,6 @@ processes only decide who computes it, so a run resumes from one number: its pos
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from simseg_jax.data.crops import draw_crop, read_crop
 from simseg_jax.data.images import crop_and_resize, decode_image
 from simseg_jax.data.mixture import Mixture
 from simseg_jax.data.pairs import BadExample, DataSetConfig, open_source
+from simseg_jax.data.pairs.example import fingerprint, spread
 from simseg_jax.data.text import TextEncoder
 from simseg_jax.runtime.errors import NAMED, UserError
 from simseg_jax.runtime.ranges import FLAG, SHARE, TEXT, number, one_of, pair, whole
@@ -121,14 +121,13 @@ class Examples:
         {name: {"examples": int, "sample": digests of image and captions of `SAMPLE` examples}}; the
         digest of an example that cannot be read is "".
         """
+        found = {}
         with ThreadPoolExecutor(min(SAMPLE, self.data.threads)) as pool:
-            return {
-                name: {
-                    "examples": len(source),
-                    "sample": list(pool.map(functools.partial(_digest, source), _spread(source))),
-                }
-                for name, source in zip(self.data.train, self.sources, strict=True)
-            }
+            for name, source in zip(self.data.train, self.sources, strict=True):
+                digest = functools.partial(_digest, source)
+                sample = list(pool.map(digest, spread(len(source), SAMPLE)))
+                found[name] = {"examples": len(source), "sample": sample}
+        return found
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The example at a position of the stream.
@@ -305,17 +304,8 @@ def in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
-def _spread(source) -> list[int]:
-    """Indices of examples spread evenly over a source, its first and last included."""
-    return np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int).tolist()
-
-
 def _digest(source, index: int) -> str:
     try:
-        pair = source[index]
+        return fingerprint(source[index]).hex()[:8]
     except BadExample:
         return ""
-    image = pair["image"]
-    content = hashlib.sha256(image if isinstance(image, bytes) else image.tobytes())
-    content.update("\0".join(pair["captions"]).encode(errors="surrogatepass"))
-    return content.hexdigest()[:8]

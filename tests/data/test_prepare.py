@@ -244,7 +244,7 @@ def cut(path):
         ("*00001-of-00003", cut),
         ("*00001-of-00003", lambda path: path.unlink()),
         ("statistics-00001.json", cut),
-        ("hashes-00001.npy", cut),
+        ("digests-00001.npy", cut),
     ],
 )
 def test_a_damaged_shard_is_written_again(home, monkeypatch, capsys, pattern, damage):
@@ -320,4 +320,4 @@ def test_mistakes_are_explained(home, capsys):
     assert "No file matches" in message(capsys, home / "nowhere.tar", out)
     assert "must be a folder here" in message(capsys, path, "--output=gs://bucket/x")
     shutil.copytree(home / "source", home / "out" / "1.0.0")
-    assert "was made by other means" in message(capsys, path, out)
+    assert "was not made by prepare" in message(capsys, path, out)

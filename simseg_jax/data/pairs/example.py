@@ -1,6 +1,7 @@
 """What all sources of pairs share: problems, the choice of keys, reading captions."""
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -179,6 +180,20 @@ def group(owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     order = np.argsort(owners, kind="stable")
     return order, np.searchsorted(owners[order], np.arange(owners.max(initial=-1) + 2))
+
+
+def fingerprint(pair: dict) -> bytes:
+    """The SHA-256 of the image and the captions of an example, wherever it is stored."""
+    image = pair["image"]
+    content = hashlib.sha256(image if isinstance(image, bytes) else image.tobytes())
+    # No caption contains a NUL.
+    content.update("\0".join(pair["captions"]).encode(errors="surrogatepass"))
+    return content.digest()
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` indices spread evenly over range(count), its first and last included."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
 
 
 def no_pairs(path: str, problems: Problems) -> UserError:

@@ -16,6 +16,7 @@ from simseg_jax.data.pairs.example import (
     no_pairs,
     read_captions,
     shorten,
+    spread,
 )
 from simseg_jax.data.pairs.json_rows import json_rows
 from simseg_jax.runtime import remote
@@ -118,8 +119,7 @@ class TableSource:
 
         A single missing image is a bad example wherever it stands, so several are looked for.
         """
-        tried = np.unique(np.linspace(0, len(self) - 1, min(TRIED, len(self))).astype(int))
-        names = [self.names[int(self.examples[index])] for index in tried]
+        names = [self.names[int(self.examples[i])] for i in spread(len(self), TRIED)]
         paths = [remote.join(self.folder, name) for name in names]
         if not any(remote.exists(path) for path in paths):
             raise UserError(

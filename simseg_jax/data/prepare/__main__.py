@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from simseg_jax.data.pairs import PairsConfig, content
-from simseg_jax.data.pipeline import DataConfig
 from simseg_jax.data.prepare.assemble import VERSION, check_same, make_data_set, read_back
 from simseg_jax.data.prepare.shards import Job, open_once
 from simseg_jax.data.prepare.vocabulary import train_vocabulary
@@ -18,10 +17,11 @@ from simseg_jax.runtime.command_line import accepted, add_setting, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import appearing
 from simseg_jax.runtime.processes import keeping
-from simseg_jax.runtime.ranges import SEED, SHARE, whole
+from simseg_jax.runtime.ranges import SHARE, whole
 from simseg_jax.runtime.settings import field_of, typed
 
-SHARD_LENGTH = 10_000
+SHARD_LENGTH = 10_000  # Images of a shard, at most, by default.
+JOB_OPTIONS = ("split_name", "short_side", "quality", "max_pixels", "duplicates", "seed")
 EPILOG = """examples:
   images in a folder, captions in a table with the header image,caption
     python -m simseg_jax.data.prepare DATA/captions.csv --images=Images --output=OUT/mine
@@ -35,19 +35,19 @@ EPILOG = """examples:
         --beam="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64"
 
 OUT/mine/1.0.0 can be trained on (--config.data.train.NAME.path=OUT/mine) and read by any program
-through tfds.builder_from_directory. OUT/mine/card.json and card.png tell what is in it and what was
-left out. Every image is decoded to its end; what is damaged is counted, named and left out.
+through tfds.builder_from_directory. OUT/mine/card.json and card.png show what it contains and what
+was left out. Every image is decoded to its end; damaged ones are counted, named and left out.
 
 The same command continues where it was stopped: finished shards in OUT/mine/1.0.0.incomplete are
-kept. If files of the source have changed since, by size or time, it refuses to go on. The result
-depends on neither the number of processes nor on Beam. Needs the extra prepare
-(pip install -e ".[prepare]"), --beam the extra beam.
+kept. It refuses to continue if files of the source have changed since, by size or time. The result
+depends neither on the number of processes nor on Beam. The command needs the extra prepare
+(pip install -e ".[prepare]"), --beam also the extra beam.
 """
 
 
 @report_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line, writes what is missing, reports."""
+    """Parses the command line and writes what is missing of the data set."""
     args = _parser().parse_args(arguments)
     _check(args)
     output = Path(args.output).expanduser()
@@ -83,48 +83,21 @@ def _parser() -> argparse.ArgumentParser:
         "Turns image-caption pairs of any format into a TFDS data set of ArrayRecord shards.",
         EPILOG,
     )
-    parser.add_argument(
-        "path", nargs="?", default="", help=field_of(PairsConfig, "path").metadata["meaning"]
-    )
+    meaning = field_of(PairsConfig, "path").metadata["meaning"]
+    parser.add_argument("path", nargs="?", default="", help=meaning)
     parser.add_argument("--output", required=True, help="folder to write, DIR in what follows")
     for key in _source_keys():
         add_setting(parser, PairsConfig, key, default=getattr(PairsConfig, key))
+    for key in JOB_OPTIONS:
+        text = f"{field_of(Job, key).metadata['meaning']} (%(default)s)"
+        add_setting(parser, Job, key, text, getattr(Job, key))
     add = parser.add_argument
-    add(
-        "--short_side",
-        type=accepted(whole(0)),
-        default=288,
-        help="larger images are re-encoded as JPEG with this "
-        "short side in pixels, smaller ones kept; 0: all keep their bytes (%(default)s)",
-    )
-    add(
-        "--quality",
-        type=accepted(whole(1, 100)),
-        default=90,
-        help="of these JPEGs, 1 to 100 (%(default)s)",
-    )
-    text = "larger images count as damaged (%(default)s)"
-    add_setting(parser, DataConfig, "max_pixels", text, DataConfig.max_pixels)
-    add(
-        "--max_bad",
-        type=accepted(SHARE, float),
-        default=0.1,
-        help="stop when more than this share of the pairs cannot be used (%(default)s)",
-    )
-    add(
-        "--duplicates",
-        choices=("keep", "drop"),
-        default="keep",
-        help="pairs with the same bytes "
-        "and captions as an earlier one; drop reads the data twice (%(default)s)",
-    )
     add(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="random order over all shards, or that of the source",
+        default=Job.shuffle,
+        help=field_of(Job, "shuffle").metadata["meaning"],
     )
-    add("--seed", type=accepted(SEED), default=0, help="of that order (%(default)s)")
     add(
         "--shards",
         type=accepted(whole(0, 100_000)),
@@ -132,16 +105,26 @@ def _parser() -> argparse.ArgumentParser:
         help="files to write; 0: about 10,000 images each, fewer in small data sets",
     )
     add("--name", default="", help="name of the data set; default: that of DIR")
-    add("--split_name", default="train", help="name of its split (%(default)s)")
+    add(
+        "--max_bad",
+        type=accepted(SHARE, float),
+        default=0.1,
+        help="stop when more than this share of the pairs cannot be used (%(default)s)",
+    )
     add(
         "--train_vocab",
         type=accepted(whole(0, 2**24)),
         default=0,
         metavar="SIZE",
-        help="train DIR/vocab.txt, an "
-        "uncased WordPiece vocabulary of at most so many tokens, from the captions; 0: no",
+        help="train DIR/vocab.txt from the captions, an uncased WordPiece vocabulary of at most "
+        "SIZE tokens; 0: no vocabulary",
     )
-    add("--processes", type=accepted(whole(0, 1024)), default=0, help="0: one per core")
+    add(
+        "--processes",
+        type=accepted(whole(0, 1024)),
+        default=0,
+        help="processes to run; 0: one per core",
+    )
     add(
         "--beam",
         default="",
@@ -173,10 +156,8 @@ def _job(args, settings: dict[str, Any], files: str, examples: int) -> Job:
     shards = args.shards or max(-(-examples // SHARD_LENGTH), min(16, -(-examples // 1000)))
     if shards > examples:
         raise UserError(f"--shards={shards} are more than the {examples} images of {args.path}.")
-    same = ("short_side", "quality", "max_pixels", "seed", "shuffle", "duplicates", "split_name")
-    return Job(
-        settings, files, examples, name=name, shards=shards, **{k: getattr(args, k) for k in same}
-    )
+    options = {key: getattr(args, key) for key in (*JOB_OPTIONS, "shuffle")}
+    return Job(settings, files, examples, name, shards, **options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""From a job to a finished data set: running its shards anywhere, metadata of TFDS, data card."""
+"""From a job to a finished data set: runs its shards anywhere, then describes them."""
 
-import datetime
 import functools
 import json
 import multiprocessing
@@ -11,13 +10,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.pairs import PairsConfig, Problems, open_source
+from simseg_jax.data.pairs.example import spread
 from simseg_jax.data.prepare import card
 from simseg_jax.data.prepare.shards import (
     DROPPED,
@@ -35,22 +34,22 @@ from simseg_jax.runtime.files import make_writable, write_json
 
 VERSION = "1.0.0"
 JOB = "job.json"
-FEW = 10  # So many bad examples never stop a job: too few for a share.
+FEW = 10  # So many bad examples never stop a job: a share of few means nothing.
 
 
 def make_data_set(
     job: Job, problems: Problems, output: Path, processes: int, beam: str, max_bad: float
 ) -> None:
-    """Writes the shards that are missing, then what describes them, and prints a summary.
+    """Writes the missing shards, their metadata and the data card, and prints a summary.
 
     problems: what the index of the source left out. beam: pipeline options, '' to run here on
-    `processes`. max_bad: the share of unusable examples above which a `UserError` stops it.
+    `processes`. max_bad: a larger share of unusable examples stops it with a `UserError`.
     """
     work = output / f"{VERSION}.incomplete"
     if work.exists() and any(work.iterdir()):
         check_same(work, job)
         for partial in work.glob(".*"):
-            partial.unlink()  # Of a process that was killed.
+            partial.unlink()  # From a process that was killed.
     else:
         make_writable(work)
         write_json(work / JOB, asdict(job))
@@ -72,7 +71,7 @@ def make_data_set(
         print(f"Continuing: {job.shards - len(missing)} of {job.shards} shards are there.")
     total = Statistics()
     for index in run(write_shard, missing, "writing"):
-        total += Statistics.load(statistics_path(work, index))
+        total.add(Statistics.load(statistics_path(work, index)))
         first = [name for names in total.first.values() for name in names]
         bad = total.counts["unusable"] + total.counts["corrupt"]
         _check_bad(bad, total.counts["examples"], first, max_bad)
@@ -85,7 +84,7 @@ def check_same(folder: Path, job: Job) -> None:
     try:
         saved = dict(json.loads((folder / JOB).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} was made by other means: use another --output.") from error
+        raise UserError(f"{folder} was not made by prepare: use another --output.") from error
     differing = [key for key in wanted if saved.get(key) != wanted[key]]
     if differing == ["content"]:
         raise UserError(
@@ -115,15 +114,15 @@ def _check_bad(bad: int, seen: int, first: list[str], max_bad: float) -> None:
 
 
 def _here(call: Callable, indices: list[int], processes: int) -> Iterator[int]:
-    """Calls call(index) for all indices; yields each when it is done."""
+    """Calls call(index) for all indices in processes; yields each index when it is done."""
     if processes == 1 or len(indices) < 2:
         for index in indices:
             call(index)
             yield index
         return
-    # A fork of a process with threads (JAX has some) may hang.
+    # A fork of a process with threads, such as JAX's, may hang.
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C goes to all processes of a terminal: these have nothing to say about it.
+    # A terminal sends Ctrl-C to all processes: these end without a traceback.
     silent = (signal.SIGINT, signal.SIG_DFL)
     size = min(processes, len(indices))
     with ProcessPoolExecutor(size, context, signal.signal, silent) as pool:
@@ -146,7 +145,7 @@ def _here(call: Callable, indices: list[int], processes: int) -> Iterator[int]:
 
 
 def _on_beam(call: Callable, indices: list[int], options: str) -> Iterator[int]:
-    """As `_here`, on Apache Beam; nothing is yielded before all is done."""
+    """As `_here`, on Apache Beam, which reports nothing before all calls are done."""
     import apache_beam  # pyright: ignore[reportMissingImports]
     from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
 
@@ -160,36 +159,30 @@ def _on_beam(call: Callable, indices: list[int], options: str) -> Iterator[int]:
 def _finish(job: Job, problems: Problems, output: Path, work: Path) -> None:
     """Metadata, card and the final name, once all shards are there."""
     parts = [Statistics.load(statistics_path(work, i)) for i in range(job.shards)]
-    total = sum(parts, Statistics())
+    total = Statistics()
+    for part in parts:
+        total.add(part)
     if not total.counts["written"]:
         raise UserError(f"None of the {job.examples} examples can be used: {total.first}.")
     dropped = job.duplicates == "drop"
     duplicates = len(np.load(work / DROPPED) if dropped else repeated(job, work))
     _write_metadata(job, work, parts)
-    facts = _card(job, problems, total, duplicates)
+    facts = card.facts(job, problems, total, duplicates)
     card.write_card(output, facts)
-    written = read_back(work, job)
-    chosen = np.linspace(0, len(written) - 1, min(len(written), card.SAMPLES)).astype(int)
-    samples = [written[int(i)] for i in chosen]
     left_out = problems.count + total.counts["unusable"] + total.counts["corrupt"]
+    what = f", {duplicates:,} duplicates" if dropped else f"; {duplicates:,} duplicates are in it"
     lines = [
         f"{facts['images']:,} images with {facts['captions']:,} captions, {job.shards} shard(s), "
         f"{facts['bytes_out'] / 1e6:,.1f} MB ({facts['bytes_in'] / 1e6:,.1f} MB before)",
-        f"left out: {left_out:,} damaged or without caption"
-        + (f", {duplicates:,} duplicates" if dropped else "")
-        + ("" if dropped else f"; {duplicates:,} duplicates are in it"),
+        f"left out: {left_out:,} damaged or without caption{what}",
     ]
-    card.write_picture(
-        output / "card.png",
-        job.name,
-        [*lines, f"from {job.source['path'] or job.source['format']}"],
-        [(decode_image(pair["image"], pair["name"]), pair["captions"][0]) for pair in samples],
-        total.words,
-        total.short_side,
-        job.short_side,
-    )
+    written = read_back(work, job)
+    pairs = [written[index] for index in spread(len(written), card.SAMPLES)]
+    samples = [(decode_image(pair["image"], pair["name"]), pair["captions"][0]) for pair in pairs]
+    origin = f"from {job.source['path'] or job.source['format']}"
+    card.write_picture(output / "card.png", job, [*lines, origin], samples, total)
     final = work.rename(output / VERSION)
-    for pattern in ("statistics-*.json", "hashes-*.npy", DROPPED):
+    for pattern in ("statistics-*.json", "digests-*.npy", DROPPED):
         for scratch in final.glob(pattern):
             scratch.unlink()
     print(f"{'; '.join(lines)}. Data: {final}, card: {output / 'card.json'}, card.png")
@@ -225,30 +218,3 @@ def _write_metadata(job: Job, work: Path, parts: list[Statistics]) -> None:
         check_data=False,
         description="Images with captions; see card.json.",
     )
-
-
-def _card(job: Job, problems: Problems, total: Statistics, duplicates: int) -> dict[str, Any]:
-    """What card.json holds: counts, the first of every kind of problem, sizes, the job."""
-    counts = total.counts
-
-    def rejected(kind: str) -> dict[str, Any]:
-        return {"count": counts[kind], "first": total.first.get(kind, [])}
-
-    return {
-        "name": job.name,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "images": counts["written"],
-        "captions": counts["captions"],
-        "examples_in": job.examples,
-        "left_out_by_the_index": asdict(problems),
-        "corrupt_images": rejected("corrupt"),
-        "unusable_examples": rejected("unusable"),
-        "duplicates": {"count": duplicates, "kept": job.duplicates == "keep"},
-        "reencoded_images": counts["reencoded"],
-        "bytes_in": counts["bytes_in"],
-        "bytes_out": counts["bytes_out"],
-        "words_per_caption": card.summary(total.words),
-        "short_side_before": card.summary(total.short_side),
-        "long_side_before": card.summary(total.long_side),
-        "job": asdict(job),
-    }

@@ -1,10 +1,12 @@
 """The data card of a prepared data set: what is in it and what was left out, as JSON and PNG."""
 
+import datetime
 import json
 import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from simseg_jax.data.pairs import Problems
+from simseg_jax.data.prepare.shards import Job, Statistics
 from simseg_jax.runtime.files import appearing
 
 SAMPLES, COLUMNS = 12, 6
@@ -20,59 +24,71 @@ CELL = 240  # Side of a sample in pixels.
 INK, GREY, ACCENT, LIMIT = "#222222", "#767676", "#2a6f97", "#c1121f"
 
 
-def write_card(folder: Path, card: dict[str, Any]) -> None:
-    """card.json; the keys of `card` are described where `prepare` makes it."""
-    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+def facts(job: Job, problems: Problems, total: Statistics, duplicates: int) -> dict[str, Any]:
+    """The content of card.json: counts, the first problems of every kind, sizes, the job."""
+    counts = total.counts
+
+    def rejected(kind: str) -> dict[str, Any]:
+        return {"count": counts[kind], "first": total.first.get(kind, [])}
+
+    return {
+        "name": job.name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "images": counts["written"],
+        "captions": counts["captions"],
+        "examples_in": job.examples,
+        "left_out_by_the_index": asdict(problems),
+        "corrupt_images": rejected("corrupt"),
+        "unusable_examples": rejected("unusable"),
+        "duplicates": {"count": duplicates, "kept": job.duplicates == "keep"},
+        "reencoded_images": counts["reencoded"],
+        "bytes_in": counts["bytes_in"],
+        "bytes_out": counts["bytes_out"],
+        "words_per_caption": summary(total.words),
+        "short_side_before": summary(total.short_side),
+        "long_side_before": summary(total.long_side),
+        "job": asdict(job),
+    }
+
+
+def write_card(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes card.json."""
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     with appearing(folder / "card.json") as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def summary(counts: Counter[int]) -> dict[str, float]:
-    """min, median, mean and max of the values that occur `counts[value]` times; {} without any."""
+    """min, median, mean and max of values that occur `counts[value]` times; {} without any."""
     if not counts:
         return {}
     values = np.array(sorted(counts))
     weights = np.array([counts[int(value)] for value in values])
     median = values[np.searchsorted(np.cumsum(weights), weights.sum() / 2)]
     mean = round(float(values @ weights / weights.sum()), 2)
-    return {
-        "min": int(values[0]),
-        "median": int(median),
-        "mean": mean,
-        "max": int(values[-1]),
-    }
+    return {"min": int(values[0]), "median": int(median), "mean": mean, "max": int(values[-1])}
 
 
 def write_picture(
     path: Path,
-    title: str,
-    facts: Sequence[str],
+    job: Job,
+    lines: Sequence[str],
     samples: Sequence[tuple[Image.Image, str]],
-    words: Counter[int],
-    short_side: Counter[int],
-    limit: int,
+    total: Statistics,
 ) -> None:
-    """card.png: lines of facts, (image, caption) samples, and two histograms.
+    """card.png: lines of text, (image, caption) samples, and two histograms of `total`.
 
-    words: captions by number of words. short_side: images by their size in pixels before `limit`
-    (0: none) bounded it.
+    The height depends on the numbers of lines and samples, so places are in inches from the top.
     """
     rows = -(-len(samples) // COLUMNS)
-    figure = Figure(figsize=(13, 1.1 + 0.24 * len(facts) + 2.75 * rows + 2.6), dpi=110)
+    figure = Figure(figsize=(13, 1.1 + 0.24 * len(lines) + 2.75 * rows + 2.6), dpi=110)
     FigureCanvasAgg(figure)
     inch = 1 / figure.get_figheight()
-    figure.text(0.03, 1 - 0.22 * inch, title, size=17, weight="bold", color=INK, va="top")
-    figure.text(
-        0.03,
-        1 - 0.62 * inch,
-        "\n".join(facts),
-        size=10,
-        color=GREY,
-        va="top",
-        linespacing=1.5,
-        parse_math=False,
-    )
-    top = 1 - (0.85 + 0.24 * len(facts)) * inch
+    figure.text(0.03, 1 - 0.22 * inch, job.name, size=17, weight="bold", color=INK, va="top")
+    plain = {"va": "top", "parse_math": False}
+    text = "\n".join(lines)
+    figure.text(0.03, 1 - 0.62 * inch, text, size=10, color=GREY, linespacing=1.5, **plain)
+    top = 1 - (0.85 + 0.24 * len(lines)) * inch
     area = {"left": 0.03, "right": 0.97, "bottom": 3.15 * inch, "top": top}
     grid = figure.add_gridspec(rows, COLUMNS, wspace=0.08, hspace=0.32, **area)
     for place, (image, caption) in enumerate(samples):
@@ -80,18 +96,17 @@ def write_picture(
         axes.imshow(ImageOps.fit(image, (CELL, CELL)))
         axes.set_axis_off()
         text = "\n".join(textwrap.wrap(caption, 30, max_lines=2, placeholder=" …"))
-        below = {"transform": axes.transAxes, "va": "top"}
-        axes.text(0, -0.04, text, size=8.5, color=INK, parse_math=False, **below)
+        axes.text(0, -0.04, text, size=8.5, color=INK, transform=axes.transAxes, **plain)
     area = {"left": 0.055, "right": 0.97, "bottom": 0.55 * inch, "top": 2.25 * inch}
     charts = figure.add_gridspec(1, 2, **area)
-    _histogram(figure.add_subplot(charts[0]), words, "words per caption", "captions")
+    _histogram(figure.add_subplot(charts[0]), total.words, "words per caption", "captions")
     axes = figure.add_subplot(charts[1])
-    _histogram(axes, short_side, "short side of the images in pixels, before", "images")
-    if limit:
-        axes.axvline(limit, color=LIMIT, linewidth=1.2)
-        label = (limit, 0.93)
-        where = ("data", "axes fraction")
-        axes.annotate(f" larger ones: {limit}", label, xycoords=where, color=LIMIT, size=8.5)
+    label = "short side of the images in pixels, before"
+    _histogram(axes, total.short_side, label, "images")
+    if job.short_side:
+        axes.axvline(job.short_side, color=LIMIT, linewidth=1.2)
+        text, place = f" larger ones: {job.short_side}", (job.short_side, 0.93)
+        axes.annotate(text, place, xycoords=("data", "axes fraction"), color=LIMIT, size=8.5)
     with warnings.catch_warnings():
         # Captions may be in a script that the font lacks.
         warnings.filterwarnings("ignore", "Glyph")
@@ -99,7 +114,7 @@ def write_picture(
 
 
 def _histogram(axes, counts: Counter[int], label: str, unit: str) -> None:
-    """Bars over at most the 99th percentile, rest in the last bar."""
+    """Bars up to the 99th percentile; the last one counts all larger values."""
     if counts:
         values = np.array(sorted(counts))
         weights = np.array([counts[int(value)] for value in values])

@@ -1,11 +1,14 @@
 """The unit of work of `prepare`: one output shard, from reading its examples to its statistics.
 
-Every function here takes the job and a number, may run in any process or on any machine that sees
-the folders of the job, and leaves its result there as files that appear when they are complete.
+Every function here takes the job and the number of a shard, runs in any process on any machine that
+sees the folders of the job, and leaves its result as a file that appears when it is complete.
+
+All shards together are one list of positions in the source: a permutation that follows from the
+seed, without the duplicates if they are dropped. A shard is one slice of that list, so no shard
+depends on another.
 """
 
 import functools
-import hashlib
 import io
 import json
 from collections import Counter
@@ -20,8 +23,12 @@ from PIL import Image
 
 from simseg_jax.data.images import decode_image, open_image
 from simseg_jax.data.pairs import BadExample, PairsConfig, open_source, tf_example
+from simseg_jax.data.pairs.example import fingerprint
+from simseg_jax.data.pipeline import DataConfig
 from simseg_jax.runtime.errors import NAMED, UserError, writing
 from simseg_jax.runtime.files import appearing
+from simseg_jax.runtime.ranges import FLAG, SEED, TEXT, one_of, whole
+from simseg_jax.runtime.settings import inherited, setting
 from simseg_jax.runtime.threads import ahead
 
 DROPPED = "dropped.npy"  # In the folder of a job that drops duplicates: positions, sorted.
@@ -34,53 +41,46 @@ KEPT_FORMATS, KEPT_MODES = ("JPEG", "PNG"), ("RGB", "L")
 class Job:
     """Everything the bytes of the shards depend on.
 
-    source: settings of the data set. content: stands for the versions of its files. examples: its
-    length.
+    source: settings of the data set. content: a digest of its files. examples: its length.
     """
 
     source: dict[str, Any]
     content: str
     examples: int
     name: str
-    split_name: str
     shards: int
-    short_side: int
-    quality: int
-    max_pixels: int
-    seed: int
-    shuffle: bool
-    duplicates: str
+    split_name: str = setting("train", "name of the split to write", TEXT)
+    short_side: int = setting(
+        288,
+        "larger images are re-encoded as JPEG with this short side in pixels, smaller ones kept; "
+        "0: all keep their bytes",
+        whole(0),
+    )
+    quality: int = setting(90, "quality of the re-encoded JPEGs", whole(1, 100))
+    max_pixels: int = inherited(DataConfig, "max_pixels", DataConfig.max_pixels)
+    seed: int = setting(0, "seed of the random order", SEED)
+    shuffle: bool = setting(True, "random order over all shards, or that of the source", FLAG)
+    duplicates: str = setting(
+        "keep",
+        "keep or drop pairs with the same bytes and captions as an earlier one; drop reads the "
+        "data twice",
+        one_of("keep", "drop"),
+    )
 
     def file_name(self, index: int) -> str:
         """The name TFDS gives to shard `index`."""
         return f"{self.name}-{self.split_name}.array_record-{index:05d}-of-{self.shards:05d}"
 
 
-class Rejected(NamedTuple):
-    """Why an example is not written."""
-
-    kind: str
-    message: str
-
-
-class Accepted(NamedTuple):
-    """A record and what the statistics need of it; size: upright (width, height) before."""
-
-    record: bytes
-    hash: int
-    size: tuple[int, int]
-    words: list[int]
-    counts: dict[str, int]
-
-
 @dataclass
 class Statistics:
-    """Counts of one shard or, added up, of all.
+    """Counts of one example, of a shard or of all shards.
 
-    counts: examples read; those written, their captions, re-encoded images and bytes of images
-    before and after; unusable examples and corrupt images. first: names of the last two. words:
-    captions by number of words; short_side, long_side: images by their size before, in pixels.
-    file_size: bytes of the shard.
+    counts: "examples" read, of these "unusable" ones (no image or caption), "corrupt" ones (the
+    image does not decode) and those "written", with their "captions", "reencoded" images and bytes
+    of images before and after ("bytes_in", "bytes_out"). first: messages about the first unusable
+    and corrupt ones. words: captions by number of words. short_side, long_side: images by their
+    upright size before, in pixels. file_size: bytes of the shard.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -90,37 +90,29 @@ class Statistics:
     first: dict[str, list[str]] = field(default_factory=dict)
     file_size: int = 0
 
-    def add(self, result: "Accepted | Rejected") -> None:
-        """Counts one example."""
-        self.counts["examples"] += 1
-        if isinstance(result, Rejected):
-            self.counts[result.kind] += 1
-            self.first[result.kind] = [*self.first.get(result.kind, []), result.message][:NAMED]
-            return
-        self.counts.update(result.counts)
-        self.words.update(result.words)
-        self.short_side[min(result.size)] += 1
-        self.long_side[max(result.size)] += 1
-
-    def __add__(self, other: "Statistics") -> "Statistics":
-        total = Statistics()
+    def add(self, other: "Statistics") -> None:
+        """Adds everything but the size of a file."""
         for name in ("counts", "words", "short_side", "long_side"):
-            getattr(total, name).update(getattr(self, name))
-            getattr(total, name).update(getattr(other, name))
-        for kind in {**self.first, **other.first}:
-            total.first[kind] = (self.first.get(kind, []) + other.first.get(kind, []))[:NAMED]
-        return total
+            getattr(self, name).update(getattr(other, name))
+        for kind, messages in other.first.items():
+            self.first[kind] = [*self.first.get(kind, []), *messages][:NAMED]
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
-        """What `write_shard` has left at `path`."""
+        """The statistics that `write_shard` left at `path`."""
         saved = json.loads(path.read_text())
-        words, short_side, long_side = (
-            Counter({int(value): count for value, count in saved[name].items()})
-            for name in ("words", "short_side", "long_side")
-        )
-        counts, first = Counter(saved["counts"]), saved["first"]
-        return cls(counts, words, short_side, long_side, first, saved["file_size"])
+        saved["counts"] = Counter(saved["counts"])
+        for name in ("words", "short_side", "long_side"):
+            saved[name] = Counter({int(value): count for value, count in saved[name].items()})
+        return cls(**saved)
+
+
+class Prepared(NamedTuple):
+    """One example: its statistics, and its record and hash unless it is left out."""
+
+    statistics: Statistics
+    record: bytes = b""
+    hash: int = 0
 
 
 def statistics_path(folder: Path, index: int) -> Path:
@@ -130,7 +122,7 @@ def statistics_path(folder: Path, index: int) -> Path:
 
 def hashes_path(folder: Path, index: int) -> Path:
     """Where the hashes of part `index` are: uint64 [n, 2], position in the source and hash."""
-    return folder / f"hashes-{index:05d}.npy"
+    return folder / f"digests-{index:05d}.npy"
 
 
 def write_shard(job: Job, folder: Path, index: int) -> None:
@@ -140,18 +132,18 @@ def write_shard(job: Job, folder: Path, index: int) -> None:
     positions = order[_part(len(order), job.shards, index)].tolist()
     final = folder / job.file_name(index)
     advice = "Make room there and run the same command again; finished shards are kept."
-    # ArrayRecord raises RuntimeError for whatever the operating system says.
+    # ArrayRecord raises RuntimeError for all errors of the operating system.
     storing = functools.partial(writing, str(final), lambda: advice, RuntimeError)
     with appearing(final) as path:
         writer = ArrayRecordWriter(str(path), "group_size:1")
         with ThreadPoolExecutor(THREADS) as pool:
-            results = ahead(pool, functools.partial(_read, job, source), positions, AHEAD)
-            for position, result in zip(positions, results, strict=True):
-                statistics.add(result)
-                if isinstance(result, Accepted):
+            results = ahead(pool, functools.partial(_prepare, job, source), positions, AHEAD)
+            for position, example in zip(positions, results, strict=True):
+                statistics.add(example.statistics)
+                if example.record:
                     with storing():
-                        writer.write(result.record)
-                    hashes.append((position, result.hash))
+                        writer.write(example.record)
+                    hashes.append((position, example.hash))
         with storing():
             writer.close()
         statistics.file_size = path.stat().st_size
@@ -162,7 +154,7 @@ def write_shard(job: Job, folder: Path, index: int) -> None:
 
 
 def is_written(job: Job, folder: Path, index: int) -> bool:
-    """Whether `write_shard` has left everything of a shard, undamaged as far as can be seen."""
+    """Whether the files of a shard are there and undamaged, as far as their sizes show."""
     try:
         size = Statistics.load(statistics_path(folder, index)).file_size
         if (folder / job.file_name(index)).stat().st_size != size:
@@ -181,15 +173,14 @@ def is_hashed(folder: Path, index: int) -> bool:
 
 
 def hash_part(job: Job, folder: Path, index: int) -> None:
-    """Hashes the examples of one part of the source, in its order, to find duplicates before."""
+    """Hashes the examples of one part of the source, in its order, to find duplicates first."""
     source = open_once(**job.source)
 
     def read(position: int) -> tuple[int, int] | None:
         try:
-            pair = source[position]
+            return position, _hash(source[position])
         except BadExample:
             return None  # `write_shard` counts it.
-        return position, _hash(pair)
 
     positions = range(job.examples)[_part(job.examples, job.shards, index)]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -198,9 +189,9 @@ def hash_part(job: Job, folder: Path, index: int) -> None:
 
 
 def repeated(job: Job, folder: Path) -> np.ndarray:
-    """Positions in the source, sorted, of examples that an earlier one equals: int64 [n].
+    """Positions in the source, sorted, of examples that equal an earlier one: int64 [n].
 
-    Read from the hashes of all parts: 64 bits of the image's bytes and the captions.
+    They are equal if 64 bits of the digests of their images' bytes and captions are.
     """
     found = np.concatenate([np.load(hashes_path(folder, i)) for i in range(job.shards)])
     found = found[np.argsort(found[:, 0])]
@@ -208,27 +199,34 @@ def repeated(job: Job, folder: Path) -> np.ndarray:
     return np.delete(found[:, 0], first).astype(np.int64)
 
 
-def _read(job: Job, source, position: int) -> Accepted | Rejected:
+def _prepare(job: Job, source, position: int) -> Prepared:
     try:
-        pair = source[int(position)]
+        pair = source[position]
     except BadExample as problem:
-        return Rejected("unusable", str(problem))
+        return _left_out("unusable", problem)
     image, captions, name = pair["image"], pair["captions"], pair["name"]
     if isinstance(image, np.ndarray):
         image = _encode(Image.fromarray(image), "PNG")
     try:
         written, size = _checked(image, name, job)
     except UserError as error:
-        return Rejected("corrupt", str(error))
+        return _left_out("corrupt", error)
     counts = {
+        "examples": 1,
         "written": 1,
         "captions": len(captions),
         "reencoded": int(written is not image),
         "bytes_in": len(image),
         "bytes_out": len(written),
     }
+    words = Counter(len(caption.split()) for caption in captions)
+    sides = Counter([min(size)]), Counter([max(size)])
     record = tf_example.serialize({"image": written, "captions": captions, "name": name})
-    return Accepted(record, _hash(pair), size, [len(c.split()) for c in captions], counts)
+    return Prepared(Statistics(Counter(counts), words, *sides), record, _hash(pair))
+
+
+def _left_out(kind: str, problem: Exception) -> Prepared:
+    return Prepared(Statistics(Counter(["examples", kind]), first={kind: [str(problem)]}))
 
 
 def _checked(image: bytes, name: str, job: Job) -> tuple[bytes, tuple[int, int]]:
@@ -242,7 +240,7 @@ def _checked(image: bytes, name: str, job: Job) -> tuple[bytes, tuple[int, int]]
     if scale < 1:
         size = [max(1, round(side * scale)) for side in decoded.size]
         written, kept = decoded.resize(size, Image.Resampling.BICUBIC), False
-    # A file that is kept byte for byte keeps its EXIF, by which it is read upright.
+    # A file that is kept byte for byte keeps its EXIF, so it is read upright again.
     return image if kept else _encode(written, "JPEG", quality=job.quality), decoded.size
 
 
@@ -253,20 +251,12 @@ def _encode(image: Image.Image, form: str, **options) -> bytes:
 
 
 def _hash(pair: dict[str, Any]) -> int:
-    image = pair["image"]
-    parts = [image if isinstance(image, bytes) else image.tobytes()]
-    parts += [caption.encode() for caption in pair["captions"]]
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        # The length keeps two captions apart from one that reads like both.
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return int.from_bytes(digest.digest(), "little")
+    return int.from_bytes(fingerprint(pair)[:8], "little")
 
 
 @functools.lru_cache(maxsize=1)
 def open_once(**settings):
-    """The source of a job, once per process; its index lies in the cache folder of the machine."""
+    """The source of a job, opened once per process."""
     return open_source(PairsConfig(**settings))
 
 
@@ -281,6 +271,7 @@ def _order(job: Job, folder: Path) -> np.ndarray:
 
 
 def _part(length: int, parts: int, index: int) -> slice:
+    """Part `index` of `parts` nearly equal ones."""
     return slice(length * index // parts, length * (index + 1) // parts)
 
 
