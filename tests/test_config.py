@@ -19,6 +19,7 @@ from simseg_jax.config import (
     run_config,
     segmentation_eval,
 )
+from simseg_jax.data.prepare.shards import Job
 from simseg_jax.evaluators.probe import ProbeConfig
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.vit import ViTConfig
@@ -163,7 +164,7 @@ def test_every_default_is_accepted_and_every_key_shows_what_it_accepts():
 
 
 def test_every_class_of_settings_belongs_to_a_configuration():
-    """There is no second table of keys: what declares settings is part of a run or of a probe."""
+    """There is no second table of keys: what declares settings is part of a run, probe or job."""
     used = set()
 
     def visit(kind):
@@ -175,6 +176,7 @@ def test_every_class_of_settings_belongs_to_a_configuration():
 
     visit(RunConfig)
     visit(ProbeConfig)
+    visit(Job)
     declaring = {
         match for path in PACKAGE.rglob("*.py") for match in re.findall(SETTINGS, path.read_text())
     }
