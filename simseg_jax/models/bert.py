@@ -15,11 +15,14 @@ from simseg_jax.models.layers import (
     HEADS,
     INIT,
     WIDTH,
+    Keys,
     apply_blocks,
     attention,
     check_heads,
     dropout,
+    layer_norm,
     linear,
+    make_blocks,
 )
 from simseg_jax.runtime.ranges import BELOW_ONE, one_of, whole
 from simseg_jax.runtime.settings import setting
@@ -55,8 +58,8 @@ class BertConfig:
 PAD = 0  # id of [PAD] in every BERT vocabulary
 
 
-def _layer_norm(config: BertConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+def _layer_norm(config: BertConfig, dtype, rngs: Keys) -> nnx.LayerNorm:
+    return layer_norm(config.width, config.norm_eps, dtype, rngs)
 
 
 def _init_words(key: jax.Array, shape, dtype) -> jax.Array:
@@ -67,9 +70,15 @@ def _init_words(key: jax.Array, shape, dtype) -> jax.Array:
 class Embeddings(nnx.Module):
     """Sum of word, position and token-type (row 0) embeddings, normalised."""
 
-    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, dtype, rngs: Keys):
         def table(rows: int, init: Any = INIT) -> nnx.Embed:
-            return nnx.Embed(rows, config.width, embedding_init=init, dtype=dtype, rngs=rngs)
+            return nnx.Embed(
+                rows,
+                config.width,
+                embedding_init=init,
+                dtype=dtype,
+                rngs=rngs,  # pyright: ignore[reportArgumentType]
+            )
 
         self.word_embeddings = table(config.vocab_size, _init_words)
         self.position_embeddings = table(config.max_positions)
@@ -88,7 +97,7 @@ class Embeddings(nnx.Module):
 class Layer(nnx.Module):
     """Self-attention and MLP, each followed by its residual and LayerNorm."""
 
-    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, dtype, rngs: Keys):
         self.heads = config.heads
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation]
@@ -139,11 +148,11 @@ class Bert(nnx.Module):
     as attention key, yet its own outputs are returned as well. remat: as `layers.apply_blocks`.
     """
 
-    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs, remat: str = "none"):
+    def __init__(self, config: BertConfig, dtype, rngs: Keys, remat: str = "none"):
         self.dropout = config.dropout
         self.remat = remat
         self.embeddings = Embeddings(config, dtype, rngs)
-        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.depth)])
+        self.layers = make_blocks(lambda rngs: Layer(config, dtype, rngs), config.depth, rngs)
 
     def __call__(
         self,

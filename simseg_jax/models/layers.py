@@ -154,17 +154,64 @@ ACTIVATIONS = {
 }
 
 
+class Keys:
+    """Random keys for initialisation: those of `nnx.Rngs(key)`, counted in Python.
+
+    nnx.Rngs counts in a traced array and compares its sharding at every key, for which JAX lists
+    the trace so far: more than half of the time that tracing an initialisation took.
+    """
+
+    def __init__(self, key: jax.Array, start: int | jax.Array = 0):
+        self.key, self.start, self.drawn = key, start, 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        self.drawn += 1
+        return jax.random.fold_in(self.key, self.start + self.drawn - 1)
+
+
+def make_blocks(make: Callable[[Keys], nnx.Module], depth: int, rngs: Keys) -> nnx.List:
+    """[make(rngs), ...], `depth` times: the same parameters from a program of one block's size."""
+    trial = Keys(rngs.key)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(trial)))
+
+    def draw(start: jax.Array) -> Any:
+        return nnx.split(make(Keys(rngs.key, start)))[1]
+
+    first = rngs.start + rngs.drawn
+    states = jax.vmap(draw)(first + trial.drawn * jnp.arange(depth))
+    rngs.drawn += depth * trial.drawn
+    return nnx.List(
+        [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], states)) for i in range(depth)]
+    )
+
+
 def linear(
     width_in: int,
     width_out: int,
     kernel_init,
     dtype,
-    rngs: nnx.Rngs,
+    rngs: Keys,
     bias_init=nnx.initializers.zeros,
 ) -> nnx.Linear:
     """A linear layer with float32 parameters that computes in `dtype`."""
     return nnx.Linear(
-        width_in, width_out, kernel_init=kernel_init, bias_init=bias_init, dtype=dtype, rngs=rngs
+        width_in,
+        width_out,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        rngs=rngs,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def layer_norm(width: int, epsilon: float, dtype, rngs: Keys) -> nnx.LayerNorm:
+    """LayerNorm with float32 parameters and statistics, its result in `dtype`."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=epsilon,
+        dtype=dtype,
+        rngs=rngs,  # pyright: ignore[reportArgumentType]
     )
 
 

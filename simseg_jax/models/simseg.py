@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
 from simseg_jax.models.bert import Bert, BertConfig
-from simseg_jax.models.layers import WIDTH, torch_linear_init
+from simseg_jax.models.layers import WIDTH, Keys, torch_linear_init
 from simseg_jax.models.pooling import mean_pool, top_m_pool
 from simseg_jax.models.vit import ViT, ViTConfig
 from simseg_jax.runtime.ranges import FLAG, RESPONSES, number, one_of
@@ -42,7 +42,7 @@ class SimSegConfig:
 class Projection(nnx.Module):
     """Linear without bias; products in `dtype`, sums and result in float32 for the pooling."""
 
-    def __init__(self, width: int, embed_dim: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, embed_dim: int, dtype, rngs: Keys):
         init = torch_linear_init()
         self.kernel = nnx.Param(init(rngs.params(), (width, embed_dim), jnp.float32))
         self.dtype = dtype
@@ -55,7 +55,7 @@ class Projection(nnx.Module):
 class SimSeg(nnx.Module):
     """Image and text encoders that meet in one embedding space."""
 
-    def __init__(self, config: SimSegConfig, dtype, rngs: nnx.Rngs, remat: str = "none"):
+    def __init__(self, config: SimSegConfig, dtype, rngs: Keys, remat: str = "none"):
         self.config = config
         self.image_encoder = ViT(config.image, dtype, rngs, remat)
         self.text_encoder = Bert(config.text, dtype, rngs, remat)
@@ -130,7 +130,7 @@ def make_model(config: SimSegConfig, dtype=jnp.float32, remat: str = "none") -> 
 
     remat: what the gradient keeps of every block, as `layers.apply_blocks`.
     """
-    abstract = nnx.eval_shape(lambda: SimSeg(config, dtype, nnx.Rngs(0), remat))
+    abstract = nnx.eval_shape(lambda: SimSeg(config, dtype, Keys(jax.random.key(0)), remat))
     graphdef, _ = nnx.split(abstract, nnx.Param)
     return graphdef
 
@@ -143,7 +143,7 @@ def bind(graphdef: nnx.GraphDef, params: dict) -> SimSeg:
 
 def init_params(config: SimSegConfig, key: jax.Array) -> dict:
     """Random float32 parameters as a nested dict with string keys. Traceable: jit it to shard."""
-    return params_of(SimSeg(config, jnp.float32, nnx.Rngs(key)))
+    return params_of(SimSeg(config, jnp.float32, Keys(key)))
 
 
 def params_of(module: nnx.Module) -> dict:

@@ -15,12 +15,15 @@ from simseg_jax.models.layers import (
     HEADS,
     INIT,
     WIDTH,
+    Keys,
     apply_blocks,
     attention,
     can_flash,
     check_heads,
     flash_attention,
+    layer_norm,
     linear,
+    make_blocks,
     torch_bias_init,
     torch_linear_init,
 )
@@ -73,14 +76,14 @@ class ViTConfig:
         check_heads(self.width, self.heads, prefix)
 
 
-def _layer_norm(config: ViTConfig, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+def _layer_norm(config: ViTConfig, dtype, rngs: Keys) -> nnx.LayerNorm:
+    return layer_norm(config.width, config.norm_eps, dtype, rngs)
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention with one product for query, key and value."""
 
-    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, dtype, rngs: Keys):
         self.heads = config.heads
         self.qkv = linear(config.width, 3 * config.width, INIT, dtype, rngs)
         self.proj = linear(config.width, config.width, INIT, dtype, rngs)
@@ -97,7 +100,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """Two linear layers around the activation."""
 
-    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, dtype, rngs: Keys):
         self.fc1 = linear(config.width, config.mlp_width, INIT, dtype, rngs)
         self.fc2 = linear(config.mlp_width, config.width, INIT, dtype, rngs)
         self.activation = ACTIVATIONS[config.activation]
@@ -109,7 +112,7 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention and MLP with residuals."""
 
-    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, dtype, rngs: Keys):
         self.norm1 = _layer_norm(config, dtype, rngs)
         self.attn = Attention(config, dtype, rngs)
         self.norm2 = _layer_norm(config, dtype, rngs)
@@ -124,7 +127,7 @@ class Block(nnx.Module):
 class PatchEmbed(nnx.Module):
     """Non-overlapping patches -> tokens: the strided convolution written as one matrix product."""
 
-    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, dtype, rngs: Keys):
         self.patch_size = config.patch_size
         inputs = 3 * config.patch_size**2
         self.proj = linear(
@@ -146,7 +149,7 @@ class ViT(nnx.Module):
     `layers.apply_blocks`.
     """
 
-    def __init__(self, config: ViTConfig, dtype, rngs: nnx.Rngs, remat: str = "none"):
+    def __init__(self, config: ViTConfig, dtype, rngs: Keys, remat: str = "none"):
         self.remat = remat
         self.grid = config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(config, dtype, rngs)
@@ -154,7 +157,7 @@ class ViT(nnx.Module):
         shape = (1, 1 + self.grid**2, config.width)
         self.pos_embed = nnx.Param(INIT(rngs.params(), shape, jnp.float32))
         self.norm_pre = _layer_norm(config, dtype, rngs) if config.pre_norm else None
-        self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.depth)])
+        self.blocks = make_blocks(lambda rngs: Block(config, dtype, rngs), config.depth, rngs)
         self.norm = _layer_norm(config, dtype, rngs)
         self.dtype = dtype
 

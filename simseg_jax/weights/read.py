@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from simseg_jax.models.bert import Bert, BertConfig
+from simseg_jax.models.layers import Keys
 from simseg_jax.models.simseg import SimSeg, SimSegConfig, params_of
 from simseg_jax.models.vit import ViT, ViTConfig
 from simseg_jax.runtime.errors import UserError, one_line, reading, some
@@ -260,7 +260,7 @@ def refuse_infinite(params: dict) -> None:
 def shapes_of(config: Architecture) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of an encoder or a whole model, by path."""
     kind: Any = {ViTConfig: ViT, BertConfig: Bert, SimSegConfig: SimSeg}[type(config)]
-    params = jax.eval_shape(lambda: params_of(kind(config, jnp.float32, nnx.Rngs(0))))
+    params = jax.eval_shape(lambda: params_of(kind(config, jnp.float32, Keys(jax.random.key(0)))))
     return {path: x.shape for path, x in _by_path(params).items()}
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from support import assert_close
 
 from simseg_jax.models.bert import Bert, BertConfig
+from simseg_jax.models.layers import Keys
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.models.vit import ViT, ViTConfig
 from simseg_jax.runtime.errors import UserError
@@ -41,7 +42,9 @@ def outputs():
 
 def run_tower(tower, *inputs):
     kind = Bert if tower.format == "Hugging Face BERT" else ViT
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: kind(tower.config, jnp.float32, nnx.Rngs(0))))
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: kind(tower.config, jnp.float32, Keys(jax.random.key(0))))
+    )
 
     def apply(params, *inputs):
         return nnx.merge(graphdef, keyed(params))(*inputs)
