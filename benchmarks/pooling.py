@@ -1,14 +1,14 @@
-"""Top-M pooling, value and gradient: this package's kernel against the alternatives that lost.
+"""Top-M pooling, value and gradient: this package's kernel against the alternatives.
 
 Prints the time of all of them, interleaved call by call, the temporary memory XLA plans and the
 share of the memory bandwidth that is used, 100 % being a copy of the same array: the least traffic
 is x read once and its gradient written once.
 
-- maxima: M passes, each with the largest entry after the previous one; the package's kernel.
+- package: the package's kernel. On NVIDIA GPUs a Triton kernel that keeps the tokens of 64 channels
+  in registers and reads x once, elsewhere maxima.
+- maxima: M passes, each with the largest entry after the previous one.
 - top_k: `jax.lax.top_k` over tokens, differentiated through its gather.
 - reduce: one pass of `jax.lax.reduce` that merges sorted lists of M values and positions.
-- pallas: one pass of a Triton kernel that keeps the tokens of 64 channels in registers (NVIDIA
-  GPUs; elsewhere only with --interpret, for its values).
 
 python benchmarks/pooling.py --batch 64
 """
@@ -21,8 +21,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from simseg_jax.models import pooling
 
@@ -58,37 +56,6 @@ def reduce_top_m(x: jax.Array, m: int) -> Selection:
     start = (*[jnp.float32(-jnp.inf)] * m, *[last] * m)
     out = jax.lax.reduce((*values, *tokens), start, merge, (1,))
     return jnp.stack(out[:m], axis=1), jnp.stack(out[m:], axis=1)
-
-
-def pallas_top_m(x: jax.Array, m: int, interpret: bool = False) -> Selection:
-    """As `pooling.top_m`, by a Triton kernel; channels in blocks of 64."""
-    batch, tokens, channels = x.shape
-    rows, width, ranks = pl.next_power_of_2(tokens), 64, pl.next_power_of_2(m)
-
-    def kernel(x_ref, values_ref, tokens_ref):
-        token = jax.lax.broadcasted_iota(jnp.int32, (rows, width), 0)
-        rest = plgpu.load(x_ref, mask=token < tokens, other=-jnp.inf)
-        for rank in range(m):
-            value = rest.max(axis=0, keepdims=True)
-            position = jnp.where(rest == value, token, rows).min(axis=0, keepdims=True)
-            rest = jnp.where(token == position, -jnp.inf, rest)
-            values_ref[pl.ds(rank, 1), :] = value
-            tokens_ref[pl.ds(rank, 1), :] = position
-
-    def block(count):
-        return pl.BlockSpec((None, count, width), lambda example, part: (example, 0, part))
-
-    shapes = [jax.ShapeDtypeStruct((batch, ranks, channels), t) for t in (jnp.float32, jnp.int32)]
-    values, positions = pl.pallas_call(
-        kernel,
-        out_shape=shapes,
-        grid=(batch, channels // width),
-        in_specs=[block(rows)],
-        out_specs=[block(ranks), block(ranks)],
-        compiler_params=plgpu.CompilerParams(num_warps=4),
-        interpret=interpret,
-    )(x)
-    return values[:, :m], positions[:, :m]
 
 
 def with_selection(select: Callable) -> Callable:
@@ -133,18 +100,15 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=512)
     parser.add_argument("--m", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--interpret", action="store_true", help="run the Triton kernel anywhere")
     args = parser.parse_args()
     shape = (args.batch, args.tokens, args.channels)
     x = jax.random.normal(jax.random.key(0), shape)
     pools = {
-        "maxima": pooling.top_m_pool,
+        "package": pooling.top_m_pool,
+        "maxima": with_selection(pooling.top_m),
         "top_k": with_top_k,
         "reduce": with_selection(reduce_top_m),
     }
-    if args.interpret or jax.default_backend() == "gpu":
-        select = functools.partial(pallas_top_m, interpret=args.interpret)
-        pools["pallas"] = with_selection(select)
     runs, temporaries = {}, {}
     for name, pool in pools.items():
         runs[name], temporaries[name] = compile_pool(pool, x, args.m)
@@ -160,16 +124,14 @@ def main() -> None:
     # The first call of each warms up.
     times = {name: np.array(values[1:]) for name, values in seconds.items()}
     print(f"{jax.devices()[0].device_kind}, {shape}, M = {args.m}")
-    print(
-        f"{'':8s}{'median ms':>10s}{'/ maxima':>10s}{'of copy':>9s}{'temporary MiB':>15s}  gradient"
-    )
+    print(f"{'':8s}{'median ms':>10s}{'/ package':>10s}{'of copy':>9s}{'temp. MiB':>15s}  gradient")
     for name, values in times.items():
-        ratio = np.median(values / times["maxima"])
+        ratio = np.median(values / times["package"])
         share = np.median(times["copy"] / values)
         line = f"{name:8s}{np.median(values) * 1e3:10.2f}{ratio:9.2f}x{share:9.0%}"
         line += f"{temporaries[name] / 2**20:15.1f}"
         if name in gradients:
-            error = jnp.abs(gradients[name] - gradients["maxima"]).max()
+            error = jnp.abs(gradients[name] - gradients["package"]).max()
             line += f"  differs by {error:.1e}"
         print(line)
 

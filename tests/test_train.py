@@ -146,6 +146,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, seen, monkeypatch):
     assert without_speed(lines(tmp_path / "parts")) == without_speed(lines(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     config = tiny_config()
     config.checkpoint.every = 100

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from simseg_jax.data.autoaugment import GREY, IMAGENET_POLICY
 from simseg_jax.data.autoaugment_tables import Variant, autocontrast_exceptions, variant_tables
+from simseg_jax.runtime.sharding import target_device
 
 # Of every variant of the policy one per sign, whether its operation has signs or not.
 POLICY_VARIANTS: tuple[Variant, ...] = (
@@ -65,7 +66,7 @@ def apply_variants(
     go through all families at once and take the result they need, which suits accelerators.
     """
     if one_by_one is None:
-        one_by_one = jax.default_backend() == "cpu"
+        one_by_one = target_device().platform == "cpu"
     tables = variant_tables(variants, *images.shape[1:3])
     tables = {name: jnp.asarray(table) for name, table in tables.items()}
     operations = {operation for operation, *_ in variants}

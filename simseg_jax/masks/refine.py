@@ -46,7 +46,7 @@ class Refiner:
 
     def __init__(self, settings: Refinement, size: int, mesh: Mesh, pool: Executor):
         self.settings, self.size, self.mesh, self.pool = settings, size, mesh, pool
-        self.on_host = on_host(settings)
+        self.on_host = on_host(settings, mesh)
         self.vertices = lattice_size(size, size)
         refine = functools.partial(refine_on_device, settings, mesh=mesh)
         self.refine_jit = jax.jit(refine, static_argnames="vertices")
@@ -81,14 +81,14 @@ class Refiner:
         return masks
 
 
-def on_host(settings: Refinement) -> bool:
-    """Whether the refinement leaves the device."""
+def on_host(settings: Refinement, mesh: Mesh) -> bool:
+    """Whether the refinement leaves the devices of the mesh."""
     if settings.refine == "pydensecrf":
         import_pydensecrf()
         return True
     backend = settings.crf.backend
     if backend == "auto":
-        backend = "jax" if jax.default_backend() == "gpu" else "numpy"
+        backend = "jax" if mesh.devices.flat[0].platform == "gpu" else "numpy"
     return settings.refine == "crf" and backend == "numpy"
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.ranges import number, whole
+from simseg_jax.runtime.sharding import target_device
 
 REMAT = ("none", "dots", "full")
 WIDTH = whole(1, 2**16)
@@ -53,17 +54,15 @@ def dropout(
 def apply_blocks(apply: Callable, blocks: nnx.List, x: jax.Array, remat: str) -> jax.Array:
     """x -> apply(block, x, index) for every block in turn; all have the same structure.
 
-    remat: what is kept of a block for its gradient, the rest being computed again. "none":
-    whatever the gradient needs; "dots": results of products with weights; "full": its input.
+    remat: what is kept of a block for its gradient, the rest being computed again. "none": what is
+    costly to compute; "dots": results of products with weights; "full": its input.
+    The blocks form a loop, so that one of them is compiled. On CPUs without remat they do not: XLA
+    optimises products there better outside of loops, and keeps whatever the gradient needs.
     """
-    if remat == "none":
+    if remat == "none" and target_device().platform == "cpu":
         for index, block in enumerate(blocks):
             x = apply(block, x, index)
         return x
-    saveable = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }
     graphdefs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
@@ -71,16 +70,36 @@ def apply_blocks(apply: Callable, blocks: nnx.List, x: jax.Array, remat: str) ->
         state, index = inputs
         return apply(nnx.merge(graphdefs[0], state), x, index), None
 
-    # A loop, as XLA on CPUs would otherwise find the repeated work and share it again.
-    body = jax.checkpoint(body, policy=saveable[remat], prevent_cse=False)
+    # XLA does not move work into or out of a loop's body: nothing keeps it from being repeated.
+    body = jax.checkpoint(body, policy=_kept(remat), prevent_cse=False)
     return jax.lax.scan(body, x, (stacked, jnp.arange(len(blocks))))[0]
 
 
+def _kept(remat: str) -> Callable[..., bool]:
+    """The policy of `jax.checkpoint` for a `remat`: which operations keep their results."""
+    policies = jax.checkpoint_policies
+    if remat == "full":
+        return policies.nothing_saveable
+    products = policies.dots_with_no_batch_dims_saveable
+    if remat == "dots":
+        return products
+
+    def products_and_attention(primitive, *arguments, **parameters) -> bool:
+        # cuDNN's attention keeps one number per row of probabilities beside its result.
+        fused = primitive.name.startswith("dot_product_attention_fwd")
+        return fused or products(primitive, *arguments, **parameters)
+
+    return products_and_attention
+
+
 def can_flash(dtype) -> bool:
-    """Whether `flash_attention` runs here: NVIDIA GPUs from Ampere on, in half precision."""
-    if jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
+    """Whether `flash_attention` runs on the target: NVIDIA from Ampere on, in half precision."""
+    target = target_device()
+    if target.platform != "gpu" or dtype != jnp.bfloat16:
         return False
-    capability = getattr(jax.devices()[0], "compute_capability", "0")  # AMD's is no number.
+    here = [device for device in jax.devices() if device.device_kind == target.device_kind]
+    # AMD's is no number; of a target that is not here only newer GPUs are known.
+    capability = getattr(here[0], "compute_capability", "0") if here else "9.0"
     return capability.replace(".", "").isdigit() and float(capability) >= 8
 
 

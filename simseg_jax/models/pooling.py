@@ -8,7 +8,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt8
+
+from simseg_jax.runtime.sharding import map_batch, target_device
+
+# What one program of the Triton kernel holds in registers.
+TRITON_TOKENS, TRITON_CHANNELS = 256, 64
 
 
 def top_m(
@@ -57,22 +62,21 @@ def top_m_pool(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _weighted_top_m(x: jax.Array, weights: jax.Array, m: int) -> jax.Array:
-    values, _ = top_m(x, m)
-    return _weighted_sum(values, weights)
-
-
-def _weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
-    # Values of rank >= count are the mask's fill; their weight is zero.
-    return jnp.sum(values * weights[:, :, None], axis=1)
+    return _forward(x, weights, m)[0]
 
 
 def _forward(x: jax.Array, weights: jax.Array, m: int):
-    values, positions = top_m(x, m)
     tokens = x.shape[1]
-    small = jnp.uint8 if tokens <= 256 else jnp.uint16 if tokens <= 65536 else jnp.int32
+    if _fits_triton(x):
+        pooled, positions = map_batch(functools.partial(weighted_top_m_triton, m=m), x, weights)
+    else:
+        values, positions = top_m(x, m)
+        # Values of rank >= count are the mask's fill; their weight is zero.
+        pooled = jnp.sum(values * weights[:, :, None], axis=1)
+        small = jnp.uint8 if tokens <= 256 else jnp.uint16 if tokens <= 65536 else jnp.int32
+        positions = positions.astype(small)
     # An empty array carries the shape and dtype of x without keeping x itself.
-    like = jnp.empty((0, tokens, 0), x.dtype)
-    return _weighted_sum(values, weights), (positions.astype(small), weights, like)
+    return pooled, (positions, weights, jnp.empty((0, tokens, 0), x.dtype))
 
 
 def _backward(m: int, residuals, gradient: jax.Array):
@@ -88,6 +92,60 @@ def _backward(m: int, residuals, gradient: jax.Array):
 
 
 _weighted_top_m.defvjp(_forward, _backward)
+
+
+def _fits_triton(x: jax.Array) -> bool:
+    target = target_device()
+    nvidia = target.platform == "gpu" and "NVIDIA" in target.device_kind
+    return nvidia and x.shape[1] <= TRITON_TOKENS and x.shape[2] % TRITON_CHANNELS == 0
+
+
+def weighted_top_m_triton(
+    x: Float[Array, "B N D"], weights: Float[Array, "B {m}"], m: int, interpret: bool = False
+) -> tuple[Float[Array, "B D"], UInt8[Array, "B ranks D"]]:
+    """Weighted sum of the M maxima of every channel, and their tokens, on an NVIDIA GPU.
+
+    x: [B, N, D] with at most TRITON_TOKENS tokens and a multiple of TRITON_CHANNELS channels.
+    Returns float32 [B, D] and uint8 [B, R, D], of whose R >= m rows the first m are the positions,
+    with the order and the ties of `top_m`. Every program keeps all tokens of its channels in
+    registers, so that x is read once; `top_m` reads it M times. interpret: runs anywhere, slowly.
+    """
+    # Here, as their import takes most of a second.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    batch, tokens, channels = x.shape
+    rows, ranks = pl.next_power_of_2(tokens), pl.next_power_of_2(m)
+
+    def kernel(x_ref, weights_ref, pooled_ref, positions_ref):
+        token = jax.lax.broadcasted_iota(jnp.int32, (rows, TRITON_CHANNELS), 0)
+        rest = plgpu.load(x_ref, mask=token < tokens, other=-jnp.inf).astype(jnp.float32)
+        total = jnp.zeros((1, TRITON_CHANNELS), jnp.float32)
+        for rank in range(m):
+            value = rest.max(axis=0, keepdims=True)
+            position = jnp.where(rest == value, token, rows).min(axis=0, keepdims=True)
+            rest = jnp.where(token == position, -jnp.inf, rest)
+            total += value * weights_ref[rank]
+            positions_ref[pl.ds(rank, 1), :] = position.astype(jnp.uint8)
+        pooled_ref[...] = total
+
+    def block(count: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, count, TRITON_CHANNELS), lambda row, part: (row, 0, part))
+
+    padded = jnp.pad(weights, ((0, 0), (0, ranks - m)))
+    pooled, positions = pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, 1, channels), jnp.float32),
+            jax.ShapeDtypeStruct((batch, ranks, channels), jnp.uint8),
+        ),
+        grid=(batch, channels // TRITON_CHANNELS),
+        in_specs=[block(rows), pl.BlockSpec((None, ranks), lambda row, part: (row, 0))],
+        out_specs=(block(1), block(ranks)),
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+    )(x, padded)
+    return pooled[:, 0], positions
 
 
 def mean_pool(

@@ -87,12 +87,12 @@ class Attention(nnx.Module):
         self.heads = config.heads
         self.qkv = linear(config.width, 3 * config.width, INIT, dtype, rngs)
         self.proj = linear(config.width, config.width, INIT, dtype, rngs)
-        self.flash = config.width // config.heads in FLASH_WIDTHS and can_flash(dtype)
 
     def __call__(self, x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        attend = flash_attention if self.flash else attention
+        flash = width // self.heads in FLASH_WIDTHS and can_flash(qkv.dtype)
+        attend = flash_attention if flash else attention
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.proj(out.reshape(batch, tokens, width))
 

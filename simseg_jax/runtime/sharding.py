@@ -7,6 +7,7 @@ parameter (and its optimiser moments) is also split over `fsdp`. All functions r
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -115,6 +116,16 @@ def device_count() -> int:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
+
+
+def target_device() -> Any:
+    """The kind of device that a program is traced for: of the mesh in context, else JAX's default.
+
+    With `platform` ("cpu", "gpu", "tpu") and `device_kind`. Kernels are chosen by it, so that a
+    program compiled for other hardware than this machine's is the one that runs there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0] if mesh.empty else mesh.abstract_device
 
 
 def map_batch(function: Callable, *arrays, shared=None):

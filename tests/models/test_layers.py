@@ -1,16 +1,21 @@
 """Attention and GELU against their definitions; the cuDNN path as far as a CPU can follow it."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from scipy.special import erf
+from step_support import MODEL, batch
 from support import assert_close
 
 from simseg_jax.models import layers, vit
 from simseg_jax.models.layers import attention, flash_attention, gelu
-from simseg_jax.models.simseg import bind, make_model
+from simseg_jax.models.simseg import bind, init_params, make_model
+from simseg_jax.runtime.sharding import target_device
 
 
 def qkv(tokens, dtype=jnp.float32, width=64):
@@ -77,18 +82,61 @@ def test_the_image_tower_takes_it_where_it_can(monkeypatch, golden, golden_model
     assert_close(actual, expected)
 
 
-def test_flash_attention_is_for_gpus_in_half_precision(monkeypatch):
-    class Device:
-        compute_capability = "9.0"
+def target(monkeypatch, kind, platform="gpu"):
+    """Programs are traced for this kind of device."""
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    monkeypatch.setattr(layers, "target_device", lambda: device)
 
+
+def test_flash_attention_is_for_gpus_in_half_precision(monkeypatch):
     assert not layers.can_flash(jnp.bfloat16)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    target(monkeypatch, "TPU v5 lite", "tpu")
+    assert not layers.can_flash(jnp.bfloat16)
+    target(monkeypatch, "NVIDIA H100 80GB HBM3")  # That this machine lacks.
     assert layers.can_flash(jnp.bfloat16)
     assert not layers.can_flash(jnp.float32)
-    for older in ("7.0", "gfx942"):
-        Device.compute_capability = older
-        assert not layers.can_flash(jnp.bfloat16)
+    for capability, can in (("8.0", True), ("7.0", False), ("gfx942", False)):
+        here = SimpleNamespace(device_kind="here", compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda here=here: [here])
+        target(monkeypatch, "here")
+        assert layers.can_flash(jnp.bfloat16) == can
+
+
+def test_the_target_is_the_mesh_in_context():
+    assert target_device().platform == "cpu"
+    kind = AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    auto = (AxisType.Auto, AxisType.Auto)
+    mesh = AbstractMesh((2, 1), ("data", "fsdp"), auto, abstract_device=kind)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert target_device().platform == "tpu"
+
+
+def test_blocks_in_a_loop_equal_blocks_in_a_row(monkeypatch):
+    """As accelerators compute them: both towers, with dropout, value and gradient."""
+    examples = jax.tree.map(jnp.asarray, batch(4))
+    keys = jax.random.split(jax.random.key(1), 4)
+
+    @jax.jit
+    def value_and_gradient(params):
+        def loss(params):
+            model = bind(make_model(MODEL), params)
+            images, _ = model.encode_image(model.normalize(examples["image"]))
+            texts = model.encode_text(examples["ids"], examples["mask"], keys=keys)
+            return (images * texts).sum()
+
+        return jax.value_and_grad(loss)(params)
+
+    params = init_params(MODEL, jax.random.key(0))
+    expected = value_and_gradient(params)
+    target(monkeypatch, "TPU v5 lite", "tpu")
+    jax.clear_caches()
+    program = value_and_gradient.lower(params).as_text()
+    assert program.count("stablehlo.while") >= 4  # Two towers, forward and back.
+    for actual, wanted in zip(
+        jax.tree.leaves(value_and_gradient(params)), jax.tree.leaves(expected), strict=True
+    ):
+        # Float32 sums in another order; the biases of attention keys have no gradient but noise.
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max() + 1e-7)
 
 
 def test_gelu_is_exact():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support import assert_close
 
-from simseg_jax.models.pooling import mean_pool, top_m, top_m_pool
+from simseg_jax.models.pooling import mean_pool, top_m, top_m_pool, weighted_top_m_triton
 
 
 @pytest.fixture
@@ -33,6 +33,17 @@ def test_ties_go_to_the_first_tokens():
     np.testing.assert_array_equal(positions[0, :, 0], [0, 1, 2])
     gradient = jax.grad(lambda x: top_m_pool(x, 3).sum())(x)
     np.testing.assert_allclose(gradient[0, :, 0], [1 / 3] * 3 + [0] * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "m"), [(49, 5), (64, 4), (5, 5)])
+def test_the_kernel_for_gpus_finds_the_same(tokens, m):
+    """With many equal values, some below every weight that counts; the kernel interpreted."""
+    x = jnp.round(2 * jax.random.normal(jax.random.key(0), (3, tokens, 128))) / 2
+    weights = jax.random.uniform(jax.random.key(1), (3, m)).at[1, m // 2 :].set(0)
+    values, positions = top_m(x, m)
+    pooled, same_positions = weighted_top_m_triton(x, weights, m, interpret=True)
+    np.testing.assert_array_equal(same_positions[:, :m], positions)
+    assert_close(pooled, (values * weights[:, :, None]).sum(axis=1), 1e-6)
 
 
 def test_mask_hides_tokens_and_shortens_short_examples(x):

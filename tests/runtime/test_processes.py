@@ -160,6 +160,7 @@ def test_a_signal_to_one_process_stops_all_of_them(alone, tmp_path):
     assert done.stdout.count("Stopped by a signal") == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_is_not_repeated(tmp_path, alone):
     _, config = alone
     arguments = (f"--config={config}", f"--workdir={tmp_path}", "--config.batch_size=3")

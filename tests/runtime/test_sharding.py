@@ -70,7 +70,9 @@ def one_device():
     return history, jax.tree.map(np.asarray, state)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2, 8])
+@pytest.mark.parametrize(
+    "fsdp", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_eight_devices_equal_one(one_device, fsdp):
     history, state = run(devices=8, fsdp=fsdp)
     expected_history, expected_state = one_device

@@ -43,7 +43,11 @@ def data_parallel():
     return compile_step(devices=8)
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 2, "loss_chunk": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"micro_batch": 2, "loss_chunk": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_data_parallel_step_sends_the_minimum(data_parallel, options):
     """Every gradient is summed once and every text embedding sent once, there and back."""
     step = compile_step(devices=8, **options) if options else data_parallel

@@ -26,10 +26,10 @@ def plain():
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        ({"micro_batch": 4}, 1e-6),
+        pytest.param({"micro_batch": 4}, 1e-6, marks=pytest.mark.slow),
         ({"micro_batch": 2, "devices": 8}, 1e-6),
         ({"remat": "dots"}, 1e-6),
-        ({"remat": "full", "micro_batch": 8}, 1e-6),
+        pytest.param({"remat": "full", "micro_batch": 8}, 1e-6, marks=pytest.mark.slow),
         # The chunks of the loss are summed in another order: 1.06e-6 was seen.
         ({"micro_batch": 1, "devices": 8, "fsdp": 4, "loss_chunk": 2}, 3e-6),
     ],
@@ -62,7 +62,7 @@ def test_dropout_changes_the_gradient(plain):
     assert np.abs(change).max() > 1e-3 * np.abs(without["text_projection"]["kernel"]).max()
 
 
-@pytest.mark.parametrize("micro_batch", [0, 4])
+@pytest.mark.parametrize("micro_batch", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_frozen_parameters_cost_no_backward_pass(plain, micro_batch):
     rules = (("text_encoder/.*", 0.0), ("temperature", 0.0), (".*", 1.0))
     shapes = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))

@@ -119,9 +119,10 @@ def full_size_names(image: ViTConfig, text: BertConfig) -> dict[str, tuple[int, 
 
 @pytest.mark.parametrize(
     "image",
-    [ViTConfig(), pytest.param(ViTConfig.b16(), marks=pytest.mark.slow)],
+    [ViTConfig(), ViTConfig.b16()],
     ids=["ViT-S", "ViT-B"],
 )
+@pytest.mark.slow
 def test_full_size_checkpoints_use_every_name_once(image):
     shapes = full_size_names(image, BertConfig.base())
     # Another value in every tensor: one that went to the wrong place would be noticed.

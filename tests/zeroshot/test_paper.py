@@ -228,7 +228,9 @@ def test_too_little_room_for_the_lattice_runs_again(
     np.testing.assert_array_equal(masks, expected)
 
 
-@pytest.mark.parametrize(("backend", "count"), [("numpy", 6), ("jax", 3)])
+@pytest.mark.parametrize(
+    ("backend", "count"), [pytest.param("numpy", 6, marks=pytest.mark.slow), ("jax", 3)]
+)
 def test_settings_in_one_pass_equal_single_runs(
     golden_model, golden, class_embeddings, backend, count
 ):
