@@ -11,10 +11,9 @@ pip install torch transformers
 python benchmarks/train_step.py --batches 16
 python benchmarks/train_step.py --models vits16,vitb16 --batches 256,1024,4096 --compile \
     --options none remat=dots remat=full micro_batch=256 micro_batch=256,loss_chunk=1024
-python benchmarks/train_step.py --plan --batches 256 --options none remat=full micro_batch=16
 
---peer "" leaves PyTorch out, --models tiny is for a trial, and --plan compiles only and gives the
-memory that XLA plans, for batches that would not fit.
+--peer "" leaves PyTorch out, and --models tiny is for a trial. The memory of batches that would not
+fit: python -m simseg_jax.plan.
 """
 
 import argparse
@@ -26,7 +25,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from peers import require
 
@@ -64,8 +62,9 @@ class Ours:
         from simseg_jax.models.bert import BertConfig
         from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
         from simseg_jax.models.vit import ViTConfig
+        from simseg_jax.runtime.hardware import chip_of
         from simseg_jax.runtime.sharding import make_mesh, state_sharding, to_global_batch
-        from simseg_jax.training.cost import peak_flops, step_flops
+        from simseg_jax.training.cost import step_flops
         from simseg_jax.training.optim import adamw
         from simseg_jax.training.step import initial_state, jit_update, make_update
 
@@ -101,15 +100,15 @@ class Ours:
                 for key, value in make_batch(1).items()
             }
             update = jit_update(make_update(graphdef, optimizer, 0, **options), shardings, mesh)
+            print(f"compiling {size}, batch {batch}", file=sys.stderr, flush=True)
             began = time.perf_counter()
             self.compiled = update.lower(state_shapes, examples).compile()
             self.compile_seconds = time.perf_counter() - began
-            if not args.plan:
-                self.state = jax.jit(init, out_shardings=shardings)()
-                self.batch = to_global_batch(make_batch(batch), mesh)
+            self.state = jax.jit(init, out_shardings=shardings)()
+            self.batch = to_global_batch(make_batch(batch), mesh)
         self.flops = step_flops(config, batch, TOKENS)
-        peak = peak_flops(jax.devices()[0])
-        self.peak = peak and peak * jax.device_count()
+        chip = chip_of(jax.devices()[0])
+        self.peak = chip and chip.flops * jax.device_count()
 
     def step(self):
         self.state, self.metrics = self.compiled(self.state, self.batch)
@@ -118,13 +117,11 @@ class Ours:
         return float(self.metrics["loss"])
 
     def facts(self) -> dict:
-        memory: Any = self.compiled.memory_analysis()
         stats = self.jax.devices()[0].memory_stats() or {}
         return {
             "device": self.jax.devices()[0].device_kind,
             "peak_flops": self.peak,
             "flops": self.flops,
-            "planned_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
             "peak_bytes": stats.get("peak_bytes_in_use"),
             "compile_seconds": self.compile_seconds,
         }
@@ -146,9 +143,8 @@ def serve(connection, side: str, size: str, batch: int, options: dict, args) -> 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         worker = make_side(side, size, batch, options, args)
-        if not args.plan:
-            worker.step()
-            worker.wait()
+        worker.step()
+        worker.wait()
         connection.send("ready")
         while steps := connection.recv():
             began = time.perf_counter()
@@ -158,8 +154,6 @@ def serve(connection, side: str, size: str, batch: int, options: dict, args) -> 
             connection.send((time.perf_counter() - began, loss))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         facts = worker.facts()
-        if args.plan:
-            peak = facts["planned_bytes"]
         connection.send(facts | {"peak_bytes": facts["peak_bytes"] or peak})
     except Exception as error:
         connection.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -181,7 +175,7 @@ def measure(size: str, batch: int, options: dict, sides: list[str], args) -> dic
             connections[side], results[side] = connection, {"seconds": []}
         else:
             results[side] = {"error": answer}
-    for _ in range(0 if args.plan else args.rounds):
+    for _ in range(args.rounds):
         for side, connection in connections.items():
             connection.send(args.steps)
             seconds, loss = connection.recv()
@@ -218,14 +212,13 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--plan", action="store_true", help="compile only, for the memory")
     parser.add_argument("--peer", default="pytorch", help="'' measures this package alone")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the peer")
     parser.add_argument("--json", default="", help="file for all figures")
     args = parser.parse_args()
-    if args.peer and not args.plan:
+    if args.peer:
         require("torch")
-    sides = ["simseg_jax"] + ([args.peer] if args.peer and not args.plan else [])
+    sides = ["simseg_jax"] + ([args.peer] if args.peer else [])
     rows = []
     print(
         f"{'model':7s} {'batch':>6s} {'options':28s} {'':10s} {'ms/step':>9s} {'pairs/s':>9s} "
@@ -253,10 +246,6 @@ def print_rows(size: str, batch: int, text: str, results: dict[str, dict]) -> No
         head = f"{size:7s} {batch:6d} {text:28s} {side:10s}"
         if "error" in result:
             print(f"{head} {result['error']}")
-            continue
-        if not result["seconds"]:
-            gibibytes = result["peak_bytes"] / 2**30
-            print(f"{head} {'planned':>41s} {gibibytes:6.2f} {result['compile_seconds']:7.1f}")
             continue
         seconds = statistics.median(result["seconds"])
         speed = facts["flops"] / seconds if "flops" in facts else 0

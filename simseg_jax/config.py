@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simseg_jax.data.pairs import DataSetConfig
@@ -289,8 +289,9 @@ def published(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, checkpoint=CheckpointConfig(), init=InitConfig(), data=data)
 
 
-def compute_dtype(config: RunConfig) -> jnp.dtype:
+def compute_dtype(config: RunConfig, mesh: Mesh) -> jnp.dtype:
     """The type of matrix products: `config.dtype`, where auto is bfloat16 on accelerators."""
     if config.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        return jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
     return jnp.dtype(config.dtype)

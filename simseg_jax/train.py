@@ -4,18 +4,22 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simseg_jax.config import RunConfig, compute_dtype, model_config, of_checkpoint, run_config
 from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.build import entries_of, headlines, make_evaluators
-from simseg_jax.models.simseg import init_params, make_model
+from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.reports.visualize import write_contact_sheet
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.processes import StopSignal, only_run
@@ -84,18 +88,7 @@ def _train(
 ) -> dict[str, float] | None:
     # ---- mesh
     mesh = make_mesh(config.mesh.fsdp)
-    if config.batch_size % mesh.size:
-        raise UserError(
-            f"batch_size={config.batch_size} must be a multiple of the {mesh.size} devices."
-        )
-    share = config.batch_size // mesh.size
-    for key in ("micro_batch", "loss_chunk"):
-        size = getattr(config, key)
-        if size and share % min(size, share):
-            raise UserError(
-                f"{key}={size} must divide the {share} pairs of every device (batch_size / "
-                "devices)."
-            )
+    check_batch(config, mesh.size)
 
     # ---- what to go on from: own checkpoint, another run's, pretrained encoders, nothing
     tokenizer = load_tokenizer(config.data.vocab)
@@ -136,8 +129,139 @@ def _train(
         steps = max(1, round(config.epochs * len(examples) / config.batch_size))
 
     # ---- model, optimiser, state
-    architecture = model_config(config, len(tokenizer))
-    graphdef = make_model(architecture, compute_dtype(config), config.remat)
+    setup = set_up(config, len(tokenizer), steps, mesh)
+
+    # ---- evaluators: built before training, so that a missing file is found now
+    model = Model(setup.architecture, setup.graphdef, encoder, mesh)
+    evaluators = make_evaluators(model, entries_of(config.evals), config.data.cache)
+
+    # ---- restore
+    abstract = with_sharding(setup.state_shapes, setup.shardings)
+    if restorable and saved:
+        state, data.position = restore_state(restorable, abstract, saved)
+    else:
+        state = jax.jit(setup.init_state, out_shardings=setup.shardings)()
+        for name, values in pretrained.params.items():
+            state["params"][name] = place(values, abstract["params"][name])
+    start = int(state["step"])
+    if start > steps:
+        raise UserError(
+            f"The checkpoint {restorable} is at step {start}, beyond the {steps} configured: "
+            "raise steps or epochs, or choose another --workdir."
+        )
+    # Only now: a run that cannot continue leaves the files of its workdir as they were.
+    if jax.process_index() == 0:
+        (workdir / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(workdir / TOKENIZER)
+
+    # ---- loop
+    flops = step_flops(setup.architecture, config.batch_size, config.data.max_length)
+    results: dict[str, float] = {}
+    stop = StopSignal()
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(folder, config.checkpoint.keep) as checkpoints,
+        Reporter(
+            workdir,
+            start=start,
+            steps=steps,
+            batch_size=config.batch_size,
+            log_every=config.log_every,
+            flops=flops,
+        ) as reporter,
+        Profile(workdir / "profile", start, profile) as trace,
+        stop,
+    ):
+        count = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
+        reporter.say(
+            f"{count:,} parameters, {len(examples):,} examples an epoch, {steps:,} steps of "
+            f"{config.batch_size} pairs on {mesh.size} {jax.devices()[0].platform} device(s)"
+            + (f", continuing from {restorable}" if restorable else "")
+        )
+        for line in (*pretrained.notes, *examples.describe()):
+            reporter.say(line)
+        if changed:
+            reporter.say(f"Changed since the checkpoint: {', '.join(changed)}")
+        if start < steps:
+            began = time.monotonic()
+            update = setup.update.lower(state, batch_shapes(config)).compile()
+            reporter.say(f"Compiled in {time.monotonic() - began:.1f} s.")
+            reporter.say(describe_step(update, flops, mesh.size))
+            reporter.pause()
+        pending = None  # Metrics of the newest step, which the device may still be computing.
+        for step in range(start, steps + 1):
+            last, stopping = step == steps, stop.requested(step)
+            fresh = step > start or not restorable
+            save = fresh and (last or stopping or _hits(step, config.checkpoint.every))
+            measure = last or (fresh and _hits(step, config.eval_every))
+            if pending and (save or measure):
+                # Nothing that follows a non-finite update may be saved or evaluated.
+                _report(reporter, checkpoints, step, pending, setup.schedule, data)
+                pending = None
+            if save:
+                # Before the next batch is taken: the position in the data belongs to this step.
+                # And before the evaluation: should that fail, the training is not lost.
+                checkpoints.save(step, state, Record(plain(config), data.position, identity))
+                reporter.pause()
+            if measure:
+                results = evaluate(evaluators, state["params"], reporter, step)
+            if last or stopping:
+                break
+            trace.before(step, pending, reporter)
+            batch = to_global_batch(next(data), mesh)
+            state, metrics = update(state, batch)
+            if pending:
+                _report(reporter, checkpoints, step, pending, setup.schedule, data)
+            pending = metrics
+        if last and fresh:
+            checkpoints.read_back(abstract["params"])
+        if not last:
+            reporter.say(f"Saved step {step}.")
+            return None
+        shown = {k: v for k, v in evaluators.items() if k.startswith("seg/")}
+        if config.pictures and shown:
+            pictures = workdir / "pictures"
+            for prefix, evaluator in shown.items():
+                path = pictures / f"{prefix.removeprefix('seg/')}.png"
+                images = range(min(config.pictures, evaluator.count))
+                write_contact_sheet(path, evaluator, state["params"], images)
+            reporter.say(f"Pictures: {pictures}")
+    return results
+
+
+def check_batch(config: RunConfig, devices: int) -> None:
+    """Raises a `UserError` unless every device gets as many pairs, in equal parts."""
+    if config.batch_size % devices:
+        raise UserError(
+            f"batch_size={config.batch_size} must be a multiple of the {devices} devices."
+        )
+    share = config.batch_size // devices
+    for key in ("micro_batch", "loss_chunk"):
+        size = getattr(config, key)
+        if size and share % min(size, share):
+            raise UserError(
+                f"{key}={size} must divide the {share} pairs of every device (batch_size / "
+                "devices)."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run computes, before there are numbers: also what `plan` compiles."""
+
+    architecture: SimSegConfig
+    graphdef: nnx.GraphDef
+    schedule: Callable
+    init_state: Callable
+    state_shapes: dict
+    shardings: dict
+    update: Any
+
+
+def set_up(config: RunConfig, vocabulary: int, steps: int, mesh: Mesh) -> Setup:
+    """The model, the optimiser and the jitted step of a run; vocabulary: of the tokenizer."""
+    architecture = model_config(config, vocabulary)
+    graphdef = make_model(architecture, compute_dtype(config, mesh), config.remat)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda: init_params(architecture, key))
     optimizer, schedule = make_optimizer(config.optim, steps, shapes)
@@ -157,103 +281,7 @@ def _train(
         frozen=frozen(config.optim.lr_rules, shapes),
     )
     update = jit_update(update, shardings, mesh)
-
-    # ---- evaluators: built before training, so that a missing file is found now
-    model = Model(architecture, graphdef, encoder, mesh)
-    evaluators = make_evaluators(model, entries_of(config.evals), config.data.cache)
-
-    # ---- restore
-    abstract = with_sharding(state_shapes, shardings)
-    if restorable and saved:
-        state, data.position = restore_state(restorable, abstract, saved)
-    else:
-        state = jax.jit(init_state, out_shardings=shardings)()
-        for name, values in pretrained.params.items():
-            state["params"][name] = place(values, abstract["params"][name])
-    start = int(state["step"])
-    if start > steps:
-        raise UserError(
-            f"The checkpoint {restorable} is at step {start}, beyond the {steps} configured: "
-            "raise steps or epochs, or choose another --workdir."
-        )
-    # Only now: a run that cannot continue leaves the files of its workdir as they were.
-    if jax.process_index() == 0:
-        (workdir / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(workdir / TOKENIZER)
-
-    # ---- loop
-    flops = step_flops(architecture, config.batch_size, config.data.max_length)
-    results: dict[str, float] = {}
-    stop = StopSignal()
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(folder, config.checkpoint.keep) as checkpoints,
-        Reporter(
-            workdir,
-            start=start,
-            steps=steps,
-            batch_size=config.batch_size,
-            log_every=config.log_every,
-            flops=flops,
-        ) as reporter,
-        Profile(workdir / "profile", start, profile) as trace,
-        stop,
-    ):
-        count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        reporter.say(
-            f"{count:,} parameters, {len(examples):,} examples an epoch, {steps:,} steps of "
-            f"{config.batch_size} pairs on {mesh.size} {jax.devices()[0].platform} device(s)"
-            + (f", continuing from {restorable}" if restorable else "")
-        )
-        for line in (*pretrained.notes, *examples.describe()):
-            reporter.say(line)
-        if changed:
-            reporter.say(f"Changed since the checkpoint: {', '.join(changed)}")
-        if start < steps:
-            began = time.monotonic()
-            update = update.lower(state, batch_shapes(config)).compile()
-            reporter.say(f"Compiled in {time.monotonic() - began:.1f} s.")
-            reporter.say(describe_step(update, flops, mesh.size))
-            reporter.pause()
-        pending = None  # Metrics of the newest step, which the device may still be computing.
-        for step in range(start, steps + 1):
-            last, stopping = step == steps, stop.requested(step)
-            fresh = step > start or not restorable
-            save = fresh and (last or stopping or _hits(step, config.checkpoint.every))
-            measure = last or (fresh and _hits(step, config.eval_every))
-            if pending and (save or measure):
-                # Nothing that follows a non-finite update may be saved or evaluated.
-                _report(reporter, checkpoints, step, pending, schedule, data)
-                pending = None
-            if save:
-                # Before the next batch is taken: the position in the data belongs to this step.
-                # And before the evaluation: should that fail, the training is not lost.
-                checkpoints.save(step, state, Record(plain(config), data.position, identity))
-                reporter.pause()
-            if measure:
-                results = evaluate(evaluators, state["params"], reporter, step)
-            if last or stopping:
-                break
-            trace.before(step, pending, reporter)
-            batch = to_global_batch(next(data), mesh)
-            state, metrics = update(state, batch)
-            if pending:
-                _report(reporter, checkpoints, step, pending, schedule, data)
-            pending = metrics
-        if last and fresh:
-            checkpoints.read_back(abstract["params"])
-        if not last:
-            reporter.say(f"Saved step {step}.")
-            return None
-        shown = {k: v for k, v in evaluators.items() if k.startswith("seg/")}
-        if config.pictures and shown:
-            pictures = workdir / "pictures"
-            for prefix, evaluator in shown.items():
-                path = pictures / f"{prefix.removeprefix('seg/')}.png"
-                images = range(min(config.pictures, evaluator.count))
-                write_contact_sheet(path, evaluator, state["params"], images)
-            reporter.say(f"Pictures: {pictures}")
-    return results
+    return Setup(architecture, graphdef, schedule, init_state, state_shapes, shardings, update)
 
 
 def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from simseg_jax.runtime.errors import writing
 from simseg_jax.runtime.files import appearing
-from simseg_jax.training.cost import peak_flops
+from simseg_jax.runtime.hardware import chip_of
 
 
 class Reporter:
@@ -39,7 +39,8 @@ class Reporter:
         self.enabled = jax.process_index() == 0
         self.steps, self.batch_size, self.log_every = steps, batch_size, log_every
         self.flops = flops / jax.device_count()
-        self.peak = peak_flops(jax.devices()[0])
+        chip = chip_of(jax.devices()[0])
+        self.peak = chip and chip.flops
         self.bar = tqdm(
             total=steps,
             initial=start,

@@ -118,7 +118,7 @@ def assemble_model(
     mesh = make_mesh()
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
     params = read(architecture, with_sharding(shapes, state_sharding(shapes, mesh)))
-    dtype = dtype or compute_dtype(config)
+    dtype = dtype or compute_dtype(config, mesh)
     return TrainedModel(
         config=config,
         step=step,

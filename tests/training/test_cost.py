@@ -4,16 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from step_support import BATCH, MODEL, TOKENS, batch, compile_step
 
 from simseg_jax.models.simseg import bind, init_params, make_model
 from simseg_jax.training.cost import (
+    collectives,
     communication_bytes,
     describe_step,
     forward_flops,
-    peak_flops,
     step_flops,
 )
 from simseg_jax.training.loss import contrastive_loss
@@ -114,14 +113,102 @@ def test_communication_of_a_program_text():
     }
 
 
-def test_peak_is_known_by_the_name_of_the_device():
-    def device(kind):
-        return type("Device", (), {"device_kind": kind})
+# As XLA for TPUs writes them: one gather in three pieces, a loop without a noted length, a sum of
+# which every device takes its part, and what goes to the like devices of two slices.
+TPU = """HloModule step
 
-    kinds = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "TPU v5 lite")
-    peaks = [peak_flops(device(kind)) for kind in (*kinds, "TPU v5p", "cpu")]
-    np.testing.assert_array_equal(peaks[:-1], [989e12, 756e12, 312e12, 197e12, 459e12])
-    assert peaks[-1] is None
+%begin (x: f32[8,16]) -> f32[32,16] {
+  %all-gather.3 = f32[32,16]{1,0:T(8,128)} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}
+  ROOT %c = (f32[32,16]{1,0}, u32[]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.7 (x: f32[8,16]) -> f32[32,16] {
+  %all-gather.5 = f32[32,16]{1,0:T(8,128)} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}
+}
+
+%end (x: f32[8,16]) -> f32[32,16] {
+  %all-gather.9 = f32[32,16]{1,0:T(8,128)} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}
+  ROOT %c = f32[32,16]{1,0} custom-call(%x, %g), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter (x: f32[64]) -> f32[16] {
+  %r = f32[64]{0} all-reduce(%x), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = f32[16]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={16}
+}
+
+%condition (p: (s32[], f32[64])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.1), direction=LT
+}
+
+%body (p: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %r = (bf16[64]{0:T(512)}, bf16[2,64]{1,0}) all-reduce(%y, %z), replica_groups={{0,1}}
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+ENTRY %main (x: f32[8,16]) -> f32[64] {
+  %a = (f32[32,16]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%begin
+  %b = (f32[32,16]{1,0}, u32[]) fusion(%a), kind=kCustom, calls=%async_collective_fusion.7
+  %c = f32[32,16]{1,0} fusion(%b), kind=kCustom, calls=%end
+  %s = f32[16]{0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter
+  %w = (s32[], f32[64]{0}) while(%init), condition=%condition, body=%body
+  %send = (f32[1,100]{1,0}, u32[], token[]) send(%e, %t), channel_id=5, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+""".replace("\\\n", "")
+
+
+def test_communication_of_a_program_for_tpus():
+    assert communication_bytes(TPU) == {
+        "all-gather": 32 * 16 * 4 * 3 / 4,
+        "reduce-scatter": 64 * 4 * 3 / 4,
+        "all-reduce": 12 * 2 * 1 / 2 * 3 * 64 * 2,
+        "network all-reduce": 2 * 1 / 2 * 400,
+    }
+
+
+def test_communication_that_is_not_understood_is_unknown():
+    with pytest.raises(ValueError, match="a loop of unknown length"):
+        communication_bytes(TPU.replace("direction=LT", "direction=GT"))
+    with pytest.raises(ValueError, match="a piece of an all-gather without its beginning"):
+        communication_bytes(
+            TPU.replace('"AsyncCollectiveStart"', '"Other"').replace(
+                "%begin", "%async_collective_fusion.1"
+            )
+        )
+    with pytest.raises(ValueError, match="a transfer of unknown kind"):
+        communication_bytes(TPU.replace("ALL_REDUCE", "ALL_TO_ALL"))
+
+
+# As XLA for GPUs writes them: operands and results in the type, groups of a transposed mesh.
+GPU = """HloModule step
+
+ENTRY %main (x: bf16[8,16]) -> f32[64] {
+  %r = ((bf16[16,25]{1,0}), bf16[8,25]{1,0}) reduce-scatter-start(%x), channel_id=2, \
+replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_2'}, dimensions={0}, to_apply=%add
+  %g = ((f32[4]{0}, f32[2]{0}), (f32[16]{0}, f32[8]{0})) all-gather-start(%y, %z), channel_id=3, \
+replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}
+  %a = f32[3072]{0} all-reduce-start(%w), channel_id=4, replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+""".replace("\\\n", "")
+
+
+def test_communication_of_a_program_for_gpus():
+    assert communication_bytes(GPU) == {
+        "reduce-scatter": 16 * 25 * 2 / 2,
+        "all-gather": (16 + 8) * 4 * 3 / 4,
+        "all-reduce": 2 * 3072 * 4 * 7 / 8,
+    }
+    groups = [collective.group for collective in collectives(GPU)]
+    assert groups == [(0, 1), (0, 2, 4, 6), tuple(range(8))]
 
 
 def test_a_step_is_described(data_parallel):

@@ -1,0 +1,154 @@
+"""Accelerators by their data sheets, and how to compile for them on a machine that has none."""
+
+import dataclasses
+import importlib.util
+import math
+import re
+
+from simseg_jax.runtime.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the maker states of one device, as JAX counts them; None: not known here.
+
+    flops: dense bfloat16 products per second. memory: bytes. bandwidth: bytes of memory per second.
+    links: bytes per second that it sends to its neighbours, one direction, all links together
+    (TPU interconnect, NVLink). network: bytes per second between slices or machines.
+    """
+
+    flops: float
+    memory: int | None = None
+    bandwidth: float | None = None
+    links: float | None = None
+    network: float | None = None
+
+
+# By a part of `jax.Device.device_kind`. Sources: NVIDIA's data sheets; cloud.google.com/tpu/docs,
+# whose "bidirectional" interconnect figures are halved and whose data-center bandwidth per pod is
+# divided by its chips. An H100 has one 400 Gbit/s adapter, as in a DGX.
+CHIPS = {
+    "V100": Chip(125e12),
+    "A100": Chip(312e12),
+    "H100 PCIe": Chip(756e12),
+    "H100": Chip(989e12, 80 * GIB, 3.35e12, 450e9, 50e9),
+    "H200": Chip(989e12, 141 * GIB, 4.8e12, 450e9, 50e9),
+    "B200": Chip(2250e12),
+    "TPU v2": Chip(22.5e12),
+    "TPU v3": Chip(61.5e12),
+    "TPU v4": Chip(275e12, 32 * GIB, 1.228e12, 300e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2.765e12, 600e9, 6.25e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1.638e12, 400e9, 12.5e9),
+    "TPU7x": Chip(1153.5e12),
+}
+
+
+def chip_of(device) -> Chip | None:
+    """The data sheet of a `jax.Device`, None where there is none here."""
+    matches = [name for name in CHIPS if name in device.device_kind]
+    return CHIPS[max(matches, key=len)] if matches else None
+
+
+# XLA's description of an H100 (SXM), which it reads off the device elsewhere.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+KINDS = ("v4", "v5e", "v5p", "v6e", "h100", "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for. shape: chips along each axis, or machines and devices of each."""
+
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @classmethod
+    def parse(cls, text: str, slices: int = 1) -> "Target":
+        """From "v5e:4x8", "h100:8", "h100:4x8" (machines x GPUs) or "cpu:8"; else a `UserError`."""
+        kind, _, sizes = text.partition(":")
+        shape = tuple(map(int, re.findall(r"[0-9]+", sizes)))
+        if kind not in KINDS or not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", sizes):
+            raise UserError(
+                f"--devices={text} must be KIND:SHAPE with a KIND of {', '.join(KINDS)}, such as "
+                "v5e:4x8, v5p:4x4x4, h100:8, h100:4x8 (machines x GPUs) or cpu:8."
+            )
+        axes = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2, "cpu": 1}.get(kind)
+        if axes is None and len(shape) == 1:
+            shape = (1, *shape)
+        if len(shape) != (axes or 2):
+            example = "x".join(["4"] * (axes or 2))
+            raise UserError(
+                f"--devices={text} must have {axes or 2} axes, such as {kind}:{example}."
+            )
+        if slices > 1 and kind in ("h100", "cpu"):
+            raise UserError(f"--slices={slices} is for TPUs: write --devices=h100:MACHINESxGPUS.")
+        return cls(kind, shape, slices)
+
+    def environment(self) -> dict[str, str]:
+        """The variables under which a process compiles for these devices and for nothing else."""
+        flags = {
+            "cpu": f"--xla_force_host_platform_device_count={math.prod(self.shape)}",
+            # There is no device on which to try kernels, without which some products find no tiles.
+            "h100": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+        }
+        return {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": flags.get(self.kind, ""),
+            # No GPU and no TPU of this machine, and no question to a metadata server.
+            "CUDA_VISIBLE_DEVICES": "-1",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+
+    def devices(self) -> list:
+        """The devices, in a process that runs in `environment`."""
+        import jax
+        from jax.experimental import topologies
+
+        if self.kind == "cpu":
+            return jax.devices()
+        tpu = self.kind != "h100"
+        package, extra = ("libtpu", "tpu") if tpu else ("jax_cuda12_plugin", "cuda")
+        if not importlib.util.find_spec(package):
+            raise UserError(
+                f"Compiling for {self.kind} needs {package}: pip install 'simseg-jax[{extra}]'"
+                f"{'' if tpu else ', which is 3 GB'}."
+            )
+        name = "x".join(map(str, self.shape))
+        options: dict = {"target_config": H100} if not tpu else {}
+        if self.slices > 1:
+            options["num_slices"] = self.slices
+        if self.kind == "v4":
+            # Both cores of a chip are one device, as JAX runs them.
+            options["chip_config_name"] = "megacore"
+        try:
+            found = topologies.get_topology_desc(
+                platform="tpu" if tpu else "cuda",
+                topology_name=f"{self.kind}:{name}" if tpu else "",
+                **({"topology": f"{name}x1"} if not tpu else {}),
+                **options,
+            )
+        except Exception as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"The compiler has no topology {self.kind}:{name}: {first}") from error
+        return list(found.devices)
