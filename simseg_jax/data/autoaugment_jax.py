@@ -21,6 +21,8 @@ POLICY_VARIANTS: tuple[Variant, ...] = (
     *dict.fromkeys((op, level, s) for p in IMAGENET_POLICY for _, op, level in p for s in (-1, 1)),
 )
 FILL = GREY[0]
+# On accelerators: all families of as many images of 224 pixels take a gigabyte.
+IMAGES_AT_A_TIME = 128
 
 
 def draw_keys(seed: int, step, batch_size: int) -> jax.Array:
@@ -62,8 +64,8 @@ def apply_variants(
     """Applies chosen variants, in their order, to every image.
 
     images: uint8 [B, H, W, 3]; chosen: int [B, n], indices of `variants`. one_by_one: a loop over
-    the images that runs only what each needs, which suits CPUs (the default there); else all images
-    go through all families at once and take the result they need, which suits accelerators.
+    the images that runs only what each needs, which suits CPUs (the default there); else many
+    images go through all families at once and take the result they need, which suits accelerators.
     """
     if one_by_one is None:
         one_by_one = target_device().platform == "cpu"
@@ -83,9 +85,8 @@ def apply_variants(
             image = jax.lax.switch(branch_of[numbers[i]], branches, image, row)
         return image
 
-    if one_by_one:
-        return jax.lax.map(lambda pair: augment(*pair), (images, chosen))
-    return jax.vmap(augment)(images, chosen)
+    size = None if one_by_one else IMAGES_AT_A_TIME
+    return jax.lax.map(lambda pair: augment(*pair), (images, chosen), batch_size=size)
 
 
 # The families: image uint8 [H, W, 3] and the constants of a variant -> image.

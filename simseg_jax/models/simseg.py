@@ -1,6 +1,7 @@
 """The two towers: encoder, projection of every token, pooling, L2 normalisation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -125,6 +126,7 @@ def l2_normalize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
 
 
+@functools.cache
 def make_model(config: SimSegConfig, dtype=jnp.float32, remat: str = "none") -> nnx.GraphDef:
     """The model's structure without parameters; `bind(graphdef, params)` makes it callable.
 
@@ -141,8 +143,9 @@ def bind(graphdef: nnx.GraphDef, params: dict) -> SimSeg:
     return nnx.merge(graphdef, _with_keys(params, lambda key: int(key) if key.isdigit() else key))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: SimSegConfig, key: jax.Array) -> dict:
-    """Random float32 parameters as a nested dict with string keys. Traceable: jit it to shard."""
+    """Random float32 parameters as a nested dict with string keys."""
     return params_of(SimSeg(config, jnp.float32, Keys(key)))
 
 
