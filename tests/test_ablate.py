@@ -31,6 +31,7 @@ def arguments(tmp_path):
     return (f"--config={file}", f"--workdir={tmp_path / 'runs'}", "--set=model.pool=loda,mean")
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once_and_put_into_a_table(monkeypatch, capsys, tmp_path, arguments):
     folder = tmp_path / "runs"
     out = run(monkeypatch, capsys, ablate, *arguments, "--only=1")

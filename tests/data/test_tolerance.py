@@ -30,7 +30,8 @@ def shard_config(folder, share):
     return config, damaged
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_training_goes_on_over_five_percent_damaged_members(tmp_path, capsys, workers):
     config, damaged = shard_config(tmp_path, 0.05)
     config.data.workers = workers

@@ -112,7 +112,7 @@ def test_the_target_is_the_mesh_in_context():
 
 
 def test_blocks_in_a_loop_equal_blocks_in_a_row(monkeypatch):
-    """As accelerators compute them: both towers, with dropout, value and gradient."""
+    """As accelerators compute them: the text tower, with dropout, value and gradient."""
     examples = jax.tree.map(jnp.asarray, batch(4))
     keys = jax.random.split(jax.random.key(1), 4)
 
@@ -120,18 +120,18 @@ def test_blocks_in_a_loop_equal_blocks_in_a_row(monkeypatch):
     def value_and_gradient(params):
         def loss(params):
             model = bind(make_model(MODEL), params)
-            images, _ = model.encode_image(model.normalize(examples["image"]))
             texts = model.encode_text(examples["ids"], examples["mask"], keys=keys)
-            return (images * texts).sum()
+            return (texts**3).sum()
 
         return jax.value_and_grad(loss)(params)
 
     params = init_params(MODEL, jax.random.key(0))
+    in_a_row = value_and_gradient.lower(params).as_text()
     expected = value_and_gradient(params)
     target(monkeypatch, "TPU v5 lite", "tpu")
     jax.clear_caches()
-    program = value_and_gradient.lower(params).as_text()
-    assert program.count("stablehlo.while") >= 4  # Two towers, forward and back.
+    looped = value_and_gradient.lower(params).as_text()
+    assert looped.count("dot_general") < in_a_row.count("dot_general")
     for actual, wanted in zip(
         jax.tree.leaves(value_and_gradient(params)), jax.tree.leaves(expected), strict=True
     ):

@@ -172,6 +172,7 @@ def minilm():
 
 
 @needs_minilm
+@pytest.mark.slow
 def test_minilm_agrees_with_transformers(minilm):
     golden = np.load(GOLDENS / "minilm.npz")
     config = tiny_config()

@@ -218,6 +218,7 @@ def test_crf_on_several_devices(golden_model, golden, class_embeddings, backend)
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_too_little_room_for_the_lattice_runs_again(
     golden_model, golden, class_embeddings, monkeypatch
 ):
