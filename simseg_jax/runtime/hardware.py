@@ -145,7 +145,7 @@ class Target:
             found = topologies.get_topology_desc(
                 platform="tpu" if tpu else "cuda",
                 topology_name=f"{self.kind}:{name}" if tpu else "",
-                **({"topology": f"{name}x1"} if not tpu else {}),
+                **({"topology": f"1x{name}"} if not tpu else {}),
                 **options,
             )
         except Exception as error:
