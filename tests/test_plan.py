@@ -6,7 +6,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from simseg_jax.data.text import load_tokenizer
+from simseg_jax.models.bert import BertConfig
+from simseg_jax.models.simseg import SimSegConfig, init_params
+from simseg_jax.models.vit import ViTConfig
+from simseg_jax.runtime.sharding import MIN_SHARDED_SIZE
 
 CONFIG = """
 from simseg_jax.config import data_set, default_config
@@ -92,6 +99,32 @@ def test_a_plan_for_a_tpu_slice_sends_the_minimum(run_plan):
     bound = max(x for x in plan["seconds"].values() if x is not None)
     assert plan["step_seconds"] == bound > 0
     assert plan["hours"] == pytest.approx(100 * bound / 3600)
+
+
+@needs_libtpu
+def test_split_parameters_are_gathered_and_their_gradients_scattered(run_plan):
+    _, (plan,) = run_plan("--devices=v5e:2x2", "--config.mesh.fsdp=4")
+    architecture = SimSegConfig(
+        image=ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2, mlp_width=64),
+        text=BertConfig(
+            vocab_size=len(load_tokenizer("shapes")),
+            **{"max_positions": 25, "width": 128, "depth": 2, "heads": 2, "mlp_width": 256},
+        ),
+        embed_dim=16,
+    )
+    shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
+    leaves = jax.tree.leaves(shapes)
+    assert 4 * sum(leaf.size for leaf in leaves) == PARAMETERS
+    split = 4 * sum(leaf.size for leaf in leaves if leaf.size >= MIN_SHARDED_SIZE)
+    assert 0.8 * PARAMETERS < split < PARAMETERS
+    sent = plan["sent_bytes"]
+    # Most are kept for the backward pass, some gathered again.
+    least = (split + EMBEDDINGS) * 3 / 4
+    assert least <= sent["all-gather"] <= 1.5 * least
+    # XLA sums some whole that one part would be enough of; the rest and the embeddings are whole.
+    least = (split + 2 * (PARAMETERS - split + EMBEDDINGS)) * 3 / 4
+    assert least <= sent["reduce-scatter"] + sent["all-reduce"] <= 1.3 * least
+    assert set(sent) == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
 @needs_libtpu

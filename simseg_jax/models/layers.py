@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.ranges import number, whole
-from simseg_jax.runtime.sharding import target_device
+from simseg_jax.runtime.sharding import constrain_whole, target_device
 
 REMAT = ("none", "dots", "full")
 WIDTH = whole(1, 2**16)
@@ -68,6 +68,11 @@ def apply_blocks(apply: Callable, blocks: nnx.List, x: jax.Array, remat: str) ->
 
     def body(x, inputs):
         state, index = inputs
+        # Where devices share a copy of the parameters, the weights of a block come together here,
+        # in the type of its products; XLA might send activations instead.
+        state = jax.tree.map(
+            lambda w: constrain_whole(w.astype(x.dtype) if w.ndim > 1 else w), state
+        )
         return apply(nnx.merge(graphdefs[0], state), x, index), None
 
     # XLA does not move work into or out of a loop's body: nothing keeps it from being repeated.

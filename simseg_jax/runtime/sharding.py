@@ -109,6 +109,14 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def constrain_whole(x: jax.Array) -> jax.Array:
+    """Pins a parameter, or the gradient of one, to be whole on every device of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if device_count() == 1 or mesh.shape["fsdp"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P())
+
+
 def device_count() -> int:
     """Devices among which the batch is split: those of the mesh in context.
 
