@@ -75,6 +75,7 @@ SHORTER = {
     ("main", "configs/shapes.py"): RUN,
     ("main", "configs/flickr8k.py"): (*PHOTOS, "--config.epochs=0", "--config.steps=2"),
     ("ablate", "configs/shapes.py"): RUN,
+    ("plan", "configs/shapes.py"): RUN,
     ("linear_probe", "configs/linear_probe.py"): PROBE,
     ("data.inspect", "configs/shapes.py"): ("--seconds=0",),
     ("data.inspect", "configs/flickr8k.py"): (*PHOTOS, "--seconds=0"),
