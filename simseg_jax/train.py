@@ -68,9 +68,10 @@ def train(
 ) -> dict[str, float] | None:
     """Trains, checkpoints and evaluates; returns the final numbers, None if a signal stopped it.
 
-    Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`; what
-    may differ then says `resume`. A second run in the same workdir or `config.checkpoint.directory`
-    is refused. profile: steps, after the first few, of which WORKDIR/profile gets a trace.
+    Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`; the
+    module `training.resume` says which settings may differ then. A second run in the same workdir
+    or `config.checkpoint.directory` is refused. profile: steps, after the first few, of which
+    WORKDIR/profile gets a trace.
     """
     config, workdir = run_config(config), Path(workdir).expanduser().absolute()
     folder = checkpoints_folder(workdir, config.checkpoint.directory)

@@ -63,6 +63,7 @@ def run_plan(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_plan_for_cpus(run_plan):
     printed, (plan,) = run_plan("--devices=cpu:4")
     assert "4 devices (cpu)" in printed

@@ -242,6 +242,7 @@ def scenes():
     return make
 
 
+@pytest.mark.slow
 def test_resuming_with_any_number_of_workers_gives_the_same_batches(scenes):
     """In the middle of an epoch (64 examples), from a run with 0 workers on with 0, 2 and 4."""
     whole = batches(scenes(), 5, 80)

@@ -270,7 +270,7 @@ def handles():
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts the files in /proc")
-@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(80, marks=pytest.mark.slow)])
 def test_nothing_stays_open_after_a_save(tmp_path, count):
     with Checkpoints(epath.Path(tmp_path), 2) as checkpoints:
         for step in range(1, count + 1):
