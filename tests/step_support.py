@@ -32,11 +32,13 @@ def batch(size=BATCH):
     }
 
 
-def compile_step(devices=1, fsdp=1, remat="none", size=BATCH, model=MODEL, **options):
+def compile_step(
+    devices=1, fsdp=1, remat="none", size=BATCH, model=MODEL, dtype=jnp.float32, **options
+):
     """The compiled step and its arguments; the state after it holds the gradients."""
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     optimizer = optax.trace(0.0)
-    update = make_update(make_model(model, remat=remat), optimizer, seed=0, **options)
+    update = make_update(make_model(model, dtype, remat), optimizer, seed=0, **options)
 
     def init():
         state = initial_state(init_params(model, jax.random.key(0)), optimizer)
