@@ -82,6 +82,7 @@ def test_outputs_of_a_run(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
     """In a thread as well, where Python allows no handlers of signals."""
     workdir, config, results = finished

@@ -79,6 +79,7 @@ def test_both_encoders_start_from_weights(frozen_run, sources):
     assert saved["text"]["activation"] == "gelu_tanh"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_sources(frozen_run, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(frozen_run, workdir)
@@ -90,6 +91,7 @@ def test_a_run_goes_on_without_its_sources(frozen_run, tmp_path):
     assert_trees_equal(before.params["image_encoder"], after.params["image_encoder"])
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_whole_model(frozen_run, tmp_path):
     everything = ((".*", 0.0),)
     config = starting_config(model=str(frozen_run))

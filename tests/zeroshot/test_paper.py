@@ -210,7 +210,7 @@ def test_photographs_of_other_sizes_equal_a_second_implementation(
     )
 
 
-@pytest.mark.parametrize("backend", ["numpy", "jax"])
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("jax", marks=pytest.mark.slow)])
 def test_crf_on_several_devices(golden_model, golden, class_embeddings, backend):
     settings = {"refine": "crf", "crf": {"backend": backend}}
     one, _ = predict(golden_model, golden, class_embeddings, PHOTOS, **settings)
