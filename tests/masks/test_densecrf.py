@@ -148,7 +148,6 @@ def probability_maps(image, rng):
 @needs_crf
 @pytest.mark.skipif(not VOC_IMAGES.is_dir(), reason=f"VOC images are missing: {VOC_IMAGES}")
 @pytest.mark.parametrize("size", [(288, 288), (241, 173), None], ids=["288", "241x173", "odd"])
-@pytest.mark.slow
 def test_masks_equal_pydensecrf_on_photographs(size):
     """At least 99.99 % of the pixels of every mask; rounding may turn a pixel that is undecided.
 
