@@ -5,7 +5,7 @@ import sys
 
 __version__ = "0.1.0"
 
-# So sys.argv reads while `python -m` looks for a command. Until its main function runs, which takes
-# Ctrl-C into its own hands, Ctrl-C shall end the process and not some import with a traceback.
+# sys.argv is ["-m"] while `python -m` looks for the module. Until the command's main function
+# installs its own handler, Ctrl-C must end the process without a traceback from some import.
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from simseg_jax.reports.tables import (
 from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import digest, read_json, write_json
-from simseg_jax.runtime.processes import STOPPED
+from simseg_jax.runtime.processes import exit_stopped
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import changed, first_difference, to_json
 from simseg_jax.train import train
@@ -36,19 +35,19 @@ EPILOG = """examples:
   python -m simseg_jax.ablate --config=configs/shapes.py --workdir=runs/loda --table=loda
   python -m simseg_jax.ablate --config=configs/shapes.py --workdir=runs/temperature \\
       --set=model.temperature=0.03,0.07,0.2 --set=seed=0,1 --config.steps=300
-  one run per job of a SLURM array, afterwards the same without --only for the table:
+  one run per job of a SLURM array; then the same command without --only writes the table:
   python -m simseg_jax.ablate --config=configs/vits16.py --workdir=runs/table12 \\
       --table=training --only=$SLURM_ARRAY_TASK_ID
 
-Tables of the paper: training (12: M^I x M^T in training), loda (LoDA, mean and CLS pooling:
-segmentation, retrieval as in tables 6 and 7, classification as in 8), padding (text pooling with
-and without [PAD]). Every run has a folder of its own in --workdir; the same command skips those
-that are done and continues the one that was interrupted. When all are done, table.csv and table.png
-are written there.
+Tables: training (table 12 of the paper: M^I x M^T in training), loda (LoDA, mean and CLS pooling:
+segmentation, retrieval as in tables 6 and 7, classification as in table 8), padding (text pooling
+with and without [PAD]). Every run has its own folder in --workdir; the same command skips finished
+runs and continues the interrupted one. When all runs are done, table.csv and table.png are written
+to --workdir.
 """
 RESPONSES = (1, 3, 5)
-# With ViT-S; the authors have no numbers for CLS pooling and masked padding. Recalls of retrieval
-# (tables 6 and 7) are summed up over 1, 5 and 10 and both directions, in percent.
+# The paper's numbers are of ViT-S; it has none for CLS pooling and masked padding. RSUM is the sum
+# of the recalls at 1, 5 and 10 in both directions, in percent (tables 6 and 7).
 WITH_LODA, WITHOUT = ("loda",), ("mean",)
 TABLES = {
     "training": Table(
@@ -75,7 +74,7 @@ TABLES = {
         },
     ),
     "padding": Table(
-        "Text pooling in training: [PAD] takes part or not",
+        "Text pooling in training: with or without [PAD]",
         {"model.mask_padding": (False, True)},
         paper_rows([(False,)], voc=(56.6,)),
     ),
@@ -84,13 +83,13 @@ TABLES = {
 
 @report_user_errors
 def main() -> None:
-    """Trains what is missing, prints and writes the table when everything is there."""
+    """Trains the missing runs; prints and writes the table when all are done."""
     parser = make_parser("ablate", "Trains a configuration under several settings.", EPILOG)
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument("--workdir", required=True, help="folder for all runs and the table")
     add_table_options(parser, TABLES)
     parser.add_argument(
-        "--only", type=accepted(whole(0)), help="train this run of the table only, from 0 on"
+        "--only", type=accepted(whole(0)), help="train only this run of the table, counted from 0"
     )
     args, overrides = parser.parse_known_args()
     cache_programs()
@@ -99,12 +98,13 @@ def main() -> None:
     table = TABLES[args.table] if args.table else None
     table = table or Table("Ablation", parse_values(base, args.set), {})
     combinations = list(itertools.product(*table.values.values()))
-    if args.only is not None and not 0 <= args.only < len(combinations):
+    if args.only is not None and args.only >= len(combinations):
         raise UserError(f"--only={args.only}: the table has the runs 0 to {len(combinations) - 1}.")
     workdir = Path(args.workdir)
     rows, missing = [], 0
     for number, combination in enumerate(combinations):
-        config = changed(base, dict(zip(table.values, combination, strict=True)))
+        row = dict(zip(table.values, combination, strict=True))
+        config = changed(base, row)
         folder = workdir / name_of(table, combination)
         inputs = inputs_of(config)
         results = finished(folder, config, inputs)
@@ -114,10 +114,7 @@ def main() -> None:
         if results is None:
             missing += 1
             continue
-        row = dict(zip(table.values, combination, strict=True))
-        row |= summary(results)
-        row |= paper_columns(table, combination)
-        rows.append(row)
+        rows.append(row | summary(results) | paper_columns(table, combination))
     if missing:
         print(f"{len(rows)} of {len(combinations)} runs are done in {workdir}; {missing} to go.")
         return
@@ -133,7 +130,7 @@ def name_of(table: Table, combination: tuple) -> str:
 
 
 def inputs_of(config: RunConfig) -> dict[str, Any]:
-    """Identifies the content of what a run reads: vocabulary, training pairs and test sets."""
+    """Identifies the content of a run's inputs: vocabulary, training pairs and test sets."""
     tokenizer = load_tokenizer(config.data.vocab)
     encoder = TextEncoder(tokenizer, config.data.max_length)
     size = config.model.image.image_size
@@ -158,7 +155,7 @@ def inputs_of(config: RunConfig) -> dict[str, Any]:
 
 
 def finished(folder: Path, config: RunConfig, inputs: dict[str, Any]) -> dict[str, float] | None:
-    """The results of a run that is done; a `UserError` if it had other settings or inputs."""
+    """The results of a finished run, else None; a `UserError` if settings or inputs differ."""
     file = folder / "result.json"
     if not file.is_file():
         return None
@@ -178,11 +175,10 @@ def finished(folder: Path, config: RunConfig, inputs: dict[str, Any]) -> dict[st
 
 
 def run(config: RunConfig, folder: Path, inputs: dict[str, Any]) -> dict[str, float]:
-    """Trains, or goes on, and keeps the results."""
+    """Trains or continues a run and writes its result.json."""
     results = train(config, folder)
     if results is None:
-        print("Stopped by a signal; run the same command again to continue.", flush=True)
-        sys.exit(STOPPED)
+        exit_stopped()
     if not results:
         raise UserError("An ablation compares evaluations: the configuration has none in evals.")
     record = {"results": results, "config": json.loads(to_json(config)), "inputs": inputs}

@@ -1,7 +1,6 @@
 """The training command: `python -m simseg_jax.main --config=... --workdir=...`."""
 
 import os
-import sys
 import time
 
 import jax
@@ -11,7 +10,7 @@ from simseg_jax.evaluators.build import headlines
 from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
 from simseg_jax.runtime.errors import report_user_errors
 from simseg_jax.runtime.files import CACHE
-from simseg_jax.runtime.processes import STOPPED, add_distributed_option, join_processes
+from simseg_jax.runtime.processes import add_distributed_option, exit_stopped, join_processes
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import describe
 from simseg_jax.train import train
@@ -22,15 +21,15 @@ EPILOG = """examples:
   python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/f8k \\
       --config.data.train.flickr8k.path=flickr8k/captions.csv
 
-The same command continues an interrupted run from its newest checkpoint. Exit status: 0 done, 2 a
-mistake in the command, 75 stopped by a signal with everything saved. Configuration keys, each
-with its default (the files in configs/ change some):
+The same command continues an interrupted run from its newest checkpoint. Exit status: 0 done, 2 an
+error that you can correct, 75 stopped by a signal with everything saved. Configuration keys with
+their defaults (the files in configs/ change some):
 """
 
 
 @report_user_errors
 def main() -> None:
-    """Parses the command line, trains, prints where the results are."""
+    """Parses the command line, trains and prints where the results are."""
     parser = make_parser(
         "main",
         "Trains a segmenter from image-caption pairs and evaluates it.",
@@ -45,7 +44,8 @@ def main() -> None:
         nargs="?",
         const=3,
         default=0,
-        help="write a trace of so many steps (3) to WORKDIR/profile, for ui.perfetto.dev or XProf",
+        help="trace this many steps (3 if not given) into WORKDIR/profile, for ui.perfetto.dev or "
+        "XProf",
     )
     add_distributed_option(parser)
     args, overrides = parser.parse_known_args()
@@ -53,15 +53,13 @@ def main() -> None:
         join_processes()
     config = load_config(args.config, overrides)
     if config.data.cache:
-        # Compiled programs and copies of remote weights lie beside indexes of the data.
+        # Compiled programs and copies of remote weights go to the same folder as data indexes.
         os.environ[CACHE] = config.data.cache
     cache_programs()
     began = time.monotonic()
     results = train(config, args.workdir, args.profile)
     if results is None:
-        if jax.process_index() == 0:
-            print("Stopped by a signal; run the same command again to continue.", flush=True)
-        sys.exit(STOPPED)
+        exit_stopped()
     if jax.process_index() == 0:
         scores = headlines(results)
         seconds = time.monotonic() - began

@@ -1,4 +1,4 @@
-"""What the commands have in common: the shape of their help and the options of a checkpoint."""
+"""What the commands have in common: parsers, shared options, progress bars, compilation cache."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ from simseg_jax.runtime.settings import field_of
 
 
 def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """The parser of `python -m simseg_jax.MODULE`; the epilog is printed as it stands."""
+    """The parser of `python -m simseg_jax.MODULE`; the epilog is printed without reformatting."""
     return argparse.ArgumentParser(
         prog=f"python -m simseg_jax.{module}",
         description=description,
@@ -27,13 +27,13 @@ def make_parser(module: str, description: str, epilog: str) -> argparse.Argument
 
 
 def results_folder(checkpoint: str) -> Path:
-    """Where results go by default: into the checkpoint's folder, or here if that is elsewhere."""
+    """Default folder for results: the checkpoint's, or one of its name here if that is remote."""
     folder = Path(checkpoint)
     return folder if folder.is_dir() else Path(checkpoint.rstrip("/").rpartition("/")[2])
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Which trained model."""
+    """Adds --checkpoint and --step."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -45,7 +45,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 def accepted(accepts: Accepts, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
-    """A `type` of an option that takes these values of a kind; the parser reports all others."""
+    """A `type` for argparse: converts with `kind` and rejects values that are not accepted."""
 
     def convert(text: str) -> Any:
         try:
@@ -60,9 +60,9 @@ def accepted(accepts: Accepts, kind: Callable[[str], Any] = int) -> Callable[[st
 
 
 def add_setting(parser, kind: type, name: str, text: str = "", default: Any = None) -> None:
-    """The option --NAME for a setting of class `kind`, with the values that it takes.
+    """Adds the option --NAME for the setting `name` of class `kind`, with the same valid values.
 
-    text: the help, by default what the setting means. default: of the option.
+    text: the help, by default the setting's meaning. default: the option's default.
     """
     field = field_of(kind, name)
     parser.add_argument(
@@ -74,13 +74,13 @@ def add_setting(parser, kind: type, name: str, text: str = "", default: Any = No
 
 
 def add_evals_options(parser: argparse.ArgumentParser) -> None:
-    """Which test sets."""
+    """Adds --config and --test_set."""
     parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
-    parser.add_argument("--test_set", help="names in evals, with commas; default: all")
+    parser.add_argument("--test_set", help="comma-separated names in evals; default: all")
 
 
 def image_bar(name: str) -> Callable[[Iterable], Iterable]:
-    """What wraps an iterator over images to show its progress, in the first process only."""
+    """A function that wraps an iterable of images in a progress bar, shown by process 0 only."""
 
     def bar(images: Iterable) -> Iterable:
         return tqdm(images, desc=name, unit="image", disable=jax.process_index() > 0)
@@ -92,7 +92,8 @@ def cache_programs() -> None:
     """Keeps compiled programs in the cache folder, so that the next start is faster.
 
     JAX's own JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=0
-    switches it off. Where nothing can be written, every start compiles anew, which is said.
+    switches the cache off. If the folder cannot be written to, a message says so and every start
+    compiles again.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return

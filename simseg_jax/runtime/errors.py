@@ -1,4 +1,4 @@
-"""Mistakes that the user can mend: their exception, its wording, how commands report it."""
+"""Errors that the user can correct: the exception, helpers for messages, how commands report it."""
 
 import contextlib
 import errno
@@ -10,39 +10,39 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-NAMED = 5  # The most things that a message names; it counts the others.
+NAMED = 5  # A message names at most this many things and counts the others.
 
 
 class UserError(Exception):
-    """Bad input or configuration: the message is one clear sentence that says what to do."""
+    """Invalid input or configuration: the message says in one sentence what to do."""
 
 
 def some(names: Iterable) -> str:
-    """The first few names with commas between, and how many more there are."""
+    """The first few names, separated by commas, and how many more there are."""
     names = [str(name) for name in names]
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
-    """An error or text in one line of at most `limit` characters; an empty one gives its type."""
+    """An error or text in one line of at most `limit` characters; its type's name if empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextlib.contextmanager
 def reading(what: str, advice: str = "") -> Iterator[None]:
-    """Turns every error of a library that reads an untrusted file into one `UserError`.
+    """Turns any error of a library that reads an untrusted file into a `UserError`.
 
-    what: names the file, "the vocabulary vocab.txt". advice: what to do, a sentence. A file-system
-    error that names its file passes: commands report it as it is.
+    what: names the file, such as "the vocabulary vocab.txt". advice: a sentence that says what to
+    do. File-system errors that name their file pass through: commands report them as they are.
     """
     try:
         yield
     except UserError:
         raise
-    # Parsers meet damaged and hostile files with errors of any kind, RecursionError and
-    # MemoryError among them.
+    # For damaged and hostile files parsers raise errors of any kind, even RecursionError and
+    # MemoryError.
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
@@ -57,8 +57,8 @@ def writing(
 ) -> Iterator[None]:
     """Turns errors of writing files into a `UserError`: "Cannot write WHAT: REASON. ADVICE".
 
-    advice: called when there is one. errors: their types; libraries wrap what the operating system
-    says in their own.
+    advice: called only after an error. errors: the types to catch; libraries wrap the operating
+    system's errors in their own.
     """
     try:
         yield
@@ -70,11 +70,12 @@ def writing(
 
 
 def report_user_errors(main):
-    """Wraps a command's main function: what the user can mend ends it in one line, no traceback.
+    """Wraps a command's main function: errors that the user can correct are one line on stderr.
 
-    These are a `UserError`, an error of the file system and too little memory, with the exit status
-    2 of a wrong option: launchers need not try again. Ctrl-C ends with 130, output that nobody
-    reads any longer with 141 and no message. Anything else is a bug and keeps its traceback.
+    These are `UserError`, file-system errors and too little memory. The exit status is 2, as for an
+    invalid option: launchers need not try again. Ctrl-C and, where it interrupts, SIGTERM exit with
+    130; a closed output pipe exits with 141 and no message. Anything else is a bug and keeps its
+    traceback.
     """
 
     @functools.wraps(main)
@@ -84,14 +85,15 @@ def report_user_errors(main):
                 try:
                     return main(*args, **kwargs)
                 finally:
-                    sys.stdout.flush()  # Python's own, at the very end, would complain.
-        except KeyboardInterrupt:
-            print("Stopped by Ctrl-C.", file=sys.stderr)
+                    sys.stdout.flush()  # Python's own flush at exit would print an error.
+        except KeyboardInterrupt as interrupt:
+            # Without a text it is Python's own; see `processes.keeping`.
+            print(f"Stopped by {str(interrupt) or 'Ctrl-C'}.", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _unread_output():
                 sys.exit(141)
-            message = _mendable(error)
+            message = _correctable(error)
             if message is None:
                 raise
             print(f"error: {message}", file=sys.stderr)
@@ -102,7 +104,7 @@ def report_user_errors(main):
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    # Ctrl-C just ends a process that loads its libraries or winds up, see simseg_jax/__init__.py.
+    # While imports run and at exit, Ctrl-C just ends the process, see simseg_jax/__init__.py.
     bare = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     if bare:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -113,11 +115,11 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _mendable(error: BaseException) -> str | None:
+def _correctable(error: BaseException) -> str | None:
     """The message for the user; None if the error is a bug of this program."""
     if isinstance(error, UserError):
         return str(error)
-    # Libraries wrap what the system said, and closing files after it may fail once more.
+    # Libraries wrap the system's error, and closing the file afterwards may raise another one.
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -143,7 +145,7 @@ def _mendable(error: BaseException) -> str | None:
 
 
 def _unread_output() -> bool:
-    """Whether nobody reads the output any longer, as after `| head`; if so it is discarded."""
+    """Whether the reader of the output is gone, as after `| head`; then output is discarded."""
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)
@@ -154,9 +156,9 @@ def _unread_output() -> bool:
 
 
 def require_file(path: Path, what: str, advice: str = "") -> Path:
-    """`path` if it is a file, else a `UserError` that says what was looked for and where.
+    """`path` if it is a file, else a `UserError` that says what is missing and where.
 
-    advice: how to get the file, the end of the message.
+    advice: how to get the file; it ends the message.
     """
     if not path.is_file():
         advice = f"; {advice}" if advice else ""

@@ -1,4 +1,4 @@
-"""Files: their versions, writing them completely or not at all, errors that name them."""
+"""Files: telling versions apart, atomic writing, errors that name the file, the cache folder."""
 
 import contextlib
 import errno
@@ -18,26 +18,26 @@ CACHE = "SIMSEG_CACHE"
 
 
 def stamp(path: str | Path) -> str:
-    """SIZE:TIME of a file, in bytes and in ns of its last change; tells its versions apart."""
+    """SIZE:TIME of a file (bytes, modification time in ns), which tells its versions apart."""
     status = os.stat(path)
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def digest(content) -> str:
-    """16 hexadecimal digits of the SHA-256 of bytes, or of the JSON of anything else."""
+    """The first 16 hexadecimal digits of the SHA-256 of bytes, or of anything else as JSON."""
     data = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, 64 hexadecimal digits."""
+    """The SHA-256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds `path` to file-system errors without a name, such as those of a full disk."""
+    """Adds `path` to file-system errors that name no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -48,18 +48,19 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A place to write a file or folder, renamed to `path` on success: it is never incomplete.
+    """A temporary path for a file or folder that is renamed to `path` on success.
 
-    Several processes may write the same `path` at once.
+    `path` is therefore never incomplete. Several processes may write the same `path` at once.
     """
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # A long name would not fit twice.
+    # Without the name of `path`: a long one with a suffix could exceed the limit.
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with naming(path):
             yield partial
         try:
             partial.replace(path)
         except OSError as error:
-            # Folders do not replace each other: the one that came first has the same content.
+            # A folder cannot replace another; the first one written has the same content.
             if error.errno != errno.ENOTEMPTY:
                 raise
     finally:
@@ -71,9 +72,9 @@ def appearing(path: Path) -> Iterator[Path]:
 def read_json(
     path: Path, advice: str = "Get the file again.", largest: int | None = None
 ) -> dict[str, Any]:
-    """The object in a JSON file; a `UserError` with the advice if there is none.
+    """The object in a JSON file; a `UserError` with the advice if it cannot be read.
 
-    largest: in bytes, for files of others.
+    largest: the maximum size in bytes, for untrusted files.
     """
     with reading(str(path), advice):
         size = path.stat().st_size
@@ -86,21 +87,22 @@ def read_json(
 
 
 def write_json(path: Path, content) -> None:
-    """Writes indented JSON that replaces `path` at once."""
+    """Writes indented JSON, replacing `path` atomically."""
     with appearing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def cache_folder(configured: str = "") -> Path:
-    """Where everything is kept that is made once and used again: indexes, copies, programs.
+    """The folder for everything that is made once and reused: indexes, copies, compiled programs.
 
-    The key `data.cache`, else the environment variable SIMSEG_CACHE, else ~/.cache/simseg_jax.
+    It is configured by the key `data.cache`, else by the environment variable SIMSEG_CACHE, else it
+    is ~/.cache/simseg_jax.
     """
     return Path(configured or os.environ.get(CACHE) or "~/.cache/simseg_jax").expanduser()
 
 
 def make_writable(folder: Path) -> Path:
-    """Returns `folder`, created if needed; a `UserError` if nothing can be written there."""
+    """Returns `folder`, created if needed; a `UserError` if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

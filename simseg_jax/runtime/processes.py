@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, agree to stop, keep other runs out."""
+"""Several processes as one run: joining, stopping together, keeping other runs out of a folder."""
 
 import argparse
 import contextlib
@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,28 +22,28 @@ from simseg_jax.runtime.errors import UserError
 COUNT, INDEX, COORDINATOR = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"
 
 LOCK = ".lock"
-# What file systems without locks answer.
+# Errors of file systems that have no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-# Exit status of a run that a signal stopped: it waits for its command to be given again.
+# Exit status of a training run that a signal stopped: the same command continues it.
 STOPPED = 75
 
 
 def add_distributed_option(parser: argparse.ArgumentParser) -> None:
-    """The flag of commands that several processes can run together."""
+    """Adds --distributed, for commands that several processes can run together."""
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="join the other processes of a TPU pod, SLURM job or MPI launch first, or those that "
-        f"{COORDINATOR} (host:port), {COUNT} and {INDEX} describe; see launch/",
+        help="first join the other processes of a TPU pod, SLURM job or MPI launch, or the ones "
+        f"described by {COORDINATOR} (host:port), {COUNT} and {INDEX}; see launch/",
     )
 
 
 def join_processes() -> None:
-    """Connects this process with the others of its run, before JAX is used for anything else.
+    """Connects this process to the others of its run; call it before any other use of JAX.
 
-    The environment variables above come first; without them JAX asks the TPU, SLURM, Open MPI or
-    Kubernetes. When a process dies, the others end as well.
+    The environment variables above take precedence; without them JAX detects a TPU pod, SLURM, Open
+    MPI or Kubernetes. When one process dies, the others end as well.
     """
     if os.environ.get(COUNT) or os.environ.get(INDEX):
         missing = [name for name in (COORDINATOR, COUNT, INDEX) if not os.environ.get(name)]
@@ -68,13 +69,13 @@ def join_processes() -> None:
 
 @contextlib.contextmanager
 def keeping(kept: Callable[[], str]) -> Iterator[None]:
-    """Work that may be stopped at any time: SIGTERM ends it as Ctrl-C does, by KeyboardInterrupt.
+    """A context for work that may be stopped at any time: SIGTERM raises KeyboardInterrupt, too.
 
-    kept() says in one line what is kept and how to go on; it is printed then, by process 0.
+    kept(): one line on what is kept and how to continue; process 0 prints it after a stop.
     """
-    # Among several processes JAX's own service watches for SIGTERM.
+    # With several processes JAX's own service watches for SIGTERM.
     own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if own else None
+    previous = signal.signal(signal.SIGTERM, _interrupt) if own else None
     try:
         yield
     except KeyboardInterrupt:
@@ -86,19 +87,31 @@ def keeping(kept: Callable[[], str]) -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
+def _interrupt(number: int, _frame) -> NoReturn:
+    """A signal handler whose KeyboardInterrupt carries the name of the signal."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def exit_stopped() -> NoReturn:
+    """Ends the process of a training run that a signal stopped."""
+    if jax.process_index() == 0:
+        print("Stopped by a signal; run the same command again to continue.", flush=True)
+    sys.exit(STOPPED)
+
+
 class StopSignal:
     """Turns the first SIGTERM or Ctrl-C into a request to save and stop; a second one kills.
 
     With several processes a signal to any of them stops all of them before the same step. Outside
-    of the main thread, where Python allows no handlers, signals stay with the program around.
+    the main thread Python allows no handlers, and signals keep their previous effect.
     """
 
     def __init__(self):
         self.received = False
 
     def __enter__(self) -> "StopSignal":
-        # Among several processes JAX's own service watches for SIGTERM; a handler of ours would
-        # keep the signal from it.
+        # With several processes JAX's own service watches for SIGTERM; our handler would hide the
+        # signal from it.
         own = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
         if threading.current_thread() is not threading.main_thread():
             own = ()
@@ -124,10 +137,11 @@ class StopSignal:
 
 @contextlib.contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of `folder`, which is made if need be; a `UserError` says who is in it.
+    """Keeps other runs out of `folder`, creating it if needed.
 
-    Process 0 holds a lock of the operating system on FOLDER/.lock, which ends with the process
-    however that ends. Nothing stays behind: no lock file, nor the folder if it is empty and new.
+    If another run uses it, a `UserError` names that run's process. Process 0 locks FOLDER/.lock;
+    the operating system releases the lock when the process ends, even in a crash. On exit the lock
+    file is removed, and so is the folder if it was created here and is empty.
     """
     if jax.process_index() > 0:
         yield
@@ -142,17 +156,17 @@ def only_run(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         os.close(file)
         if new:
-            with contextlib.suppress(OSError):  # Mostly it has files by now.
+            with contextlib.suppress(OSError):  # Usually it is not empty by now.
                 folder.rmdir()
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of the file at `path`, locked and with a line that tells by whom."""
+    """A descriptor of the locked file at `path`, whose content names this process."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run before may have removed the file since it was opened.
+            # The previous run may have removed the file since it was opened.
             if _same(path, file):
                 break
         except OSError as error:

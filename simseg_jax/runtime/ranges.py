@@ -1,15 +1,15 @@
-"""What the value of a setting can be: a test and the words that complete "KEY=VALUE must be"."""
+"""Valid values of settings: a test, and the words that complete "KEY=VALUE must be"."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from simseg_jax.runtime.errors import one_line
 
-LARGEST = 2**31 - 1  # The largest int32, which JAX counts with.
+LARGEST = 2**31 - 1  # The largest int32, the type in which JAX counts.
 
 
 class Accepts(NamedTuple):
-    """Values that a setting takes. choices: all of them, where they can be listed."""
+    """The values that a setting accepts. choices: all of them, where they can be listed."""
 
     text: str
     allows: Callable[[Any], bool]
@@ -17,10 +17,10 @@ class Accepts(NamedTuple):
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: whatever it is, in one short line."""
+    """Any value as a message quotes it, in one short line."""
     try:
         return one_line(repr(value), 80)
-    # Python refuses to write out numbers of thousands of digits, and lists in lists in lists.
+    # Python refuses to format numbers of thousands of digits and deeply nested lists.
     except (ValueError, RecursionError):
         return "(too long to show)"
 
@@ -31,7 +31,7 @@ def one_of(*choices: str) -> Accepts:
 
 
 def whole(low: int, high: int = LARGEST) -> Accepts:
-    """A whole number; both ends belong to the range."""
+    """A whole number from `low` to `high`, both included."""
     return Accepts(
         f"a whole number from {low} to {high:,}",
         lambda value: type(value) is int and low <= value <= high,
@@ -39,7 +39,7 @@ def whole(low: int, high: int = LARGEST) -> Accepts:
 
 
 def number(low: float, high: float, above: bool = False, below: bool = False) -> Accepts:
-    """A finite number; `low` itself is excluded by `above`, `high` by `below`."""
+    """A finite number from `low` to `high`; `above` excludes `low`, `below` excludes `high`."""
     start = f"above {low:g}" if above else f"from {low:g}"
     end = f"below {high:g}" if below else f"up to {high:g}" if above else f"to {high:g}"
 
@@ -53,7 +53,7 @@ def number(low: float, high: float, above: bool = False, below: bool = False) ->
 
 
 def several(each: Accepts, counts: range, what: str, ordered: bool = False) -> Accepts:
-    """A tuple whose elements are `each`; counts: its possible lengths; ordered: none falls."""
+    """A tuple of `each`; counts: its valid lengths; ordered: its elements must not decrease."""
 
     def allows(values: Any) -> bool:
         return (
@@ -66,12 +66,12 @@ def several(each: Accepts, counts: range, what: str, ordered: bool = False) -> A
 
 
 def pair(each: Accepts) -> Accepts:
-    """Both ends of a range."""
+    """The two ends of a range, in order."""
     return several(each, range(2, 3), "two numbers, the smaller first", ordered=True)
 
 
-# The upper ends lie far above sensible values: they keep slips (a digit too many, a value meant for
-# another key) from taking hours or all of the memory.
+# The upper bounds lie far above sensible values. They keep mistakes (a digit too many, a value for
+# another key) from costing hours or all of the memory.
 SEED = whole(0, 2**32 - 1)  # What both NumPy and JAX take.
 BATCH = whole(1, 2**20)
 SIDE = whole(1, 4096)  # In pixels.

@@ -1,9 +1,9 @@
-"""Files by path or address: search, positional reads with retries.
+"""Local and remote files: search, and positional reads with retries.
 
-Addresses (gs://, s3://, hf://, https://, memory://) go through fsspec and its drivers. All of these
-functions raise `OSError` for what cannot be read and `UserError` for a missing driver. Where the
-network fails for good that is a `ConnectionError`: it says nothing about the data, so an index must
-stop there rather than leave something out.
+URLs (gs://, s3://, hf://, https://, memory://) go through fsspec and its drivers. All functions
+raise `OSError` for files that cannot be read and `UserError` for a missing driver. If the network
+keeps failing, the `OSError` is a `ConnectionError`: it says nothing about the data, so building an
+index must stop rather than leave a file out.
 """
 
 import glob
@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from simseg_jax.runtime.errors import UserError
 
-WAITS = (0.5, 1, 2)  # Seconds before a second, third and fourth attempt.
-BUFFER = 8 << 20  # Bytes fetched at once where a remote file is read from start to end.
-# Under these names drivers report the version of a file.
+WAITS = (0.5, 1, 2)  # Seconds before the second, third and fourth attempt.
+BUFFER = 8 << 20  # Bytes fetched at once when a remote file is read from start to end.
+# The names under which drivers report the version of a file.
 STAMPS = ("etag", "ETag", "mtime", "LastModified", "generation", "updated", "blob_id", "created")
 
 
@@ -35,7 +35,7 @@ class File(NamedTuple):
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is an address."""
+    """Whether `path` is a URL."""
     return "://" in path
 
 
@@ -46,12 +46,12 @@ def local_path(path: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is that of system files: .DS_Store, ._x.jpg, .ipynb_checkpoints, __MACOSX."""
+    """Whether a file or folder is hidden: .DS_Store, ._x.jpg, .ipynb_checkpoints, __MACOSX."""
     return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
 
 
 def join(folder: str, name: str) -> str:
-    """`name` below `folder`; as with paths, '' is the folder itself and '..' leads upwards."""
+    """`name` below `folder`; as with paths, '' is the folder itself and '..' its parent."""
     if not is_remote(folder):
         return os.path.join(folder, name)
     protocol, rest = folder.split("://", 1)
@@ -59,7 +59,7 @@ def join(folder: str, name: str) -> str:
 
 
 def read(path: str, offset: int = 0, size: int = -1) -> bytes:
-    """`size` bytes from `offset` on; -1: all up to the end."""
+    """`size` bytes from `offset` on; -1: everything up to the end."""
     if is_remote(path):
         system, name = _connect(path)
         # Drivers that open a file for each read would fetch several megabytes ahead.
@@ -67,13 +67,13 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
         end = None if size < 0 else offset + size
         data = _retry(path, lambda: system.cat_file(name, start=offset, end=end, **options))
     else:
-        # Opened anew: cheap, safe in threads, and data sets have more shards than a process may
-        # keep open.
+        # Opened for every read: that is cheap and thread-safe, and data sets have more shards than
+        # a process may keep open.
         try:
             with open(path, "rb") as file:
                 file.seek(offset)
                 data = file.read(size)
-        except (ValueError, OverflowError) as error:  # A name with NUL, a senseless place.
+        except (ValueError, OverflowError) as error:  # A name with NUL, an impossible offset.
             raise OSError(f"{path!r}: {error}") from error
     if 0 <= size != len(data):
         raise OSError(f"{path} ends before byte {offset + size}")
@@ -81,12 +81,12 @@ def read(path: str, offset: int = 0, size: int = -1) -> bytes:
 
 
 def open_file(path: str) -> BinaryIO:
-    """The file opened for reading and seeking, with retries if it is remote."""
+    """Opens a file for reading and seeking, with retries if it is remote."""
     return io.BufferedReader(_Ranges(path), BUFFER) if is_remote(path) else open(path, "rb")
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file."""
+    """Whether `path` is a file."""
     if not is_remote(path):
         return os.path.isfile(path)
     system, name = _connect(path)
@@ -94,9 +94,9 @@ def exists(path: str) -> bool:
 
 
 def find(pattern: str) -> list[File]:
-    """The files of a path, folder (those directly in it), glob or range {000..123}, sorted.
+    """The files that a path, folder (not its subfolders), glob or range {000..123} names, sorted.
 
-    Hidden ones only if they are named: systems keep ._00000.tar beside 00000.tar.
+    Hidden files are found only by their exact name: macOS puts ._00000.tar beside 00000.tar.
     """
     found = []
     for path in _expand(pattern):
@@ -112,7 +112,7 @@ def find(pattern: str) -> list[File]:
 
 
 def listing(folder: str) -> tuple[list[File], list[str]]:
-    """(files, subfolders) directly in a folder, sorted; both empty if it is no folder."""
+    """(files, subfolders) directly in a folder, sorted; both are empty if it is not a folder."""
     if is_remote(folder):
         system, name = _connect(folder)
         if not _retry(folder, lambda: system.isdir(name)):
@@ -130,19 +130,19 @@ def listing(folder: str) -> tuple[list[File], list[str]]:
 def is_damage(error: Exception) -> bool:
     """Whether an error is about the content of a file, not the network or the operating system.
 
-    Those of the operating system, such as a full disk, carry a number.
+    Errors of the operating system, such as a full disk, carry an errno.
     """
     others = ConnectionError | UserError
     return not isinstance(error, others) and getattr(error, "errno", None) is None
 
 
 def progress(items, total: int, what: str):
-    """`items` under a progress bar on terminals."""
+    """Wraps `items` in a progress bar, shown on terminals only."""
     return tqdm(items, total=total, desc=what, unit="file", leave=False, disable=None)
 
 
 class _Ranges(io.RawIOBase):
-    """A remote file made of positional reads, so that every one of them is retried."""
+    """A remote file read by positional reads, each of which is retried."""
 
     def __init__(self, path: str):
         system, name = _connect(path)
@@ -176,7 +176,7 @@ def _connect(path: str):
 
 
 def _retry(path: str, call: Callable) -> Any:
-    """The result of `call`, after retries; drivers raise errors of any type."""
+    """The result of `call`, with retries after errors of any type, as drivers raise them."""
     for wait in (*WAITS, None):
         try:
             return call()
@@ -190,7 +190,7 @@ def _retry(path: str, call: Callable) -> Any:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Every path of a range such as shard-{0000..0123}.tar; of several ranges, all of them."""
+    """Every path of a range such as shard-{0000..0123}.tar; several ranges are combined."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not match:
         return [pattern]
@@ -210,7 +210,7 @@ def _matches(path: str) -> list[File]:
 
 
 def _is_file(path: str) -> bool:
-    """Whether it is a file, or a link to nowhere: reading it will say so."""
+    """Whether it is a file or a broken link, which is reported when it is read."""
     return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 

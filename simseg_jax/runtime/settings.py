@@ -1,13 +1,13 @@
-"""Settings: frozen dataclasses whose fields say default, meaning and range, and how they are read.
+"""Settings: frozen dataclasses whose fields declare default, meaning and range; reading them.
 
     @dataclasses.dataclass(frozen=True)
     class OptimConfig:
         lr: float = setting(3e-4, "peak learning rate", number(0, 100, above=True))
 
 A file in configs/ changes an `ml_collections.ConfigDict` of these keys (`editable`), the command
-line one of its leaves (`overridden`), JSON stores them as plain values (`plain`). `typed` makes the
-dataclass of any of them and checks it; the rest of the package sees dataclasses only. A class may
-have `check(prefix)`, which raises a `UserError` when its fields do not fit each other.
+line changes single keys (`overridden`), JSON stores plain values (`plain`). `typed` turns any of
+these into the dataclass and checks it; the rest of the package sees only dataclasses. A class may
+define `check(prefix)`, which raises a `UserError` when its fields contradict each other.
 """
 
 import ast
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def setting(default: Any, meaning: str, accepts: Accepts) -> Any:
-    """A field with its default, which fixes the type, what it means and the values it takes."""
+    """A field with its default (which fixes the type), its meaning and the values it accepts."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "accepts": accepts})
 
 
@@ -46,12 +46,12 @@ def group(kind: type) -> Any:
 
 
 def entries(kind: type) -> Any:
-    """A field that holds any number of settings of class `kind`, each under a name of its own."""
+    """A field that holds any number of settings of class `kind`, each under its own name."""
     return dataclasses.field(default_factory=dict, metadata={"entries": kind})
 
 
 def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything below a mapping of mappings."""
+    """(dotted name, value) of every leaf of a nested mapping."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -60,7 +60,7 @@ def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def declared(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
-    """(dotted name, field) of every setting of a class; entries are called NAME.<name>."""
+    """(dotted name, field) of every setting of a class; "<name>" stands for an entry's name."""
     for field in dataclasses.fields(kind):
         if "group" in field.metadata:
             yield from declared(field.metadata["group"], f"{prefix}{field.name}.")
@@ -71,7 +71,7 @@ def declared(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
 
 
 def describe(kind: type) -> str:
-    """All settings with default, range and meaning: the end of a command's help."""
+    """All settings with default, range and meaning, as text for a command's help."""
     return "\n".join(
         f"  {name} = {field.default!r} ({field.metadata['accepts'].text})\n"
         f"      {field.metadata['meaning']}"
@@ -88,9 +88,9 @@ def field_of(kind: type, name: str) -> dataclasses.Field:
 
 
 def editable(kind: type, **settings) -> ConfigDict:
-    """The defaults and `settings`, to be changed in a file of configs/; only entries can be added.
+    """The defaults with `settings` changed, for a file in configs/; it can add entries, not keys.
 
-    Names and types are checked now, values and how they fit once the file is read.
+    Names and types are checked now, values when the file has been read.
     """
     config = ConfigDict(plain(_build(kind, settings, "", complete=False))).lock()
     _unlock_entries(kind, config)
@@ -106,7 +106,7 @@ def _unlock_entries(kind: type, config: Any) -> None:
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """Settings as nested dicts of numbers, texts and tuples."""
+    """Settings as nested dicts of numbers, strings and tuples."""
     return dataclasses.asdict(settings)
 
 
@@ -116,16 +116,16 @@ def to_json(settings: Any) -> str:
 
 
 def typed(kind: type[T], values: Any, prefix: str = "") -> T:
-    """Checked settings of class `kind` from a mapping; what it lacks takes its default.
+    """Checked settings of class `kind` from a mapping; missing keys take their defaults.
 
-    Raises a `UserError` for unknown names, with the nearest known one, for values of another type,
-    out of range, or that do not fit each other. prefix: stands before the names in messages.
+    Raises a `UserError` for an unknown name (it suggests the nearest one) and for values of another
+    type, out of range or contradicting each other. prefix: precedes the names in messages.
     """
     return checked(_build(kind, values, prefix, complete=False), prefix)
 
 
 def checked(settings: T, prefix: str = "") -> T:
-    """The same settings, once their values and how they fit are checked."""
+    """Returns `settings` after checking their values and whether they contradict each other."""
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         name, value = prefix + field.name, getattr(settings, field.name)
         if "group" in field.metadata:
@@ -151,7 +151,7 @@ def changed(settings: T, changes: Mapping[str, Any]) -> T:
 
 
 def overridden(kind: type[T], values: dict[str, Any], arguments: Sequence[str]) -> T:
-    """Settings from nested dicts that have every key, after `--config.key=value` arguments."""
+    """Settings from nested dicts with every key and from `--config.key=value` arguments."""
     return complete(kind, override(values, arguments))
 
 
@@ -161,7 +161,7 @@ def complete(kind: type[T], values: dict[str, Any]) -> T:
 
 
 def override(values: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested dicts after `--config.key=value` arguments; values are not checked."""
+    """A copy of nested dicts with `--config.key=value` arguments applied; values are unchecked."""
     values = copy.deepcopy(values)
     for argument in arguments:
         name, equals, text = argument.removeprefix("--config.").partition("=")
@@ -174,7 +174,7 @@ def override(values: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]
 
 
 def get(values: Mapping[str, Any], name: str) -> Any:
-    """The value or group at a dotted name; a `UserError` with the nearest name if there is none."""
+    """The value or group at a dotted name; a `UserError` suggests the nearest if it is unknown."""
     node: Any = values
     for key in name.split("."):
         if not isinstance(node, Mapping) or key not in node:
@@ -184,7 +184,7 @@ def get(values: Mapping[str, Any], name: str) -> Any:
 
 
 def assign(values: dict[str, Any], name: str, value: Any) -> None:
-    """Sets the leaf at a dotted name, to a value of the type that it has."""
+    """Sets the leaf at a dotted name; the value must have the type of the old one."""
     current = get(values, name)
     if isinstance(current, Mapping):
         raise UserError(f"{name} is a group of keys; set one of them: {some(current)}.")
@@ -195,18 +195,18 @@ def assign(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def literal(name: str, text: str) -> Any:
-    """The Python value that the command line gives for `name`."""
+    """The Python value of `text`, which the command line gives for `name`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of backslashes in strings.
+            warnings.simplefilter("ignore")  # About backslashes in strings.
             return ast.literal_eval(text)
-    # Python's parser has limits of depth and size; {[]: 1} is a TypeError.
+    # Python's parser limits depth and size; {[]: 1} is a TypeError.
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise UserError(f"{name}={shown(text)} is not a Python value.") from error
 
 
 def first_difference(old: Mapping, new: Mapping) -> tuple[str, Any, Any] | None:
-    """(dotted name, old value, new value) of the first leaf that differs; None for equal ones."""
+    """(dotted name, old value, new value) of the first leaf that differs, or None."""
     before, after = dict(leaves(old)), dict(leaves(new))
     for key in {**after, **before}:
         if before.get(key) != after.get(key):
@@ -215,7 +215,7 @@ def first_difference(old: Mapping, new: Mapping) -> tuple[str, Any, Any] | None:
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """The message about an unknown key, with the nearest of the known ones."""
+    """The message about an unknown key; it suggests the nearest known one."""
     near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0)
     return f"Unknown configuration key {shown(name)}" + (
         f"; the nearest is {near[0]!r}." if near else "."
@@ -229,7 +229,7 @@ def _build(kind: type[T], values: Any, prefix: str, complete: bool) -> T:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     missing = [key for key in fields if key not in values]
     if complete and missing:
-        raise UserError(f"{prefix}{missing[0]} is missing: do not remove keys, set them.")
+        raise UserError(f"{prefix}{missing[0]} is missing: change keys, do not remove them.")
     found = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -255,7 +255,7 @@ def _require_group(values: Any, name: str) -> None:
 def _build_entries(kind: type[T], values: Any, name: str, complete: bool) -> dict[str, T]:
     _require_group(values, name)
     for entry in values:
-        # Files are called so, too.
+        # Files are named after entries, too.
         if not isinstance(entry, str) or not re.fullmatch(r"[\w-]{1,100}", entry):
             raise UserError(
                 f"{name}: a name has 1 to 100 letters, digits, _ or -, not {shown(entry)}."
@@ -278,7 +278,7 @@ def _is_floats(like: Any) -> bool:
 
 
 def _converted(value: Any, like: Any) -> Any:
-    """JSON knows no tuples, and whole numbers pass for floats."""
+    """JSON has lists instead of tuples; whole numbers are accepted as floats."""
     if isinstance(like, tuple) and isinstance(value, list | tuple):
         parts = _tuples(value)
         return tuple(_converted(part, like[0]) for part in parts) if _is_floats(like) else parts
@@ -288,7 +288,7 @@ def _converted(value: Any, like: Any) -> Any:
 
 
 def _tuples(value: Any, depth: int = 3) -> Any:
-    # Deeper than any setting: what is left there is out of range.
+    # No setting is nested deeper: a list that remains is rejected as out of range.
     if depth and isinstance(value, list | tuple):
         return tuple(_tuples(part, depth - 1) for part in value)
     return value

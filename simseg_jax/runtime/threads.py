@@ -1,4 +1,4 @@
-"""Threads of the host: how many, and results that are computed ahead of their use."""
+"""Host threads: how many there are, and computing results ahead of their use."""
 
 import os
 from collections import deque
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any
 
-# So many pixels of images are decoded at a time, unless a single one has more.
+# At most this many pixels are decoded ahead, unless a single image has more.
 PIXELS_AHEAD = 1 << 26
 
 
 def thread_count(configured: int) -> int:
-    """How many threads work on the host: as configured, or with 0 one per core, at most 32."""
+    """The number of host threads: as configured; 0: one per core, at most 32."""
     return configured or min(32, os.cpu_count() or 1)
 
 
@@ -24,7 +24,8 @@ def ahead(
 ) -> Iterator:
     """Results of `function` in order, computed by the pool up to `depth` items in advance.
 
-    pixels: those of an item; items in advance have PIXELS_AHEAD together at most, or are one.
+    pixels: the number of pixels of an item. The items in advance have at most PIXELS_AHEAD
+    together, except that a single larger one is allowed.
     """
     futures: deque[tuple[Future, int]] = deque()
     total = 0

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.processes import keeping
 
 
 def chained() -> Exception:
@@ -23,7 +24,7 @@ def chained() -> Exception:
             return error
 
 
-MENDABLE = [
+CORRECTABLE = [
     (UserError("no such word"), "error: no such word"),
     (FileNotFoundError(errno.ENOENT, "No such file", "a.csv"), "error: No such file: a.csv"),
     (OSError(errno.ENOSPC, "No space left on device"), "What was finished before is kept"),
@@ -37,8 +38,8 @@ MENDABLE = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words"), MENDABLE, ids=[words for _, words in MENDABLE])
-def test_what_a_user_can_mend_is_one_line_with_status_2(capsys, error, words):
+@pytest.mark.parametrize(("error", "words"), CORRECTABLE, ids=[words for _, words in CORRECTABLE])
+def test_what_a_user_can_correct_is_one_line_with_status_2(capsys, error, words):
     @report_user_errors
     def main():
         raise error
@@ -74,6 +75,20 @@ def test_interrupts_end_with_130_without_traceback(capsys):
         main()
     assert stop.value.code == 130
     assert capsys.readouterr().err == "Stopped by Ctrl-C.\n"
+
+
+def test_sigterm_is_reported_as_what_it_is(capsys):
+    @report_user_errors
+    def main():
+        with keeping(lambda: "Masks are kept."):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nStopped. Masks are kept.\nStopped by SIGTERM.\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_interrupt_while_a_command_loads_its_libraries():
