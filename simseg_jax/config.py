@@ -1,7 +1,7 @@
-"""The configuration of a run: its settings, composed of those of the rooms, and reading them.
+"""The configuration of a run: composed of the settings of the subpackages, and read from files.
 
-A file in configs/ starts from `default_config()` and sets what differs; the command line overrides
-single keys with `--config.optim.lr=1e-3`. `load_config` makes a `RunConfig` of them.
+A file in configs/ starts from `default_config()` and changes some keys; the command line overrides
+single keys with `--config.optim.lr=1e-3`. `load_config` turns both into a `RunConfig`.
 """
 
 import dataclasses
@@ -45,13 +45,13 @@ from simseg_jax.training.optim import OptimConfig
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 T = TypeVar("T")
-# What files in configs/ return: an `ml_collections.ConfigDict`, whose attributes have no types.
+# The type that files in configs/ return: an `ml_collections.ConfigDict`, with untyped attributes.
 Config = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Weights that a run starts from."""
+    """The weights from which a run starts."""
 
     model: str = setting(
         "",
@@ -60,14 +60,14 @@ class InitConfig:
     )
     image: str = setting(
         "",
-        "start the ViT from this file, folder, URL or hub id; it decides model.image but for "
-        "image_size, to which positions are resized",
+        "start the ViT from this file, folder, URL or hub id; it decides model.image except "
+        "image_size, to which the position embedding is resized",
         TEXT,
     )
-    text: str = setting("", "start BERT from this; it decides model.text but for dropout", TEXT)
+    text: str = setting("", "start BERT from this; it decides model.text except dropout", TEXT)
 
     def check(self, prefix: str) -> None:
-        """Raises a `UserError` if the fields do not fit each other; prefix: of their names."""
+        """Raises a `UserError` if fields contradict each other; prefix: precedes their names."""
         if self.model and (self.image or self.text):
             raise UserError(
                 f"{prefix}model is a whole model: leave {prefix}image and {prefix}text empty."
@@ -76,9 +76,9 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run; the default is the paper's recipe, without data and test sets."""
+    """All settings of a run; the defaults are the paper's recipe, without data and test sets."""
 
-    seed: int = setting(0, "seeds parameters, data order, augmentation and dropout", SEED)
+    seed: int = setting(0, "seed of parameters, data order, augmentation and dropout", SEED)
     steps: int = setting(1000, "training steps; ignored when epochs > 0", whole(0))
     epochs: float = setting(
         0.0, "passes over the images; > 0 sets the number of steps", number(0, 1e6)
@@ -88,19 +88,19 @@ class RunConfig:
     )
     dtype: str = setting(
         "auto",
-        "compute type; auto: bfloat16 on accelerators",
+        "type of matrix products; auto: bfloat16 on accelerators, else float32",
         one_of("auto", "float32", "bfloat16"),
     )
     remat: str = setting(
         "none",
-        "what is computed again for the gradient: none; dots: all but products; full",
+        "rematerialisation: none; dots: all but products with weights; full: whole blocks",
         one_of(*REMAT),
     )
     micro_batch: int = setting(
-        0, "gradient cache: pairs of a device embedded at a time; 0: all at once", whole(0)
+        0, "gradient cache: pairs per device embedded at a time; 0: all at once", whole(0)
     )
     loss_chunk: int = setting(
-        0, "images of a device compared with all texts at a time; 0: all at once", whole(0)
+        0, "images per device compared with all texts at a time; 0: all at once", whole(0)
     )
     log_every: int = setting(10, "steps between two lines of metrics", whole(1))
     eval_every: int = setting(0, "steps between evaluations; 0: only after training", whole(0))
@@ -116,7 +116,7 @@ class RunConfig:
     evals: EvalsConfig = group(EvalsConfig)
 
     def check(self, prefix: str = "") -> None:
-        """Raises a `UserError` if settings of different rooms do not fit each other."""
+        """Raises a `UserError` if settings of different groups contradict each other."""
         patch = self.model.image.patch_size
         for kind in ("seg", "retrieval", "classification"):
             for name, entry in getattr(self.evals, kind).items():
@@ -137,11 +137,11 @@ class RunConfig:
                     raise UserError(f"model.{key}={value} must not exceed the {most} {what}.")
 
 
-# ---- what files in configs/ call
+# ---- functions for files in configs/
 
 
 def default_config() -> Config:
-    """The paper's settings with no data set and no evaluation yet."""
+    """The paper's settings, without data sets and test sets."""
     return editable(RunConfig)
 
 
@@ -151,7 +151,7 @@ def data_set(**settings) -> Config:
 
 
 def segmentation_eval(**settings) -> Config:
-    """One entry of `config.evals.seg`: the paper protocol with `settings` changed."""
+    """One entry of `config.evals.seg`: the paper protocol with these settings changed."""
     return editable(SegmentationConfig, **settings)
 
 
@@ -174,7 +174,11 @@ def probe_config(**settings) -> Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[T] = RunConfig) -> T:
-    """Runs `get_config()` of a configuration file, applies overrides, checks everything."""
+    """Runs `get_config()` of a configuration file, applies `overrides` and checks everything.
+
+    overrides: arguments such as "--config.optim.lr=1e-3". kind: the class of the settings. Raises a
+    `UserError` that names the file, the key and its valid values.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No configuration file at {path}; see the ones in configs/.")
@@ -186,13 +190,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[T] =
 
 
 def _run(path: Path) -> ConfigDict:
-    """What `get_config()` of a configuration file returns; a `UserError` says what fails where."""
+    """What `get_config()` of a file returns; a `UserError` gives the line of an error in it."""
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if not callable(get_config):
             raise UserError("it does not define get_config()")
         config = get_config()
-    # A configuration is a program: it can fail, or ask to exit, in any way.
+    # A configuration file is a program: it can raise anything, or exit.
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
@@ -216,12 +220,12 @@ def _reason(error: BaseException) -> str:
 
 
 def run_config(config: "ConfigDict | RunConfig | dict[str, Any]") -> RunConfig:
-    """The checked settings of a changed `default_config()`, or of stored ones, as they are."""
+    """Checked settings from a changed `default_config()`, a stored dict or a `RunConfig`."""
     if isinstance(config, RunConfig):
         return checked(config)
     values = config.to_dict() if isinstance(config, ConfigDict) else config
     if not (isinstance(values, dict) and {"model", "data", "evals"} <= values.keys()):
-        raise UserError("model, data or evals is missing: this is no configuration of a run.")
+        raise UserError("model, data or evals is missing: this is not the configuration of a run.")
     return typed(RunConfig, values)
 
 
@@ -234,7 +238,7 @@ def from_file(path: Path) -> RunConfig:
 
 
 def of_checkpoint(path: epath.Path) -> tuple[RunConfig, Record]:
-    """(configuration, record) of a checkpoint; a `UserError` if either is damaged."""
+    """(configuration, record) of a checkpoint; a `UserError` if one of them is damaged."""
     record = read_record(path)
     try:
         return run_config(record.config), record
@@ -242,13 +246,14 @@ def of_checkpoint(path: epath.Path) -> tuple[RunConfig, Record]:
         raise UserError(damaged(path, error)) from error
 
 
-# ---- what follows from a configuration
+# ---- values derived from a configuration
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """A copy in which every segmentation test set names the `top_k` that it takes from its data.
+    """A copy in which `top_k=0` of every segmentation test set is replaced by its actual value.
 
-    A configuration keeps 0, so that another test set brings its own; results show the number.
+    A run's configuration keeps 0, which adapts to a change of the test set; results record the
+    number that was used.
     """
     seg = {
         name: dataclasses.replace(settings, top_k=settings.class_scores)
@@ -258,12 +263,12 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def first_segmentation(config: RunConfig) -> SegmentationConfig:
-    """The first entry of `config.evals.seg`; without any, the paper protocol."""
+    """The first entry of `config.evals.seg`, or the paper protocol if there is none."""
     return next(iter(config.evals.seg.values()), SegmentationConfig())
 
 
 def model_config(config: RunConfig, vocab_size: int) -> SimSegConfig:
-    """The architecture of a run; vocab_size fills in model.text.vocab_size=0."""
+    """The architecture of a run; vocab_size: replaces model.text.vocab_size=0."""
     rows = config.model.text.vocab_size or vocab_size
     if rows < vocab_size:
         raise UserError(
@@ -274,7 +279,7 @@ def model_config(config: RunConfig, vocab_size: int) -> SimSegConfig:
 
 
 def of_architecture(architecture: SimSegConfig) -> RunConfig:
-    """The paper's settings with this model, evaluated as in the paper on VOC."""
+    """The paper's settings with this model and the paper's evaluation on VOC."""
     patch = architecture.image.patch_size
     voc = SegmentationConfig(
         data="voc", root="VOCdevkit/VOC2012", resolution=round(288 / patch) * patch
@@ -284,7 +289,7 @@ def of_architecture(architecture: SimSegConfig) -> RunConfig:
 
 
 def published(config: RunConfig) -> RunConfig:
-    """A copy without what only matters to the training run: its data and folders."""
+    """A copy without the settings that only matter to the training run: its data and folders."""
     data = dataclasses.replace(config.data, train={}, cache="")
     return dataclasses.replace(config, checkpoint=CheckpointConfig(), init=InitConfig(), data=data)
 

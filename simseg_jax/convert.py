@@ -14,11 +14,7 @@ from simseg_jax.data.text import load_tokenizer
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.models.layers import HEADS
 from simseg_jax.models.simseg import SimSegConfig
-from simseg_jax.runtime.command_line import (
-    accepted,
-    cache_programs,
-    make_parser,
-)
+from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
 from simseg_jax.runtime.errors import UserError, reading, report_user_errors, some
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import changed
@@ -36,9 +32,7 @@ from simseg_jax.weights.containers import ARCHITECTURE, META
 from simseg_jax.weights.formats import AUTHORS
 from simseg_jax.weights.load import TrainedModel, assemble_model, load_model, open_source
 from simseg_jax.weights.read import (
-    describe as description,
-)
-from simseg_jax.weights.read import (
+    architecture_json,
     parts_in,
     read_model,
     refuse_infinite,
@@ -48,7 +42,7 @@ from simseg_jax.weights.torch_file import save_tensors
 
 FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
 EPILOG = """examples:
-  what a file holds (format, architecture, how to use it):
+  print what a file holds (format, architecture, how to use it):
     python -m simseg_jax.convert simseg.vit-s.pth
   the authors' checkpoint as a folder for segment, evaluate and config.init.model:
     python -m simseg_jax.convert simseg.vit-s.pth models/simseg-vits
@@ -56,14 +50,14 @@ EPILOG = """examples:
     python -m simseg_jax.convert runs/shapes models/shapes --to=safetensors --dtype=bfloat16
   for the authors' PyTorch code:
     python -m simseg_jax.convert runs/shapes shapes.pth --to=pth
-  exported programs, which need only JAX, for CPUs, NVIDIA GPUs and TPUs:
+  exported programs for CPUs, NVIDIA GPUs and TPUs, which need only JAX:
     python -m simseg_jax.convert runs/shapes programs/ --to=stablehlo --words="star, heart"
 
 SOURCE is the --workdir of a run, a converted folder or a weights file (.pth, .safetensors, .npz;
-recognised by content): a local path, an address (gs://, s3://) or a repository on the hub
+recognised by content), given as a local path, a URL (gs://, s3://) or a repository on the hub
 (owner/name, owner/name@revision). If a file holds several models (student and teacher, raw and
-averaged), the average is taken, as the output says. FILE#KEY takes another: checkpoint.pth#student,
-or FILE#. for the model whose tensors have no prefix.
+averaged weights), the averaged one is taken and the output says so. FILE#KEY takes another, such as
+checkpoint.pth#student; FILE#. takes the model whose tensors have no prefix.
 
 A single encoder (timm; ViT, CLIP and BERT of transformers; open_clip; big_vision and AugReg) is
 only described: start a run from it with --config.init.image=SOURCE or --config.init.text=SOURCE.
@@ -79,25 +73,25 @@ def main() -> None:
         "destination", nargs="?", help="what to write; without it SOURCE is described"
     )
     parser.add_argument(
-        "--to", choices=FORMATS, default="orbax", help="what to write it as; default: orbax"
+        "--to", choices=FORMATS, default="orbax", help="format to write; default: orbax"
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the written parameters; default: float32",
+        help="type of the written parameters; default: float32",
     )
     parser.add_argument(
         "--step", type=accepted(whole(0)), help="checkpoint of a run; default: the newest"
     )
-    group = parser.add_argument_group("what a .pth of the authors does not tell")
+    group = parser.add_argument_group("what the authors' .pth files do not contain")
     group.add_argument(
         "--vocab", default="bert-base-uncased", help="vocabulary, as data.vocab of a run"
     )
     group.add_argument("--image_heads", type=accepted(HEADS), help="default: one per 64 channels")
     group.add_argument("--text_heads", type=accepted(HEADS), help="default: one per 64 channels")
     group = parser.add_argument_group("--to=stablehlo")
-    group.add_argument("--words", help="classes in classes.npz; default: those of the test set")
+    group.add_argument("--words", help="classes in classes.npz; default: the test set's")
     group.add_argument(
         "--platforms", default=",".join(export.PLATFORMS), help="separated by commas"
     )
@@ -147,14 +141,12 @@ def read(args: argparse.Namespace) -> TrainedModel:
 
 
 def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> None:
-    """Writes `model` as `args.to` and `args.dtype` say."""
+    """Writes `model` in the format `args.to` with parameters of type `args.dtype`."""
     architecture, dtype = model.architecture, jnp.dtype(args.dtype)
     params = folder.cast(model.params, dtype)
     if args.to == "pth":
-        content = {
-            "state_dict": state_dict(params),
-            META: {ARCHITECTURE: description(architecture)},
-        }
+        meta = {ARCHITECTURE: architecture_json(architecture)}
+        content = {"state_dict": state_dict(params), META: meta}
         with folder.complete(destination, folder=False) as partial:
             save_tensors(partial, content)
         return
@@ -179,7 +171,7 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
 
 
 def describe(args: argparse.Namespace) -> None:
-    """Prints what `args.source` is."""
+    """Prints the format and architecture of `args.source`."""
     path, weights = open_source(args.source)
     if weights is None:
         model = load_model(path, args.step)
@@ -229,7 +221,7 @@ def _programs_use(model: TrainedModel, segmenter: Segmenter, platforms: list[str
 
 
 def _results(path: Path) -> dict[str, Any]:
-    """The last evaluation of a run, for the card."""
+    """The results of a run's last evaluation, for the model card."""
     file = path / "metrics.jsonl"
     if not file.is_file():
         return {}

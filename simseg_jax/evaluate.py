@@ -43,20 +43,20 @@ EPILOG = """examples:
   python -m simseg_jax.evaluate --checkpoint=runs/f8k --config=configs/vits16.py \\
       --config.evals.seg.voc.root=data/VOCdevkit/VOC2012 --output=runs/f8k/voc
 
---output receives result.json (numbers and settings) and, for segmentation, classes.csv, the worst
-and best images as pictures, and one record per image: the same command continues a job that was
-killed, and evaluates again what has changed since: an image or mask of another size or time of
-change, or the names of the classes. Masks of the size in which their images are stored are turned
-upright with them, as EXIF says; if the size does not tell, they are counted and named. A test set
-that cannot be evaluated does not stop the others; the exit status is 2 then. With --distributed
-every process of a SLURM job, TPU pod or MPI launch takes its share.
+--output receives result.json (numbers and settings) and, for segmentation, classes.csv, pictures of
+the worst and best images, and one record per image. The same command continues a killed job. It
+evaluates an image again if the size or modification time of its file or its mask's has changed, and
+all images if class names have. A mask with the stored size of its image is rotated with the image
+as EXIF says; if the size cannot tell, such masks are counted and named. A test set that cannot be
+evaluated does not stop the others, but the exit status is 2. With --distributed every process of a
+SLURM job, TPU pod or MPI launch takes its share.
 """
-WRITTEN = ("classes.csv", "worst.png", "best.png")  # Of every segmentation test set.
+WRITTEN = ("classes.csv", "worst.png", "best.png")  # For every segmentation test set.
 
 
 @report_user_errors
 def main() -> None:
-    """Evaluates a checkpoint, prints the tables, writes everything into a folder."""
+    """Evaluates a checkpoint, prints the tables and writes everything into a folder."""
     parser = make_parser(
         "evaluate",
         "Evaluates a checkpoint on the test sets of its configuration (evals).",
@@ -85,11 +85,11 @@ def main() -> None:
     failed = Failures(len(test_sets))
     record = {"checkpoint": str(args.checkpoint), "step": model.step, "config": plain(config)}
     results, evaluators = {}, {}
-    kept = f"What was done is kept in {folder}: the same command goes on from there."
+    kept = f"What was done is kept in {folder}: the same command continues from there."
     with only_run(folder), keeping(lambda: kept):
         if jax.process_index() == 0:
             _remove_result(folder, record, test_sets)
-        # All of them first, so that a missing file is found now.
+        # All evaluators are built first, so that a missing file is found now.
         for prefix, settings in test_sets.items():
             with failed.set_aside(prefix):
                 evaluators |= make_evaluators(model, {prefix: settings}, config.data.cache)
@@ -102,7 +102,7 @@ def main() -> None:
                     numbers = measure(model, evaluator, name)
                 results |= {f"{prefix}/{key}": value for key, value in numbers.items()}
                 if jax.process_index() == 0:
-                    # Now and not at the end: whatever happens to the next one.
+                    # Written now and not at the end, in case the next test set fails.
                     write_json(folder / "result.json", {**record, "results": results})
     if jax.process_index() == 0 and results:
         print(f"{', '.join(headlines(results))}. Numbers, tables and pictures are in {folder}")
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def _remove_result(folder: Path, record: dict, test_sets: Iterable[str]) -> None:
-    """Removes what this very job left there earlier: images may have changed since."""
+    """Removes results that the same command wrote earlier: images may have changed since."""
     path = folder / "result.json"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def _remove_result(folder: Path, record: dict, test_sets: Iterable[str]) -> None
 
 
 class Failures:
-    """Errors of single test sets among `count`, kept until the others are evaluated."""
+    """Collects the errors of single test sets (of `count`) until the others are evaluated."""
 
     def __init__(self, count: int):
         self.count = count
@@ -130,11 +130,11 @@ class Failures:
 
     @contextlib.contextmanager
     def set_aside(self, prefix: str) -> Iterator[None]:
-        """Keeps a `UserError` for `report`; with one test set or several processes it passes."""
+        """Keeps a `UserError` for `report`; with one test set or several processes it re-raises."""
         try:
             yield
         except UserError as error:
-            # The other processes may have met none and would wait for this one.
+            # Other processes may have no error and would wait for this one.
             if self.count == 1 or jax.process_count() > 1:
                 raise
             self.messages.append(f"{prefix}: {error}")
@@ -163,9 +163,9 @@ def evaluation_config(config: RunConfig, file: str | None, overrides: list[str])
 
 
 def choose(config: RunConfig, names: str | None) -> dict[str, Any]:
-    """The named test sets (with commas between) of a configuration, or all of them, by prefix.
+    """The settings of the named test sets (comma-separated; default: all), by prefix.
 
-    A name stands for the test sets of every kind that are called so; "seg/voc" for one.
+    "voc" stands for the test sets of that name of every kind, "seg/voc" for a single one.
     """
     test_sets = entries_of(config.evals)
     known = ", ".join(test_sets)
@@ -182,8 +182,17 @@ def choose(config: RunConfig, names: str | None) -> dict[str, Any]:
     return chosen
 
 
+def first_of(config: RunConfig, names: str | None, kind: str) -> tuple[str, Any]:
+    """(name, settings) of the first test set of a kind among those that `choose` gives."""
+    chosen = choose(config, names)
+    for prefix, settings in chosen.items():
+        if prefix.startswith(f"{kind}/"):
+            return prefix.removeprefix(f"{kind}/"), settings
+    raise UserError(f"There is no test set of the kind {kind} among {', '.join(chosen)}.")
+
+
 def measure(model: TrainedModel, evaluator, name: str) -> dict[str, float]:
-    """Numbers of one test set of retrieval or classification, printed as well."""
+    """Evaluates one test set of retrieval or classification, prints and returns its numbers."""
     began = time.monotonic()
     numbers = dict(evaluator.run(model.params, image_bar(name)))
     if jax.process_index() == 0:
@@ -200,7 +209,7 @@ def evaluate(
     folder: Path,
     pictures: int,
 ) -> dict[str, float]:
-    """Numbers of one test set; what it writes into `folder` is only written by process 0.
+    """Evaluates one segmentation test set; process 0 writes tables and pictures into `folder`.
 
     Images with a record there are not evaluated again, unless they have changed since.
     """
@@ -215,7 +224,7 @@ def evaluate(
         if chosen and pictures:
             write_contact_sheet(folder / f"{title}.png", evaluator, model.params, chosen)
         elif fresh and jax.process_index() == 0:
-            # Of an earlier evaluation, whose images may have changed.
+            # The file is of an earlier evaluation, whose images may have changed.
             (folder / f"{title}.png").unlink(missing_ok=True)
     if jax.process_index() == 0:
         rows = class_table(records, evaluator.ious(confusion), evaluator.class_names)
@@ -228,10 +237,9 @@ def evaluate(
 def collect(
     model: TrainedModel, evaluator: SegmentationEvaluator, name: str, folder: Path
 ) -> tuple[list[Record], int]:
-    """The records of all images of a test set by name, and how many of them are new.
+    """The records of all images of a test set, sorted by name, and how many of them are new.
 
-    Those that `folder` holds for the same files are not evaluated again; new ones are added as they
-    come.
+    Records that `folder` holds for unchanged files are reused; new ones are appended at once.
     """
     several = [plain(settings) for settings in evaluator.several]
     material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in several]

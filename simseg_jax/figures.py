@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from simseg_jax.config import RunConfig, first_segmentation
+from simseg_jax.config import first_segmentation
 from simseg_jax.data.images import decode_image, resize
-from simseg_jax.evaluate import choose, evaluation_config
+from simseg_jax.evaluate import evaluation_config, first_of
 from simseg_jax.evaluators.retrieval import RetrievalEvaluator
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.simseg import bind, l2_normalize
@@ -34,7 +34,7 @@ from simseg_jax.weights.load import TrainedModel, load_model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 EPILOG = """examples:
-  figures 3 and 10, where an image answers to itself and to captions, the first one its own:
+  figures 3 and 10, where an image responds to itself and to captions, the first one its own:
     python -m simseg_jax.figures responses --checkpoint=runs/shapes --output=figures/responses \\
         --image=assets/scene.png --caption="a leaf and an apple on the water" \\
         --caption="a leaf and a wheel on the water"
@@ -45,26 +45,27 @@ EPILOG = """examples:
   figure 7, sorted IoU per class of one or several evaluations:
     python -m simseg_jax.figures classes --output=figures/classes \\
         --table=LoDA=runs/shapes/evaluation-700/shapes --table=mean=runs/mean/evaluation-700/shapes
-  figure 14, scores of the classes where they show and where not:
+  figure 14, scores of the classes on images that show them and on the others:
     python -m simseg_jax.figures scores --table=runs/shapes/evaluation-700/shapes \\
         --output=figures/scores
 
-Every figure is written as OUTPUT.png and OUTPUT.pdf. Tables are the classes.csv of evaluate.
+Every figure is written as OUTPUT.png and OUTPUT.pdf. --table takes the classes.csv that evaluate
+writes, or its folder.
 """
-CELL = 1.9  # Inches.
+CELL = 1.9  # Side of a panel in inches.
 
 
 @report_user_errors
 def main() -> None:
-    """Draws the figure of the command line."""
+    """Draws the figure that the command line asks for."""
     parser = make_parser("figures", "Draws the paper's figures.", EPILOG)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    responses = kinds.add_parser("responses", help="maps of an image for several captions")
+    responses = kinds.add_parser("responses", help="similarity maps of an image for captions")
     add_checkpoint_options(responses)
     responses.add_argument("--image", required=True, help="image file")
     responses.add_argument("--caption", action="append", required=True, help="may be repeated")
     add_setting(responses, SegmentationConfig, "resolution", "side in pixels the model sees")
-    gallery = kinds.add_parser("gallery", help="images, truth, masks without and with dense CRF")
+    gallery = kinds.add_parser("gallery", help="images, ground truth, masks without and with CRF")
     add_checkpoint_options(gallery)
     add_evals_options(gallery)
     gallery.add_argument(
@@ -80,7 +81,7 @@ def main() -> None:
         "--count", type=accepted(whole(1, 1000)), default=6, help="captions, spread over all"
     )
     classes = kinds.add_parser("classes", help="sorted IoU per class")
-    scores = kinds.add_parser("scores", help="scores where a class shows and where not")
+    scores = kinds.add_parser("scores", help="scores of a class on images with and without it")
     for kind in (classes, scores):
         kind.add_argument(
             "--table", action="append", required=True, help="[NAME=]folder of an evaluation"
@@ -111,8 +112,11 @@ def main() -> None:
 
 
 class Responses(NamedTuple):
-    """What one image answers. self_map: float [g, g], s^I2I, cosine of the patches and the image's
-    own embedding; maps: [n, g, g], s^T2I of every caption; scores: [n], image-text similarity."""
+    """The responses of one image to itself and to n captions.
+
+    self_map: float [g, g], s^I2I, the cosine of every patch and the image's own embedding. maps:
+    [n, g, g], s^T2I of every caption. scores: [n], image-text scores.
+    """
 
     image: np.ndarray
     self_map: np.ndarray
@@ -155,7 +159,7 @@ def draw_responses(args: argparse.Namespace):
     axes[0, 0].set_title("image", fontsize=8)
     axes[0, 1].imshow(answer.self_map)
     axes[0, 1].set_title("$s^{I2I}$", fontsize=8)
-    # One scale, so that an edit which weakens the response is seen.
+    # One scale for all captions, so that an edit that weakens the response shows.
     limits = {"vmin": answer.maps.min(), "vmax": answer.maps.max()}
     for axis, caption, values, score in zip(
         axes[0, 2:], args.caption, answer.maps, answer.scores, strict=True
@@ -169,7 +173,7 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     """Figures 11 to 13: one row per image."""
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
-    settings = _first(config, args.test_set, "seg")
+    _, settings = first_of(config, args.test_set, "seg")
     if settings.protocol != "paper":
         raise UserError("A gallery with and without dense CRF needs protocol=paper.")
     variants = [dataclasses.replace(settings, refine=refine) for refine in ("none", "crf")]
@@ -199,10 +203,10 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
 
 
 def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
-    """One row per caption: the five images nearest to it; its own has a frame."""
+    """One row per caption: the five images nearest to it; its own image is framed."""
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
-    settings = _first(config, args.test_set, "retrieval")
+    _, settings = first_of(config, args.test_set, "retrieval")
     evaluator = RetrievalEvaluator(model, settings, config.data.cache)
     ranked = evaluator.rank(model.params, tqdm)
     count = min(args.count, len(ranked.texts))
@@ -218,19 +222,12 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
                 for side in axis.spines.values():
                     side.set(edgecolor="tab:green", linewidth=4)
         title = textwrap.shorten(ranked.texts[text], 90)
-        # As wide as the row: a title would push the second column aside, but keeps its line free.
+        # The caption is as wide as the row: as a title it would push the second column aside. The
+        # blank title keeps the line free.
         first = axes[row, 0]
         first.set_title(" ", fontsize=8)
         first.text(0, 1.04, title, fontsize=8, transform=first.transAxes, in_layout=False)
     return figure
-
-
-def _first(config: RunConfig, names: str | None, kind: str) -> Any:
-    """The first test set of a kind among those that --test_set names."""
-    chosen = {p: s for p, s in choose(config, names).items() if p.startswith(f"{kind}/")}
-    if not chosen:
-        raise UserError(f"There is no test set of the kind {kind} among those chosen.")
-    return next(iter(chosen.values()))
 
 
 def _panels(rows: int, columns: int, extra: float) -> tuple[Any, Any]:

@@ -36,7 +36,7 @@ EPILOG = """examples:
 
 Features are computed once and kept in --output (train.npz, val.npz); the same command with another
 learning rate reuses them. They are computed again if the checkpoint, a setting that they depend on,
-or the size or time of an image file changes. result.json has accuracies and settings. Keys and
+or the size or time of an image file changes. result.json holds accuracies and settings. Keys and
 defaults:
 """
 # Keys that the features depend on.
@@ -45,7 +45,7 @@ OF_FEATURES = ("data", "root", "feature", "resize", "crop", "aspect", "m_image")
 
 @report_user_errors
 def main() -> None:
-    """Embeds both splits, trains the classifier, prints top-1 and top-5."""
+    """Embeds both splits, trains the classifier and prints top-1 and top-5 accuracy."""
     parser = make_parser(
         "linear_probe",
         "Trains a linear classifier on frozen features.",
@@ -65,7 +65,7 @@ def main() -> None:
     folder = Path(args.output or folder)
     make_writable(folder)
     began = time.monotonic()
-    with keeping(lambda: f"Features of whole splits are kept in {folder} for the same command."):
+    with keeping(lambda: f"Features of finished splits are kept in {folder} and will be reused."):
         train, val = (features_of(model, settings, split, folder) for split in ("train", "val"))
         classes = int(max(train["labels"].max(), val["labels"].max())) + 1
         scores = probe(settings, train, val["features"], classes)
@@ -89,7 +89,7 @@ def main() -> None:
 def features_of(
     model: TrainedModel, settings: ProbeConfig, split: str, folder: Path
 ) -> dict[str, np.ndarray]:
-    """{"features": float32 [N, D], "labels": int [N]} of a split; kept in `folder`, and reused.
+    """{"features": float32 [N, D], "labels": int [N]} of a split, kept in `folder` for reuse.
 
     split: "train" or "val".
     """
@@ -105,7 +105,7 @@ def features_of(
     chosen = {key: getattr(settings, key) for key in (*OF_FEATURES, size, split)}
     identity = {"checkpoint": model.identity, **chosen, "images and classes": source.content}
     kept = _kept(path, identity)
-    # All processes embed together, so all must have their file to do without.
+    # All processes embed together, so it is only skipped if every one of them has its file.
     if all(found == b"kept" for found in gather_bytes(b"kept" if kept else b"")):
         return kept
     settings.check_patches(model.patch_size)
@@ -121,7 +121,7 @@ def features_of(
 
 
 def _kept(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The features in a file if they have this identity, else {}, after saying why."""
+    """The features in a file if they have this identity; else {}, after printing why."""
     if not path.is_file():
         return {}
     try:

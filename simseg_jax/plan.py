@@ -1,4 +1,4 @@
-"""What a run will take on hardware that is not here: `python -m simseg_jax.plan --devices=...`."""
+"""Plans a training run for other hardware: `python -m simseg_jax.plan --devices=...`."""
 
 import argparse
 import dataclasses
@@ -30,15 +30,16 @@ EPILOG = """examples:
   python -m simseg_jax.plan --config=configs/vits16.py --devices=v5e:16x16 --slices=2 \\
       --pairs=15000000 --output=plan.json --config.batch_size=16384
 
-Compiles the training step of the configuration for devices that need not be here, and says what it
-takes of each. TPUs need the extra tpu, GPUs the extra cuda; cpu:8 needs neither. The time is a
-bound from data sheets, which no run beats, not a measurement. No data and no weights are read.
+Compiles the training step of the configuration for devices that this machine need not have, and
+prints the memory, communication and time per device. TPUs need the extra tpu, GPUs the extra cuda;
+cpu:8 needs neither. The time is a lower bound from data sheets, not a measurement. No data and no
+weights are read.
 """
-# Set in the process that compiles, whose environment is the target's.
+# Set in the child process that compiles, whose environment is that of the target devices.
 INSIDE = "SIMSEG_PLAN"
 # Sizes of known vocabularies, so that planning needs no download.
 VOCABULARIES = {"bert-base-uncased": 30522, "bert-base-cased": 28996}
-# Fastest first, as far as one knows before compiling: what is computed again costs time.
+# Presumably the fastest first: recomputation costs time.
 SEARCHED: tuple[dict[str, Any], ...] = (
     {},
     {"remat": "dots"},
@@ -51,8 +52,8 @@ SEARCHED: tuple[dict[str, Any], ...] = (
 
 @report_user_errors
 def main() -> None:
-    """Parses the command line, compiles in an environment of its own, prints the plan."""
-    parser = make_parser("plan", "Plans a training run for hardware that need not be here.", EPILOG)
+    """Parses the command line, compiles in a child process and prints the plan."""
+    parser = make_parser("plan", "Plans a training run for other hardware.", EPILOG)
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument(
         "--devices",
@@ -68,10 +69,10 @@ def main() -> None:
         help="try remat, micro_batch and loss_chunk, recommend the fastest that fits",
     )
     parser.add_argument(
-        "--pairs", type=accepted(whole(1)), help="pairs of the training data, for the hours"
+        "--pairs", type=accepted(whole(1)), help="pairs of the training data, to compute hours"
     )
     parser.add_argument(
-        "--vocabulary", type=accepted(whole(1)), help="tokens; default: those of data.vocab"
+        "--vocabulary", type=accepted(whole(1)), help="vocabulary size; default: that of data.vocab"
     )
     parser.add_argument("--output", help="JSON file for all figures")
     args, overrides = parser.parse_known_args()
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def plan(args: argparse.Namespace, overrides: list[str], target: Target) -> None:
-    """Compiles for the target and prints what that found."""
+    """Compiles for the target and prints the plan."""
     config = load_config(args.config, overrides)
     vocabulary = args.vocabulary or VOCABULARIES.get(config.data.vocab)
     if vocabulary is None:
@@ -107,7 +108,7 @@ def plan(args: argparse.Namespace, overrides: list[str], target: Target) -> None
             rows.append({"options": options_of(chosen), "error": str(error)})
             continue
         if args.search and rows[-1]["fits"]:
-            # What follows only costs more time.
+            # The remaining options only cost more time.
             break
     for row in rows:
         print(describe(row))
@@ -122,7 +123,7 @@ def plan(args: argparse.Namespace, overrides: list[str], target: Target) -> None
 
 
 def options_of(config: RunConfig) -> dict[str, Any]:
-    """The keys that trade memory for time."""
+    """The keys that trade memory for time, with the batch size."""
     return {
         "batch_size": config.batch_size,
         "remat": config.remat,
@@ -135,7 +136,7 @@ def options_of(config: RunConfig) -> dict[str, Any]:
 def compile_step(
     config: RunConfig, vocabulary: int, devices: list, pairs: int | None
 ) -> dict[str, Any]:
-    """The figures of one compiled step, each of one device."""
+    """The figures of one compiled training step, per device."""
     mesh = make_mesh(config.mesh.fsdp, devices)
     check_batch(config, mesh.size)
     steps = config.steps
@@ -151,7 +152,7 @@ def compile_step(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            # The compiler for TPUs refuses what does not fit.
+            # The TPU compiler rejects programs that do not fit into memory.
             return {"options": options_of(config), "fits": False, "error": _first_line(error)}
     memory: Any = compiled.memory_analysis()
     tokens = config.data.max_length

@@ -1,4 +1,4 @@
-"""The command that segments images and folders with words."""
+"""The command that segments images and folders with words: `python -m simseg_jax.segment`."""
 
 import argparse
 import contextlib
@@ -43,29 +43,29 @@ EPILOG = """examples:
 For every image: NAME_mask.png (pixel value = position of the word, 0 = none of them; a palette
 image, or 16-bit grey for more than 255 words) and NAME_overlay.png (colours and legend);
 scores.json holds all scores of this run. A word is drawn where its similarity is high, provided its
-score exceeds mean + sigma_weight * deviation of the best scores. A few words alone have no
-meaningful mean, so the classes of the test set that the checkpoint was evaluated on are scored as
-well, without being drawn; --contrast replaces them.
+score exceeds mean + sigma_weight * standard deviation of the best scores. The mean of a few words
+is meaningless, so the classes of the checkpoint's test set are scored as well, without being drawn;
+--contrast replaces them.
 
-Images are seen as viewers show them: upright by their EXIF, the first frame of an animation,
+Images are read as viewers show them: rotated as EXIF says, the first frame of an animation,
 transparency on white; grey of more than 8 bits is scaled. Masks have the size of the upright image.
 
-Folders are searched with all that is in them, links included, each folder once. Left out, and
-counted: files with other suffixes than those of images, hidden files (.NAME) and results of earlier
-runs. NAME is the file without suffix; where several would have the same, all of these keep it:
-x.jpg_mask.png and x.png_mask.png. Exit status: 0 done, 1 some images could not be segmented, 2 a
-mistake in the command or no room to write, 130 stopped (Ctrl-C, SIGTERM); what was done is kept.
+Folders are searched recursively; links are followed, each folder is visited once. Files without an
+image suffix, hidden files (.NAME) and results of earlier runs are left out and counted. NAME is the
+file name without its suffix; files that would have the same NAME keep the suffix: x.jpg_mask.png
+and x.png_mask.png. Exit status: 0 done, 1 some images could not be segmented, 2 an error that you
+can correct (or a full disk), 130 stopped (Ctrl-C, SIGTERM); finished images are kept.
 """
 MASK, OVERLAY = "_mask.png", "_overlay.png"
-# Marks our own results, so that they are not taken for images when folders are searched again.
+# Metadata that marks our own results: they are left out when folders are searched again.
 SOFTWARE = ("Software", "simseg_jax.segment")
 
 
 def find_images(paths: Sequence[str]) -> tuple[dict[str, Path], Counter[str]]:
     """(output name -> image file, kinds of files left out) for files and folders.
 
-    A name is the path in its folder without suffix; files whose names would be equal keep theirs.
-    A `UserError` refuses those of several folders that still are equal.
+    A name is the path in its folder without suffix; files whose names would be equal keep the
+    suffix. A `UserError` refuses files of several folders whose names are equal even then.
     """
     found: list[tuple[Path, Path]] = []  # Path for the name, file.
     left_out: Counter[str] = Counter()
@@ -93,7 +93,7 @@ def find_images(paths: Sequence[str]) -> tuple[dict[str, Path], Counter[str]]:
 
 
 def _search(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """The images in a folder and its subfolders; adds to the kinds of files that are left out."""
+    """The images in a folder and its subfolders; counts the files left out by kind."""
 
     def unreadable(error: OSError) -> None:
         raise error
@@ -105,7 +105,7 @@ def _search(folder: Path, left_out: Counter[str]) -> list[Path]:
             real = os.path.realpath(os.path.join(parent, name))
             if name.startswith("."):
                 left_out["hidden"] += 1
-            elif real not in visited:  # Links may lead in circles.
+            elif real not in visited:  # Links may form cycles.
                 folders.append(name)
                 visited.add(real)
         for file in sorted(Path(parent, name) for name in files):
@@ -156,7 +156,8 @@ def segment_files(
 ) -> None:
     """Writes masks and overlays for `files` (output name -> image) into `folder`.
 
-    record, failed: are given what scores.json says of every image done, and why others are not.
+    Adds to `record` what scores.json says about every finished image, and to `failed` the reasons
+    why others failed.
     """
     names, paths = list(files), list(files.values())
     with tqdm(total=len(files), unit="image", disable=None) as bar:
@@ -168,7 +169,7 @@ def segment_files(
         for place, answer in segmenter.answers(paths, left_out):
             path, name = paths[place], names[place]
             try:
-                # Read again: all images that wait for their answers would take much memory.
+                # Read again, because keeping all images in flight would take much memory.
                 image = decode_image(path, str(path), segmenter.max_pixels)
                 if (image.height, image.width) != answer.mask.shape:
                     raise UserError(f"{path} was changed while it was read.")
@@ -183,7 +184,7 @@ def segment_files(
                     "threshold": answer.threshold,
                     "scores": answer.scores,
                 }
-            finally:  # Ctrl-C may come at any point: no mask without its scores.
+            finally:  # Ctrl-C may come at any point; no mask stays without its scores.
                 if str(path) not in record:
                     for suffix in (MASK, OVERLAY):
                         (folder / f"{name}{suffix}").unlink(missing_ok=True)
@@ -191,10 +192,10 @@ def segment_files(
 
 
 def _write_scores(segmenter: Segmenter, folder: Path, record: dict[str, dict]) -> list[str]:
-    """Writes scores.json; the masks that an earlier one lists and this one does not."""
+    """Writes scores.json; returns masks of earlier runs, which only the old scores.json lists."""
     path, written = folder / "scores.json", {entry["mask"] for entry in record.values()}
     earlier = []
-    # Whatever else may lie there under this name.
+    # Any other file may have this name.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         before = json.loads(path.read_text(encoding="utf-8"))["images"].values()
         listed = [entry["mask"] for entry in before if entry["mask"] not in written]
@@ -254,7 +255,7 @@ def main() -> None:
 
 
 def _check_targets(files: dict[str, Path], folder: Path) -> None:
-    """A `UserError` if an image would be overwritten."""
+    """Raises a `UserError` if an input image would be overwritten."""
     images = {os.path.realpath(file) for file in files.values()}
     for name in files:
         for target in (folder / f"{name}{MASK}", folder / f"{name}{OVERLAY}"):

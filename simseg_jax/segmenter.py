@@ -36,17 +36,18 @@ PROTOCOL_OPTIONS = {
     "resolution": "side in pixels the model sees",
     "sigma_weight": "higher: fewer words are drawn",
 }
-# What other programs put between words or around them: refused on the command line.
+# Separators and quotes of other programs, which the command line refuses.
 ODD = set(';\n\t"“”，、；')  # noqa: RUF001
 
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:
-    """The answer for one image.
+    """The result for one image.
 
     mask: [H, W] at the size of the upright image, uint8, or uint16 for more than 255 words; 0 is
     none of the words, i is words[i - 1]. scores: image-text score of every word and contrast word.
-    drawn: words above the threshold; with the standard protocol, which has none, those that show.
+    threshold: of the scores; None with the standard protocol. drawn: the words above the threshold;
+    with the standard protocol the words in the mask.
     """
 
     mask: np.ndarray
@@ -59,7 +60,7 @@ class Segmentation:
 class Segmenter:
     """Segments images with any words by the paper's zero-shot protocol.
 
-    words: what to look for; a string is one word. contrast: further words that share in the
+    words: what to look for; a string is one word. contrast: further words that count towards the
     threshold and claim their regions but are never drawn; by default the class names of the
     checkpoint's first test set that are not among the words. max_pixels: larger images are
     refused. settings: changes to that test set's protocol settings, such as refine="crf".
@@ -98,16 +99,16 @@ class Segmenter:
 
     @property
     def classes(self) -> tuple[list[str], np.ndarray]:
-        """(names, the background's first, their unit-length embeddings float32 [C, D])."""
+        """(names with "background" first, their unit-length embeddings float32 [C, D])."""
         names = ["background", *self.words, *self.contrast]
         return names, np.asarray(self.class_embeddings[self.settings.m_text])
 
     def segment(self, images: Iterable[Picture]) -> Iterator[Segmentation]:
-        """Yields one answer per image, in order; images are read as they are needed.
+        """Yields one `Segmentation` per image, in order; images are read when they are needed.
 
-        images: paths, contents of image files, images of Pillow in any mode, or arrays as
-        `data.images.from_array` takes them, all of them seen as viewers show them. A `UserError`
-        names one that cannot be read.
+        images: paths, contents of image files, Pillow images of any mode, or arrays as
+        `data.images.from_array` takes them. All are read as viewers show them: upright,
+        transparency on white. A `UserError` names an image that cannot be read.
         """
         one = isinstance(images, str | bytes | bytearray | io.IOBase | Path | Image.Image)
         if one or getattr(images, "ndim", 4) < 4 or not isinstance(images, Iterable):
@@ -119,9 +120,10 @@ class Segmenter:
         images: Iterable[Picture],
         left_out: Callable[[int, UserError], None] | None = None,
     ) -> Iterator[tuple[int, Segmentation]]:
-        """`segment` with the place of every image.
+        """`segment` with the index of every image.
 
-        left_out: is told the place of an image that cannot be read and why, in place of the error.
+        left_out: called with the index and the error of an image that cannot be read, instead of
+        raising the error.
         """
         jobs = (
             functools.partial(self._read, place, image, left_out)
@@ -169,42 +171,42 @@ class Segmenter:
 
 
 def _pixels(picture: Picture) -> int:
-    """How many an image has, of its header; 0 if it cannot be read."""
+    """The number of pixels of an image, from its header; 0 if it cannot be read."""
     if isinstance(picture, Image.Image):
         return picture.width * picture.height
     if isinstance(picture, bytes | str | Path):
         picture = Path(picture) if isinstance(picture, str) else picture
-        # `decode_image` will say what is wrong.
+        # `decode_image` will report what is wrong.
         with contextlib.suppress(Exception), open_image(picture) as opened:
             return opened.width * opened.height
     return math.prod(getattr(picture, "shape", ())[:2])
 
 
 def add_protocol_options(parser) -> None:
-    """What to change of the protocol of the checkpoint's test set; parser: or a group of one."""
+    """Adds options that change the test set's protocol; parser: an argparse parser or group."""
     for name, text in PROTOCOL_OPTIONS.items():
         add_setting(parser, SegmentationConfig, name, text)
 
 
 def protocol_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given on the command line."""
+    """The settings of `SegmentationConfig` that were given on the command line."""
     names = (field.name for field in dataclasses.fields(SegmentationConfig))
     return {name: v for name in names if (v := getattr(args, name, None)) is not None}
 
 
 def words_of(settings: SegmentationConfig) -> list[str]:
-    """The classes of a test set, an entry of evals.seg, without the background."""
+    """The class names of a test set (an entry of evals.seg), without the background."""
     classes = prompt_names(settings.data, settings.names)
     return [name for name, *_ in classes if name != "background"]
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a command line: commas between them, spaces dropped; none of an empty text.
+    """The words of a comma-separated text, stripped of spaces; an empty text has none.
 
-    A `UserError` refuses bytes that are no text, and what looks like another separator or quoting:
-    whether it belongs to a word or stands between two is not known.
+    A `UserError` refuses bytes that are not UTF-8, and characters of `ODD`, which could belong to a
+    word or separate two.
     """
-    with contextlib.suppress(UnicodeError):  # A locale without UTF-8 leaves its bytes undecoded.
+    with contextlib.suppress(UnicodeError):  # Without a UTF-8 locale the bytes are not decoded yet.
         text = os.fsencode(text).decode()
     try:
         text.encode()
@@ -220,9 +222,9 @@ def split_words(text: str) -> list[str]:
 
 
 def check_words(words: Sequence[str], what: str = "words") -> tuple[str, ...]:
-    """The words, with single spaces; a string is one word. A `UserError` refuses what is none.
+    """The words with single spaces; a string is one word.
 
-    Neither are repetitions, nor "background".
+    A `UserError` refuses values that are not words, repeated words and "background".
     """
     if isinstance(words, str):
         if "," in words:
@@ -247,7 +249,7 @@ def check_words(words: Sequence[str], what: str = "words") -> tuple[str, ...]:
 
 
 def _broken(word: str) -> bool:
-    """Whether a text has halves of characters, which no encoding knows."""
+    """Whether a text has lone surrogates, which cannot be encoded."""
     return any("\ud800" <= character <= "\udfff" for character in word)
 
 

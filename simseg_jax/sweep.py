@@ -1,11 +1,11 @@
-"""Many settings of one test set in one pass: the evaluation tables of the paper and any others."""
+"""Evaluates many settings of one test set: the paper's evaluation tables and any others."""
 
 import itertools
 from pathlib import Path
 
 import jax
 
-from simseg_jax.evaluate import choose, collect, evaluation_config
+from simseg_jax.evaluate import collect, evaluation_config, first_of
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.reports.tables import (
     Table,
@@ -24,7 +24,7 @@ from simseg_jax.runtime.command_line import (
     make_parser,
     results_folder,
 )
-from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.errors import report_user_errors
 from simseg_jax.runtime.files import make_writable
 from simseg_jax.runtime.processes import keeping
 from simseg_jax.runtime.settings import changed
@@ -37,17 +37,15 @@ EPILOG = """examples:
   python -m simseg_jax.sweep --checkpoint=runs/shapes --set=top_k=5,10,20 --set=refine=none,crf
 
 Tables of the paper: sigma (2), resolution (3), crf (4), responses (11: M^I x M^T at evaluation).
-A sweep is of one test set: the first one, or the one that --test_set names.
---set makes others, over all combinations of values; what differs only after the encoder costs no
-further pass over the images. --output receives table.csv, table.png and one record per image, so
-that the same command continues a sweep that was killed and evaluates again what has changed since.
+--set makes other tables, over all combinations of the values. A sweep evaluates one test set: the
+first one, or the one that --test_set names. Settings that differ only after the encoder share one
+pass over the images. --output receives table.csv, table.png and one record per image: the same
+command continues a killed sweep and evaluates again images that have changed since.
 """
-
-
 SIGMAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 RESOLUTIONS = (224, 288, 336, 384, 448)
 RESPONSES = (1, 3, 5)
-# VOC, Context and COCO-Object with ViT-S (paper, tables 2, 3, 4 and 11), in percent.
+# mIoU on VOC, Context and COCO-Object with ViT-S (paper, tables 2, 3, 4 and 11), in percent.
 TABLES = {
     "sigma": Table(
         "Weight of the standard deviation in the class threshold (paper, table 2)",
@@ -81,7 +79,7 @@ TABLES = {
 
 @report_user_errors
 def main() -> None:
-    """Evaluates all combinations, prints them beside the paper's, writes CSV and a plot."""
+    """Evaluates all combinations, prints them beside the paper's numbers, writes CSV and a plot."""
     parser = make_parser(
         "sweep", "Evaluates a checkpoint under many settings of one test set.", EPILOG
     )
@@ -94,20 +92,14 @@ def main() -> None:
     check_table_options(args, TABLES)
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
-    # One test set: the first of those chosen.
-    chosen = choose(config, args.test_set)
-    segmentation = {p: s for p, s in chosen.items() if p.startswith("seg/")}
-    if not segmentation:
-        raise UserError(f"Tables are of segmentation test sets, not {', '.join(chosen)}.")
-    prefix, settings = next(iter(segmentation.items()))
-    name = prefix.removeprefix("seg/")
+    name, settings = first_of(config, args.test_set, "seg")
     if args.table:
         table = fit(TABLES[args.table], model.config.model.image)
     else:
         table = Table(f"Settings of {name}", parse_values(settings, args.set), {})
     title = args.table or "-".join(table.values)
     folder = Path(args.output or results_folder(args.checkpoint) / f"sweep-{model.step}" / title)
-    with keeping(lambda: f"Records are kept in {folder}: the same command goes on from there."):
+    with keeping(lambda: f"Records are kept in {folder}: the same command continues from there."):
         rows = sweep(model, settings, table, folder)
     if jax.process_index() == 0:
         print(format_rows(table, rows))
@@ -116,7 +108,7 @@ def main() -> None:
 
 
 def fit(table: Table, image) -> Table:
-    """The table for a model whose images are not 224 pixels wide: resolutions in proportion."""
+    """The table with resolutions in proportion to the model's image size (224 in the paper)."""
     if "resolution" not in table.values or image.image_size == 224:
         return table
     unit = image.patch_size
@@ -131,7 +123,7 @@ def fit(table: Table, image) -> Table:
 def sweep(
     model: TrainedModel, settings: SegmentationConfig, table: Table, folder: Path
 ) -> list[dict]:
-    """One row per combination: its values, "miou" and, where the paper has one, "paper DATA"."""
+    """One row per combination: its values, "miou" and the paper's numbers as "paper DATA"."""
     # Settings that agree in everything up to the encoder share a pass over the images.
     passes: dict[tuple, list[tuple]] = {}
     for combination in itertools.product(*table.values.values()):
@@ -146,10 +138,8 @@ def sweep(
         records, _ = collect(model, evaluator, name, folder / f"pass-{number}")
         for number, (combination, _) in enumerate(group):
             scores = dict(evaluator.scores(evaluator.confusion(records, number)))
-            row = dict(zip(table.values, combination, strict=True))
-            row["miou"] = scores["miou"]
-            row |= paper_columns(table, combination)
-            rows.append(row)
+            row = {**dict(zip(table.values, combination, strict=True)), "miou": scores["miou"]}
+            rows.append(row | paper_columns(table, combination))
     return rows
 
 

@@ -46,7 +46,7 @@ from simseg_jax.zeroshot.model import Model
 
 
 def make_optimizer(optim: OptimConfig, steps: int, params):
-    """(optimiser, learning-rate schedule) for a run of `steps`."""
+    """(optimiser, learning-rate schedule) for a run of `steps` steps."""
     warmup = round(optim.warmup * steps)
     schedule = cosine_schedule(optim.lr, steps, warmup, optim.final_lr)
     optimizer = adamw(
@@ -69,9 +69,9 @@ def train(
     """Trains, checkpoints and evaluates; returns the final numbers, None if a signal stopped it.
 
     Continues from the newest checkpoint in `workdir`, else from `config.checkpoint.resume`; the
-    module `training.resume` says which settings may differ then. A second run in the same workdir
-    or `config.checkpoint.directory` is refused. profile: steps, after the first few, of which
-    WORKDIR/profile gets a trace.
+    module `training.resume` defines which settings may have changed since. A second run in the same
+    workdir or `config.checkpoint.directory` is refused. profile: the number of steps, after the
+    first few, to trace into WORKDIR/profile.
     """
     config, workdir = run_config(config), Path(workdir).expanduser().absolute()
     folder = checkpoints_folder(workdir, config.checkpoint.directory)
@@ -91,7 +91,7 @@ def _train(
     mesh = make_mesh(config.mesh.fsdp)
     check_batch(config, mesh.size)
 
-    # ---- what to go on from: own checkpoint, another run's, pretrained encoders, nothing
+    # ---- what to start from: own checkpoint, another run's, pretrained encoders, nothing
     tokenizer = load_tokenizer(config.data.vocab)
     restorable, own = _newest_checkpoint(folder, config.checkpoint.resume)
     pretrained = Pretrained({}, [])
@@ -99,7 +99,7 @@ def _train(
     if restorable:
         before, saved = of_checkpoint(restorable)
         config = keep_architecture(config, before)
-        # What was added to the settings since has its default.
+        # Settings added since the checkpoint was written have their defaults.
         saved = dataclasses.replace(saved, config=plain(before))
     else:
         config, pretrained = adopt(config, tokenizer)
@@ -196,12 +196,12 @@ def _train(
             save = fresh and (last or stopping or _hits(step, config.checkpoint.every))
             measure = last or (fresh and _hits(step, config.eval_every))
             if pending and (save or measure):
-                # Nothing that follows a non-finite update may be saved or evaluated.
+                # A state after a non-finite update must be neither saved nor evaluated.
                 _report(reporter, checkpoints, step, pending, setup.schedule, data)
                 pending = None
             if save:
-                # Before the next batch is taken: the position in the data belongs to this step.
-                # And before the evaluation: should that fail, the training is not lost.
+                # Before the next batch is taken, because the position in the data must be this
+                # step's; before the evaluation, so that a failure there loses no training.
                 checkpoints.save(step, state, Record(plain(config), data.position, identity))
                 reporter.pause()
             if measure:
@@ -231,7 +231,7 @@ def _train(
 
 
 def check_batch(config: RunConfig, devices: int) -> None:
-    """Raises a `UserError` unless every device gets as many pairs, in equal parts."""
+    """Raises a `UserError` unless the batch divides evenly into devices, micro-batches, chunks."""
     if config.batch_size % devices:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of the {devices} devices."
@@ -248,7 +248,7 @@ def check_batch(config: RunConfig, devices: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run computes, before there are numbers: also what `plan` compiles."""
+    """Everything that a run compiles, without values of parameters or data; `plan` uses it, too."""
 
     architecture: SimSegConfig
     graphdef: nnx.GraphDef
@@ -260,7 +260,7 @@ class Setup:
 
 
 def set_up(config: RunConfig, vocabulary: int, steps: int, mesh: Mesh) -> Setup:
-    """The model, the optimiser and the jitted step of a run; vocabulary: of the tokenizer."""
+    """The model, optimiser and jitted step of a run; vocabulary: the tokenizer's size."""
     architecture = model_config(config, vocabulary)
     graphdef = make_model(architecture, compute_dtype(config, mesh), config.remat)
     key = jax.random.key(config.seed)
@@ -286,7 +286,7 @@ def set_up(config: RunConfig, vocabulary: int, steps: int, mesh: Mesh) -> Setup:
 
 
 def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch that the step takes, without data."""
+    """Shapes and types of the global batch that the training step takes."""
     size, side = config.batch_size, config.model.image.image_size
     words = (size, config.data.max_length)
     return {
@@ -297,7 +297,7 @@ def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[str, float]:
-    """Runs every evaluator; reports and returns {"seg/<name>/miou": fraction, ...}."""
+    """Runs all evaluators; reports and returns {"seg/<name>/miou": fraction, ...}."""
     results = {}
     for prefix, evaluator in evaluators.items():
         values = evaluator.run(params, lambda images, p=prefix: reporter.progress(images, p))
@@ -315,7 +315,7 @@ def _hits(step: int, every: int) -> bool:
 
 
 def _newest_checkpoint(folder: epath.Path, other: str) -> tuple[epath.Path | None, bool]:
-    """(checkpoint to go on from, whether it is the run's own); other: `checkpoint.resume`."""
+    """(checkpoint to continue from, whether it is the run's own); other: `checkpoint.resume`."""
     steps = completed_steps(folder)
     own = bool(steps) or not other
     if not own:
@@ -329,7 +329,7 @@ def _newest_checkpoint(folder: epath.Path, other: str) -> tuple[epath.Path | Non
 def _report(
     reporter: Reporter, checkpoints: Checkpoints, step: int, metrics, schedule, data: TrainBatches
 ) -> None:
-    """Reports the update that led to `step`; stops the run when that was not finite."""
+    """Reports the update that led to `step`; stops the run if loss or gradient is not finite."""
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(norm)):
         checkpoints.wait()

@@ -1,4 +1,4 @@
-"""Accelerators by their data sheets, and how to compile for them on a machine that has none."""
+"""Data sheets of accelerators, and compiling for accelerators that this machine does not have."""
 
 import dataclasses
 import importlib.util
@@ -12,11 +12,11 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the maker states of one device, as JAX counts them; None: not known here.
+    """The data sheet of one device, as JAX counts devices; None: not known here.
 
-    flops: dense bfloat16 products per second. memory: bytes. bandwidth: bytes of memory per second.
-    links: bytes per second that it sends to its neighbours, one direction, all links together
-    (TPU interconnect, NVLink). network: bytes per second between slices or machines.
+    flops: dense bfloat16 FLOP/s of matrix products. memory: bytes. bandwidth: bytes of memory per
+    second. links: bytes per second sent to neighbours in one direction over all links (TPU
+    interconnect, NVLink). network: bytes per second between slices or machines.
     """
 
     flops: float
@@ -26,9 +26,9 @@ class Chip:
     network: float | None = None
 
 
-# By a part of `jax.Device.device_kind`. Sources: NVIDIA's data sheets; cloud.google.com/tpu/docs,
-# whose "bidirectional" interconnect figures are halved and whose data-center bandwidth per pod is
-# divided by its chips. An H100 has one 400 Gbit/s adapter, as in a DGX.
+# The keys are parts of `jax.Device.device_kind`. Sources: NVIDIA's data sheets;
+# cloud.google.com/tpu/docs, with "bidirectional" interconnect figures halved and the data-center
+# bandwidth of a pod divided by its chips. An H100 has one 400 Gbit/s adapter, as in a DGX.
 CHIPS = {
     "V100": Chip(125e12),
     "A100": Chip(312e12),
@@ -47,12 +47,12 @@ CHIPS = {
 
 
 def chip_of(device) -> Chip | None:
-    """The data sheet of a `jax.Device`, None where there is none here."""
+    """The data sheet of a `jax.Device`; None if it is not in `CHIPS`."""
     matches = [name for name in CHIPS if name in device.device_kind]
     return CHIPS[max(matches, key=len)] if matches else None
 
 
-# XLA's description of an H100 (SXM), which it reads off the device elsewhere.
+# XLA's description of an H100 (SXM); normally XLA reads it from the device.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -73,7 +73,7 @@ KINDS = ("v4", "v5e", "v5p", "v6e", "h100", "cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to compile for. shape: chips along each axis, or machines and devices of each."""
+    """Devices to compile for. shape: TPU chips along each axis, (machines, GPUs) or (CPUs,)."""
 
     kind: str
     shape: tuple[int, ...]
@@ -102,16 +102,16 @@ class Target:
         return cls(kind, shape, slices)
 
     def environment(self) -> dict[str, str]:
-        """The variables under which a process compiles for these devices and for nothing else."""
+        """The environment variables of a process that compiles for these devices only."""
         flags = {
             "cpu": f"--xla_force_host_platform_device_count={math.prod(self.shape)}",
-            # There is no device on which to try kernels, without which some products find no tiles.
+            # Autotuning needs a device; without it Triton finds no tiles for some products.
             "h100": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
         }
         return {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": flags.get(self.kind, ""),
-            # No GPU and no TPU of this machine, and no question to a metadata server.
+            # Hide this machine's GPUs and TPUs, and do not query a metadata server.
             "CUDA_VISIBLE_DEVICES": "-1",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
             "TPU_SKIP_MDS_QUERY": "1",
@@ -139,7 +139,7 @@ class Target:
         if self.slices > 1:
             options["num_slices"] = self.slices
         if self.kind == "v4":
-            # Both cores of a chip are one device, as JAX runs them.
+            # JAX runs both cores of a chip as one device.
             options["chip_config_name"] = "megacore"
         try:
             found = topologies.get_topology_desc(

@@ -1,4 +1,4 @@
-"""A bound on the time of a training step, from the compiled program and data sheets."""
+"""A lower bound on the time of a training step, from the compiled program and data sheets."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from simseg_jax.training.cost import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Seconds that each part of the machine is busy in a step at least; None: not known."""
+    """The minimum seconds per step that each part of the machine is busy; None: not known."""
 
     products: float | None
     memory: float | None
@@ -20,13 +20,13 @@ class Bound:
 
     @property
     def seconds(self) -> float | None:
-        """The longest of those known, as all of them can overlap; no step is faster than that."""
+        """The longest of the known times, since all parts can work at once: a lower bound."""
         known = [x for x in dataclasses.astuple(self) if x is not None]
         return max(known, default=None)
 
     @property
     def limit(self) -> str:
-        """The part of the machine that the bound comes from."""
+        """The part of the machine that takes longest."""
         known = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return max(known, key=known.__getitem__) if known else "nothing known"
 
@@ -36,8 +36,8 @@ def bound(
 ) -> Bound:
     """The bound for one device of the mesh.
 
-    flops: of the matrix products that one device computes. Memory: what the program takes is read,
-    what it returns is written, and every temporary byte is written and read once.
+    flops: FLOPs of the matrix products of one device. Memory traffic: arguments are read once,
+    results are written once, and every temporary byte is written and read once.
     """
     if chip is None:
         return Bound(None, None, None, None)
@@ -55,11 +55,11 @@ def bound(
 
 
 def traffic(sent: list[Collective], mesh: Mesh) -> tuple[float, float]:
-    """Bytes that one device sends (to its neighbours, over the network) in a step.
+    """Bytes that one device sends per step: (to its neighbours, over the network).
 
-    The network joins TPU slices, whose programs say what goes over it, or machines with GPUs, whose
-    programs do not. There a group of devices on several machines is taken to work in two levels:
-    as a ring, and each with its share of the array over the network.
+    The network connects TPU slices or machines with GPUs. TPU programs mark the collectives that
+    use it, GPU programs do not. There a collective over several machines is assumed to have two
+    levels: a ring among neighbours, and each device's share of the array over the network.
     """
     machines = [device.process_index for device in mesh.devices.flat]
     tpu = mesh.devices.flat[0].platform == "tpu"

@@ -39,7 +39,7 @@ from simseg_jax.training.checkpoint import (
     refuse_unusable,
 )
 from simseg_jax.weights.containers import META, read_settings, read_weights
-from simseg_jax.weights.read import describe, fit, state_dict
+from simseg_jax.weights.read import architecture_json, fit, state_dict
 
 MANIFEST, CARD = "manifest.json", "README.md"
 # What holds the parameters, as the manifest says.
@@ -166,9 +166,8 @@ def write_orbax(folder: Path, params: dict) -> None:
 
 def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) -> None:
     """Writes parameters under the authors' names, in PyTorch's layouts."""
-    tensors = state_dict(params)
-    metadata = {"format": "pt", META: describe(architecture)}
-    save_file(tensors, folder / SAFETENSORS, metadata)
+    metadata = {"format": "pt", META: architecture_json(architecture)}
+    save_file(state_dict(params), folder / SAFETENSORS, metadata)
 
 
 def cast(params: dict, dtype) -> dict:
@@ -177,9 +176,3 @@ def cast(params: dict, dtype) -> dict:
         k: v if k == "temperature" else jax.tree.map(lambda x: np.asarray(x).astype(dtype), v)
         for k, v in params.items()
     }
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)

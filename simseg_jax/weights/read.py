@@ -116,8 +116,8 @@ def _whole_architecture(
 ) -> tuple[dict[str, Any], str]:
     """(fields of a whole model, a sentence if the heads are a guess).
 
-    described: what `describe` wrote beside the tensors, if anything. Heads that the user gives
-    overrule it; the rest is then read from the shapes.
+    described: what `architecture_json` wrote beside the tensors, if anything. If the user gives
+    heads, it is ignored and the rest is read from the shapes.
     """
     if described and not any(heads.values()):
         with reading("the description of the architecture beside the weights"):
@@ -286,6 +286,6 @@ def state_dict(params: dict) -> dict[str, np.ndarray]:
     return tensors
 
 
-def describe(config: SimSegConfig) -> str:
-    """What goes beside the tensors, so that `read_model` need not guess."""
+def architecture_json(config: SimSegConfig) -> str:
+    """The architecture as JSON; stored beside the tensors, so that `read_model` need not guess."""
     return json.dumps(plain(config))

@@ -13,7 +13,7 @@ from simseg_jax.models.vit import ViTConfig
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.containers import ARCHITECTURE, META, Weights
 from simseg_jax.weights.formats import AUTHORS, IMAGE, TEXT
-from simseg_jax.weights.read import describe, fit, read_model, shapes_of, state_dict
+from simseg_jax.weights.read import architecture_json, fit, read_model, shapes_of, state_dict
 from simseg_jax.weights.torch_file import load_tensors
 
 
@@ -140,14 +140,14 @@ def test_full_size_checkpoints_use_every_name_once(image):
 
 def test_the_description_beside_a_state_dict_decides(tensors, golden_model):
     config = golden_model[0]
-    meta = {META: {ARCHITECTURE: describe(config)}}
+    meta = {META: {ARCHITECTURE: architecture_json(config)}}
     assert read_model(Weights(tensors, {}, meta, {}), "model").config == config
     # Without it heads are taken to be 64 channels wide.
     assert read_model(Weights(tensors, {}, {}, {}), "model").config.image.heads == 1
     for text in ("{}", "[", "[]", '{"image": 3}', "[" * 100_000):
         with pytest.raises(UserError, match="Cannot read the description of the architecture"):
             read_model(Weights(tensors, {}, {META: {ARCHITECTURE: text}}, {}), "model")
-    described = json.loads(describe(config))
+    described = json.loads(architecture_json(config))
     for side, key, value in (
         ("image", "depth", 10**6),
         ("image", "heads", 5),
