@@ -5,7 +5,9 @@ PyTorch; Hugging Face's BERT), scaled_dot_product_attention, fused AdamW, with -
 torch.compile and, on GPUs, bfloat16 autocast (benchmarks/torch_train_step.py). Both sides live in
 processes of their own and take turns, so that both see the same machine. Images are on the device
 already: augmentation and input are measured by benchmarks/autoaugment.py and benchmarks/input.py.
-Prints a table, writes JSON.
+Prints a table, writes JSON. `plan` and `bound` are what the compiled program takes of memory (GiB)
+and the least time for it (ms), as `python -m simseg_jax.plan` prints them: what GiB and ms/step
+are to be compared with.
 
 pip install torch transformers
 python benchmarks/train_step.py --batches 16
@@ -64,8 +66,9 @@ class Ours:
         from simseg_jax.models.vit import ViTConfig
         from simseg_jax.runtime.hardware import chip_of
         from simseg_jax.runtime.sharding import make_mesh, state_sharding, to_global_batch
-        from simseg_jax.training.cost import step_flops
+        from simseg_jax.training.cost import collectives, step_flops
         from simseg_jax.training.optim import adamw
+        from simseg_jax.training.roofline import bound
         from simseg_jax.training.step import initial_state, jit_update, make_update
 
         s = SIZES[size]
@@ -109,6 +112,10 @@ class Ours:
         self.flops = step_flops(config, batch, TOKENS)
         chip = chip_of(jax.devices()[0])
         self.peak = chip and chip.flops * jax.device_count()
+        memory = self.compiled.memory_analysis()
+        self.planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        sent = collectives(self.compiled.as_text())
+        self.bound = bound(chip, self.compiled, self.flops / jax.device_count(), sent, mesh).seconds
 
     def step(self):
         self.state, self.metrics = self.compiled(self.state, self.batch)
@@ -124,6 +131,8 @@ class Ours:
             "flops": self.flops,
             "peak_bytes": stats.get("peak_bytes_in_use"),
             "compile_seconds": self.compile_seconds,
+            "planned_bytes": self.planned,
+            "bound_seconds": self.bound,
         }
 
 
@@ -222,7 +231,8 @@ def main() -> None:
     rows = []
     print(
         f"{'model':7s} {'batch':>6s} {'options':28s} {'':10s} {'ms/step':>9s} {'pairs/s':>9s} "
-        f"{'TFLOP/s':>8s} {'MFU':>5s} {'GiB':>6s} {'start s':>7s}  peer / ours"
+        f"{'TFLOP/s':>8s} {'MFU':>5s} {'GiB':>6s} {'plan':>6s} {'bound':>7s} {'start s':>7s}  "
+        "peer / ours"
     )
     for size in args.models.split(","):
         for batch in map(int, args.batches.split(",")):
@@ -250,13 +260,18 @@ def print_rows(size: str, batch: int, text: str, results: dict[str, dict]) -> No
         seconds = statistics.median(result["seconds"])
         speed = facts["flops"] / seconds if "flops" in facts else 0
         mfu = f"{speed / facts['peak_flops']:5.1%}" if facts.get("peak_flops") else "    -"
+        planned = f"{'':6s} {'':7s}"
+        if result.get("planned_bytes"):
+            least = result["bound_seconds"]
+            planned = f"{result['planned_bytes'] / 2**30:6.2f} "
+            planned += f"{least * 1e3:7.1f}" if least else "      -"
         ratio = ""
         if side != "simseg_jax" and "seconds" in facts:
             turns = zip(result["seconds"], facts["seconds"], strict=True)
             ratio = f"  {statistics.median(a / b for a, b in turns):.2f}x"
         print(
             f"{head} {seconds * 1e3:9.1f} {batch / seconds:9.1f} {speed / 1e12:8.2f} {mfu} "
-            f"{result['peak_bytes'] / 2**30:6.2f} {result['compile_seconds']:7.1f}{ratio}",
+            f"{result['peak_bytes'] / 2**30:6.2f} {planned} {result['compile_seconds']:7.1f}{ratio}",
             flush=True,
         )
 

@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,8 +33,6 @@ prints the memory, communication and time per device. TPUs need the extra tpu, G
 cpu:8 needs neither. The time is a lower bound from data sheets, not a measurement. No data and no
 weights are read.
 """
-# Set in the child process that compiles, whose environment is that of the target devices.
-INSIDE = "SIMSEG_PLAN"
 # Sizes of known vocabularies, so that planning needs no download.
 VOCABULARIES = {"bert-base-uncased": 30522, "bert-base-cased": 28996}
 # Presumably the fastest first: recomputation costs time.
@@ -52,7 +48,7 @@ SEARCHED: tuple[dict[str, Any], ...] = (
 
 @report_user_errors
 def main() -> None:
-    """Parses the command line, compiles in a child process and prints the plan."""
+    """Parses the command line, turns this process to the target and prints the plan."""
     parser = make_parser("plan", "Plans a training run for other hardware.", EPILOG)
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument(
@@ -77,14 +73,10 @@ def main() -> None:
     parser.add_argument("--output", help="JSON file for all figures")
     args, overrides = parser.parse_known_args()
     target = Target.parse(args.devices, args.slices)
-    if os.environ.get(INSIDE):
-        plan(args, overrides, target)
-        return
-    environment = {**os.environ, **target.environment(), INSIDE: "1"}
-    command = [sys.executable, "-m", "simseg_jax.plan", *sys.argv[1:]]
-    status = subprocess.run(command, env=environment, check=False).returncode
-    if status:
-        sys.exit(status)
+    # JAX reads the environment when it looks for devices, which nothing has made it do so far.
+    os.environ.update(target.environment())
+    jax.config.update("jax_platforms", "cpu")
+    plan(args, overrides, target)
 
 
 def plan(args: argparse.Namespace, overrides: list[str], target: Target) -> None:

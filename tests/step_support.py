@@ -1,4 +1,4 @@
-"""A small training step, compiled, for the tests that look at gradients, memory and traffic."""
+"""A small training step for the tests that look at gradients, memory and traffic."""
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,16 @@ def batch(size=BATCH):
     }
 
 
-def compile_step(
+def compile_step(**settings):
+    """The compiled step and its arguments, see `lower_step`."""
+    step, arguments = lower_step(**settings)
+    return step.compile(), arguments
+
+
+def lower_step(
     devices=1, fsdp=1, remat="none", size=BATCH, model=MODEL, dtype=jnp.float32, **options
 ):
-    """The compiled step and its arguments; the state after it holds the gradients."""
+    """The step before compilation and its arguments; the state after it holds the gradients."""
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     optimizer = optax.trace(0.0)
     update = make_update(make_model(model, dtype, remat), optimizer, seed=0, **options)
@@ -49,4 +55,4 @@ def compile_step(
     with jax.set_mesh(mesh):
         state = jax.jit(init, out_shardings=shardings)()
         arguments = state, to_global_batch(batch(size), mesh)
-        return step.lower(*arguments).compile(), arguments
+        return step.lower(*arguments), arguments

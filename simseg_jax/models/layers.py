@@ -1,5 +1,6 @@
 """Pieces both encoders share: attention, dropout with explicit keys, rematerialisation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,15 +150,38 @@ def attention(
     # Heads before tokens: plain batched products, on CPU twice as fast as the interleaved layout.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+    logits = product("bhqd,bhkd->bhqk", query * scale, key)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     weights = dropout(weights, dropout_rate, dropout_keys, number).astype(value.dtype)
-    out = jnp.einsum("bhqk,bhkd->bhqd", weights, value, preferred_element_type=jnp.float32)
+    out = product("bhqk,bhkd->bhqd", weights, value)
     # Normalised after the product, which has fewer columns than keys.
     return jnp.swapaxes((out / total).astype(value.dtype), 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """jnp.einsum(subscripts, x, y) with a float32 result, whose gradient stays in their type.
+
+    JAX's own gradient multiplies the float32 slope of the result with x and y in float32, which
+    tensor cores do not do.
+    """
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+def _product_forward(subscripts: str, x: jax.Array, y: jax.Array):
+    return product(subscripts, x, y), (x, y)
+
+
+def _product_backward(subscripts: str, operands, slope: jax.Array):
+    x, y = operands
+    _, pullback = jax.vjp(lambda x, y: jnp.einsum(subscripts, x, y), x, y)
+    return pullback(slope.astype(x.dtype))
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -203,7 +227,8 @@ def make_blocks(make: Callable[[Keys], nnx.Module], depth: int, rngs: Keys) -> n
         return nnx.split(make(Keys(rngs.key, start)))[1]
 
     first = rngs.start + rngs.drawn
-    states = jax.vmap(draw)(first + trial.drawn * jnp.arange(depth))
+    # Behind a barrier: otherwise XLA draws the numbers of each block in code of its own.
+    states = jax.lax.optimization_barrier(jax.vmap(draw)(first + trial.drawn * jnp.arange(depth)))
     rngs.drawn += depth * trial.drawn
     return nnx.List(
         [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], states)) for i in range(depth)]

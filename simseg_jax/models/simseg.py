@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
 from simseg_jax.models.bert import Bert, BertConfig
-from simseg_jax.models.layers import WIDTH, Keys, torch_linear_init
+from simseg_jax.models.layers import WIDTH, Keys, product, torch_linear_init
 from simseg_jax.models.pooling import mean_pool, top_m_pool
 from simseg_jax.models.vit import ViT, ViTConfig
 from simseg_jax.runtime.ranges import FLAG, RESPONSES, number, one_of
@@ -50,7 +50,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N width"]) -> Float[Array, "B N D"]:
         kernel = self.kernel[...].astype(self.dtype)
-        return jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        return product("bnc,cd->bnd", x.astype(self.dtype), kernel)
 
 
 class SimSeg(nnx.Module):

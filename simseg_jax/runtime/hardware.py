@@ -128,10 +128,11 @@ class Target:
         if self.kind == "cpu":
             return jax.devices()
         tpu = self.kind != "h100"
-        package, extra = ("libtpu", "tpu") if tpu else ("jax_cuda12_plugin", "cuda")
-        if not importlib.util.find_spec(package):
+        packages = ("libtpu",) if tpu else ("jax_cuda12_plugin", "jax_cuda13_plugin")
+        if not any(map(importlib.util.find_spec, packages)):
+            extra = "tpu" if tpu else "cuda"
             raise UserError(
-                f"Compiling for {self.kind} needs {package}: pip install 'simseg-jax[{extra}]'"
+                f"Compiling for {self.kind} needs {packages[0]}: pip install 'simseg-jax[{extra}]'"
                 f"{'' if tpu else ', which is 3 GB'}."
             )
         name = "x".join(map(str, self.shape))

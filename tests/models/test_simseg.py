@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support import assert_close, golden_batch
 
-from simseg_jax.models.bert import BertConfig
+from simseg_jax.models.bert import BertConfig, Embeddings
+from simseg_jax.models.layers import Keys
 from simseg_jax.models.simseg import POOLS, SimSegConfig, bind, init_params, make_model
 from simseg_jax.models.vit import ViTConfig
 
@@ -120,3 +122,25 @@ def test_images_are_normalised_as_the_encoder_expects():
     assert normalised.dtype == jnp.float32
     expected = (batch / 255 - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(normalised, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_frequent_word_is_summed_in_float32():
+    """In bfloat16 a sum of 4096 equal terms stops at 256 of them."""
+    config = dataclasses.replace(TINY.text, vocab_size=10)
+    ids = jnp.full((512, 8), 7)
+
+    def gradient(dtype):
+        model = Embeddings(config, dtype, Keys(jax.random.key(0)))
+        graphdef, state = nnx.split(model)
+        slope = jax.random.normal(jax.random.key(1), (config.width,))
+
+        def loss(state):
+            return (nnx.merge(graphdef, state)(ids).astype(jnp.float32) * slope[None, None]).sum()
+
+        return nnx.to_pure_dict(jax.grad(loss)(state))
+
+    expected, found = gradient(jnp.float32), gradient(jnp.bfloat16)
+    for table, row in (("word_embeddings", 7), ("token_type_embeddings", 0)):
+        assert_close(  # The slope itself is rounded to eight bits.
+            found[table]["embedding"][row], expected[table]["embedding"][row], tolerance=1e-2
+        )

@@ -1,13 +1,14 @@
 """Gradient cache and rematerialisation: the same gradients from less memory."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from step_support import MODEL, compile_step
+from step_support import BATCH, MODEL, compile_step, lower_step
 
 from simseg_jax.models.simseg import init_params
 from simseg_jax.training.optim import frozen
@@ -110,6 +111,16 @@ def test_bfloat16_on_eight_devices_is_as_good_as_on_one(plain, micro_batch):
     assert distance(eight, exact) < 1.05 * error
     assert distance(eight, one) < 0.5 * error  # 0.025 and 0.012 were seen.
     np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=1e-3)
+
+
+def test_only_similarities_are_multiplied_in_float32():
+    """Forward and backward: tensor cores do not multiply float32."""
+    step, _ = lower_step(dtype=jnp.bfloat16)
+    products = re.findall(r"dot_general .*: \(tensor<(.*?)>, tensor<(.*?)>\)", step.as_text())
+    assert len(products) > 20
+    single = [pair for pair in products if any(shape.endswith("f32") for shape in pair)]
+    logits, embeddings = f"1x{BATCH}x{BATCH}xf32", f"1x{BATCH}x{MODEL.embed_dim}xf32"
+    assert sorted(single) == [(embeddings, embeddings)] + [(logits, embeddings)] * 2
 
 
 @pytest.mark.slow
