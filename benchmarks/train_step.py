@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from peers import require
 
@@ -112,9 +113,9 @@ class Ours:
         self.flops = step_flops(config, batch, TOKENS)
         chip = chip_of(jax.devices()[0])
         self.peak = chip and chip.flops * jax.device_count()
-        memory = self.compiled.memory_analysis()
+        memory: Any = self.compiled.memory_analysis()
         self.planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        sent = collectives(self.compiled.as_text())
+        sent = collectives(self.compiled.as_text() or "")
         self.bound = bound(chip, self.compiled, self.flops / jax.device_count(), sent, mesh).seconds
 
     def step(self):
@@ -271,7 +272,8 @@ def print_rows(size: str, batch: int, text: str, results: dict[str, dict]) -> No
             ratio = f"  {statistics.median(a / b for a, b in turns):.2f}x"
         print(
             f"{head} {seconds * 1e3:9.1f} {batch / seconds:9.1f} {speed / 1e12:8.2f} {mfu} "
-            f"{result['peak_bytes'] / 2**30:6.2f} {planned} {result['compile_seconds']:7.1f}{ratio}",
+            f"{result['peak_bytes'] / 2**30:6.2f} {planned} {result['compile_seconds']:7.1f}"
+            f"{ratio}",
             flush=True,
         )
 

@@ -1,6 +1,5 @@
 """Pieces both encoders share: attention, dropout with explicit keys, rematerialisation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -161,27 +160,26 @@ def attention(
     return jnp.swapaxes((out / total).astype(value.dtype), 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """jnp.einsum(subscripts, x, y) with a float32 result, whose gradient stays in their type.
 
     JAX's own gradient multiplies the float32 slope of the result with x and y in float32, which
     tensor cores do not do.
     """
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
+    @jax.custom_vjp
+    def multiply(x, y):
+        return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
-def _product_forward(subscripts: str, x: jax.Array, y: jax.Array):
-    return product(subscripts, x, y), (x, y)
+    def forward(x, y):
+        return multiply(x, y), (x, y)
 
+    def backward(operands, slope):
+        _, pullback = jax.vjp(lambda x, y: jnp.einsum(subscripts, x, y), *operands)
+        return pullback(slope.astype(operands[0].dtype))
 
-def _product_backward(subscripts: str, operands, slope: jax.Array):
-    x, y = operands
-    _, pullback = jax.vjp(lambda x, y: jnp.einsum(subscripts, x, y), x, y)
-    return pullback(slope.astype(x.dtype))
-
-
-product.defvjp(_product_forward, _product_backward)
+    multiply.defvjp(forward, backward)
+    return jnp.asarray(multiply(x, y))
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
