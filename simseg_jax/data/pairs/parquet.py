@@ -26,6 +26,7 @@ from simseg_jax.data.pairs.example import (
     choose_keys,
     group,
     no_pairs,
+    optional_key,
     read_captions,
     shorten,
 )
@@ -180,10 +181,8 @@ def _choose_columns(
                 f"{path}: column {caption} is of type {schema.field(caption).type}, not text, a "
                 f"list of it or of records with {' or '.join(TEXT_FIELDS)}: set caption_key."
             )
-    # Arrow reads neither of two columns with the same name.
-    others = {key.casefold(): key for key in names if names.count(key) == 1}
-    name = next((others[key] for key in NAME_KEYS if key in others), "")
-    return Columns(image, tuple(captions), name, others.get(GROUP_KEY, ""))
+    name, group = optional_key(NAME_KEYS, names), optional_key([GROUP_KEY], names)
+    return Columns(image, tuple(captions), name, group)
 
 
 def _holds_text(kind) -> bool:
@@ -255,10 +254,7 @@ def _usable_rows(file: File, table, columns: Columns, problems: Problems) -> Ite
         if isinstance(image, dict):
             paths_only += bool(not image["bytes"] and image.get("path"))
             image = image["bytes"]
-        values = [row[key] for key in columns.captions]
-        captions, wrong = read_captions(
-            [v for value in values for v in (value if isinstance(value, list) else [value])]
-        )
+        captions, wrong = read_captions(*(row[key] for key in columns.captions))
         if columns.name:
             name += f", {shorten(str(row[columns.name]))}"
         usable = bool(image and captions)

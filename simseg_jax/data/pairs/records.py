@@ -20,6 +20,7 @@ from simseg_jax.data.pairs.example import (
     Problems,
     choose_keys,
     no_pairs,
+    optional_key,
     read_captions,
 )
 from simseg_jax.runtime import remote
@@ -58,7 +59,7 @@ class RecordSource:
         keys = features, self.problems
         [self.image] = choose_keys(path, "feature image", image_key, IMAGE_KEYS, *keys)
         self.captions = choose_keys(path, "feature caption", caption_key, CAPTION_KEYS, *keys)
-        self.name = next((key for key in NAME_KEYS if key in features), "")
+        self.name = optional_key(NAME_KEYS, features)
         if not any(isinstance(value, bytes) for value in features[self.image]):
             raise UserError(f"{path}: feature {self.image} holds numbers, not an encoded image.")
 
@@ -71,7 +72,7 @@ class RecordSource:
         name = f"{self.path}, record {index}"
         try:
             values = tf_example.parse(self.records[index])
-            captions, wrong = read_captions([v for k in self.captions for v in values.get(k, ())])
+            captions, wrong = read_captions(*(values.get(key, ()) for key in self.captions))
         except READ_ERRORS as error:
             raise BadExample(name, error) from error
         for value in values.get(self.name, ())[:1]:

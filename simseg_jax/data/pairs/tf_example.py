@@ -55,12 +55,13 @@ Example: Any = _example_class()
 
 
 def parse(record: bytes) -> dict[str, list]:
-    """Key -> its bytes, floats or ints; a protobuf DecodeError if `record` is no such message."""
-    features = Example.FromString(record).features.feature
-    kinds = {key: feature.WhichOneof("kind") for key, feature in features.items()}
-    return {
-        key: list(getattr(features[key], kind).value) if kind else [] for key, kind in kinds.items()
-    }
+    """Key -> its bytes, floats or ints; a protobuf DecodeError if `record` is no such message.
+
+    Keys are sorted: a protobuf map has no order of its own.
+    """
+    features = sorted(Example.FromString(record).features.feature.items())
+    kinds = [(key, feature, feature.WhichOneof("kind")) for key, feature in features]
+    return {key: list(getattr(f, kind).value) if kind else [] for key, f, kind in kinds}
 
 
 def serialize(values: dict) -> bytes:

@@ -204,7 +204,7 @@ def test_names_of_columns(tmp_path, cache):
                  Caption=["b", "c\0d"])  # fmt: skip
     source = open_source(settings(path), cache)
     assert examples(source) == [(b"1", ("b",))]
-    assert source.problems.notes == {"caption: Caption taken, TEXT left out": 1}
+    assert source.problems.notes == {"caption: column Caption taken, TEXT left out": 1}
     assert source.problems.first == [f"{path}, row 1, 2: a caption with NUL characters"]
     source = open_source(settings(path, caption_key="text"), cache)
     assert examples(source) == [(b"1", ("a",))]

@@ -52,7 +52,7 @@ def test_the_feature_that_was_taken_is_said(tmp_path):
     path = write_records(tmp_path / "a.array_record", [tf_example.serialize(values)])
     source = open_source(settings(path))
     assert source[0]["captions"] == ("a",)
-    assert source.problems.notes == {"caption: text taken, raw left out": 1}
+    assert source.problems.notes == {"caption: feature text taken, raw left out": 1}
 
 
 def test_bad_records(tmp_path):

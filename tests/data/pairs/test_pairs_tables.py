@@ -253,8 +253,8 @@ def test_the_column_that_was_taken_is_said(folder):
     source = write_table(folder, text)
     assert examples(source) == {"a.jpg": ("A dog",)}
     assert str(source.problems) == (
-        "Nothing was left out; image: IMAGE taken, path left out (1); "
-        "caption: Caption taken, title left out (1)"
+        "Nothing was left out; image: column IMAGE taken, path left out (1); "
+        "caption: column Caption taken, title left out (1)"
     )
     keys = {"image_key": "Image", "caption_key": "title"}
     assert not open_source(settings(folder / "captions.csv", **keys)).problems
