@@ -1,4 +1,4 @@
-"""Indexes and copies of data sets in the cache folder, each beside a note of what was left out."""
+"""Indexes and copies of data sets in the cache folder, each beside a JSON of its problems."""
 
 import errno
 import functools
@@ -14,7 +14,7 @@ from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import writing
 from simseg_jax.runtime.files import appearing, sha256, write_json
 
-VERSION = 3  # Of the cached files: to be raised with any change of their content.
+VERSION = 3  # Raise it whenever the content of the cached files changes.
 ADVICE = "Set data.cache to a folder that can be written and has room."
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -24,9 +24,9 @@ def cached(
 ) -> tuple[Path, Problems]:
     """The cached file and its problems, from an earlier run or written by `build` now.
 
-    identity: all that the content depends on besides `VERSION`. Several processes may build the
-    same file at once: it appears under its name only when it is complete. A damaged file is built
-    again. A `UserError` says that the folder has no room or cannot be written.
+    identity: everything that the content depends on, except `VERSION`. Several processes may build
+    the same file at once: it gets its name only when it is complete. A damaged file is built again.
+    A `UserError` says that the folder has no room or cannot be written.
     """
     key = hashlib.sha256(repr((VERSION, *identity)).encode(errors="backslashreplace")).hexdigest()
     path = folder / (key[:24] + suffix)
@@ -42,7 +42,7 @@ def cached(
         try:
             problems = build(partial)
         except OSError as error:
-            if error.errno not in FULL:  # Of what it reads.
+            if error.errno not in FULL:  # The error is about the data that `build` reads.
                 raise
             with storing():
                 raise
@@ -60,7 +60,7 @@ def _noted(path: Path, notes: Path) -> Problems | None:
         problems = Problems(**told["problems"])
         if status.st_size != told["size"]:
             return None
-        # Another time alone may be that of a copy of the folder.
+        # Copying the folder changes the time but not the content.
         if status.st_mtime_ns != told["mtime"] and sha256(path) != told["digest"]:
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -69,7 +69,7 @@ def _noted(path: Path, notes: Path) -> Problems | None:
 
 
 def local_copy(file: remote.File, cache: Path) -> str:
-    """The path of `file`, copied into the cache folder once if it is remote."""
+    """The local path of `file`; a remote one is copied into the cache folder once."""
     if not remote.is_remote(file.path):
         return file.path
 

@@ -160,7 +160,7 @@ MIB = 1 << 20
         (1, 1, 10**6),  # many rows.
     ],
 )
-def test_small_files_do_not_unfold(tmp_path, cache, image, caption, rows):
+def test_small_files_do_not_decompress_to_much(tmp_path, cache, image, caption, rows):
     indices = pa.array([0] * rows, pa.int32())
     values = {"image": bytes(image), "caption": "a" * caption}
     columns = {

@@ -384,7 +384,7 @@ def test_coco(folder):
     source = open_source(settings(path))
     assert len(source) == 3
     assert source.problems.first == [
-        "annotation 6: no caption of a known image",
+        "annotation 6: its image is not listed",
         "silent.jpg: image without caption",
     ]
     for text in ("[]", "7", '{"images": 7}', "{}"):
@@ -448,7 +448,7 @@ def test_images_that_share_an_id(folder):
     assert examples(source) == {"c.jpg": ("C",)}
     assert source.problems.first == [
         "image 1, b.jpg: has the id of a.jpg",
-        "annotation 0: of several images with the id 1",
+        "annotation 0: several images have its id 1",
         "a.jpg: image without caption",
     ]
 
