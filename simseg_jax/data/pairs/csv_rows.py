@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from simseg_jax.data.images import IMAGE_SUFFIXES
-from simseg_jax.data.pairs.example import CAPTION_KEYS, Problems, choose_keys, encoding, shorten
+from simseg_jax.data.pairs.example import Problems, choose_keys, encoding, shorten
 from simseg_jax.runtime.errors import UserError, some
 
 # Names in the authors' tables (train_anno.csv, valid_anno.csv), open_clip's, Flickr30k's, others'.
@@ -81,8 +81,8 @@ def csv_rows(
     if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
         raise UserError(f"{where} is a row: {shorten(some(names), 120)}. Add the header above it.")
     image_key, caption_key = image_key.strip(), caption_key.strip()
-    [image] = choose_keys(where, "column image", image_key, IMAGE_COLUMNS, names, problems)
-    captions = choose_keys(where, "column caption", caption_key, CAPTION_KEYS, names, problems)
+    [image] = choose_keys(where, "column image", image_key, names, problems, IMAGE_COLUMNS)
+    captions = choose_keys(where, "column caption", caption_key, names, problems)
     layout = Layout(separator, len(names), names.index(image), spaces, quoting=True)
     if separator not in QUOTING and not first.startswith('"'):
         enclosed = b'"' in data and _quotes_enclose(table, _records(lines, layout), layout)

@@ -11,11 +11,13 @@ import numpy as np
 
 from simseg_jax.runtime.errors import NAMED, UserError, one_line, some
 
-IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "imbytes", "bytes")
-CAPTION_KEYS = (
-    *("caption", "captions", "captions/text", "title", "text", "txt", "comment"),
-    *("sentences", "sentences_raw", "sentence", "raw"),
-)
+USUAL_KEYS = {
+    "image": ("image", "jpg", "jpeg", "png", "imbytes", "bytes"),
+    "caption": (
+        *("caption", "captions", "captions/text", "title", "text", "txt", "comment"),
+        *("sentences", "sentences_raw", "sentence", "raw"),
+    ),
+}
 TEXT_FIELDS = ("caption", "raw", "text")  # Fields with the text of a caption that is a record.
 NUMBERED = re.compile(r"(?:captions?|sentences?|texts?|raw)_?(\d+)", re.IGNORECASE)
 MISSING = ("nan", "None", "NULL", "N/A", "<NA>")  # Programs write these for a missing value.
@@ -119,6 +121,14 @@ def read_captions(*values) -> tuple[tuple[str, ...], list[str]]:
     return tuple(text.strip() for text in captions if text.strip()), wrong
 
 
+def usable_captions(name: str, *values) -> tuple[str, ...]:
+    """`read_captions`, or a `BadExample` called `name` if one is unusable or there is none."""
+    captions, wrong = read_captions(*values)
+    if wrong or not captions:
+        raise BadExample(name, wrong[0] if wrong else "empty caption")
+    return captions
+
+
 def _texts(entry) -> list[str]:
     """The captions in one entry of a value; a ValueError says why there are none."""
     if isinstance(entry, dict):
@@ -147,16 +157,22 @@ def _texts(entry) -> list[str]:
 
 
 def choose_keys(
-    where: str, what: str, wanted: str, usual: Sequence[str], keys: Iterable, problems: Problems
+    where: str,
+    what: str,
+    wanted: str,
+    keys: Iterable[str],
+    problems: Problems,
+    usual: Sequence[str] = (),
 ) -> list[str]:
     """The keys of the image or the captions: `wanted`, or else the first usual one in `keys`.
 
-    what: such as "column image". Keys are compared without case, unless several differ in case
-    only. Without a usual key, captions may have numbered ones (caption_0, caption_1, ...), which
-    are returned by number. A note names other keys that were possible. A `UserError` says that no
-    key fits, or that several have the same name.
+    what: such as "column image". usual: by default those of `USUAL_KEYS`. Keys are compared without
+    case, unless several differ in case only. Without a usual key, captions may have numbered ones
+    (caption_0, caption_1, ...), which are returned by number. A note names other keys that were
+    possible. A `UserError` says that no key fits, or that several have the same name.
     """
     keys, (kind, role) = list(keys), what.rsplit(" ", 1)
+    usual = usual or USUAL_KEYS[role]
     numbered = {key: NUMBERED.fullmatch(key) for key in keys if role == "caption"}
     numbered = {key: (int(match[1]), key) for key, match in numbered.items() if match}
     for name in (wanted,) if wanted else usual:
@@ -179,7 +195,7 @@ def choose_keys(
     )
 
 
-def optional_key(usual: Sequence[str], keys: Iterable[str]) -> str:
+def optional_key(keys: Iterable[str], usual: Sequence[str] = NAME_KEYS) -> str:
     """The first usual key in `keys`, compared without case; '' if there is none or it is double."""
     keys = list(keys)
     once = {key.casefold(): key for key in keys if keys.count(key) == 1}

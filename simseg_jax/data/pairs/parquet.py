@@ -19,9 +19,6 @@ import numpy as np
 
 from simseg_jax.data.pairs.cache import cached
 from simseg_jax.data.pairs.example import (
-    CAPTION_KEYS,
-    IMAGE_KEYS,
-    NAME_KEYS,
     TEXT_FIELDS,
     Problems,
     choose_keys,
@@ -159,8 +156,8 @@ def _choose_columns(
     pa = _pyarrow()
     names = schema.names
     try:
-        [image] = choose_keys(path, "column image", image_key, IMAGE_KEYS, names, problems)
-        captions = choose_keys(path, "column caption", caption_key, CAPTION_KEYS, names, problems)
+        [image] = choose_keys(path, "column image", image_key, names, problems)
+        captions = choose_keys(path, "column caption", caption_key, names, problems)
     except UserError as error:
         raise UnfitError(str(error)) from error
     kind = schema.field(image).type
@@ -179,8 +176,7 @@ def _choose_columns(
                 f"{path}: column {caption} is of type {schema.field(caption).type}, not text, a "
                 f"list of it or of records with {' or '.join(TEXT_FIELDS)}: set caption_key."
             )
-    name, group = optional_key(NAME_KEYS, names), optional_key([GROUP_KEY], names)
-    return Columns(image, tuple(captions), name, group)
+    return Columns(image, tuple(captions), optional_key(names), optional_key(names, [GROUP_KEY]))
 
 
 def _holds_text(kind) -> bool:

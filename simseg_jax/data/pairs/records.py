@@ -13,15 +13,12 @@ from grain.sources import ArrayRecordDataSource
 from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.pairs.cache import local_copy
 from simseg_jax.data.pairs.example import (
-    CAPTION_KEYS,
-    IMAGE_KEYS,
-    NAME_KEYS,
     BadExample,
     Problems,
     choose_keys,
     no_pairs,
     optional_key,
-    read_captions,
+    usable_captions,
 )
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError, one_line, some
@@ -57,9 +54,9 @@ class RecordSource:
         self.records: Any = ArrayRecordDataSource(shards)
         features = self._first_features([shard.take for shard in shards])
         among = features, self.problems
-        [self.image] = choose_keys(path, "feature image", image_key, IMAGE_KEYS, *among)
-        self.captions = choose_keys(path, "feature caption", caption_key, CAPTION_KEYS, *among)
-        self.name = optional_key(NAME_KEYS, features)
+        [self.image] = choose_keys(path, "feature image", image_key, *among)
+        self.captions = choose_keys(path, "feature caption", caption_key, *among)
+        self.name = optional_key(features)
         if not any(isinstance(value, bytes) for value in features[self.image]):
             raise UserError(f"{path}: feature {self.image} holds numbers, not an encoded image.")
 
@@ -72,7 +69,6 @@ class RecordSource:
         name = f"{self.path}, record {index}"
         try:
             values = tf_example.parse(self.records[index])
-            captions, wrong = read_captions(*(values.get(key, ()) for key in self.captions))
         except READ_ERRORS as error:
             raise BadExample(name, error) from error
         for value in values.get(self.name, ())[:1]:
@@ -80,8 +76,7 @@ class RecordSource:
         image = next(iter(values.get(self.image, ())), b"")
         if not image or not isinstance(image, bytes):
             raise BadExample(name, "no image")
-        if wrong or not captions:
-            raise BadExample(name, wrong[0] if wrong else "no caption")
+        captions = usable_captions(name, *(values.get(key, ()) for key in self.captions))
         return {"image": image, "captions": captions, "name": name}
 
     def _first_features(self, counts: list[int]) -> dict[str, list]:

@@ -17,7 +17,6 @@ import numpy as np
 from simseg_jax.data.images import IMAGE_SUFFIXES
 from simseg_jax.data.pairs.cache import cached
 from simseg_jax.data.pairs.example import (
-    CAPTION_KEYS,
     MAX_TEXT,
     BadExample,
     Problems,
@@ -25,6 +24,7 @@ from simseg_jax.data.pairs.example import (
     no_pairs,
     read_captions,
     shorten,
+    usable_captions,
 )
 from simseg_jax.data.pairs.tar_members import find_members, read_members
 from simseg_jax.runtime import remote
@@ -92,12 +92,11 @@ class TarSource:
         name = f"{shard}, byte {spans[0][0]}"
         try:
             (member, image), (_, text) = read_members(shard, spans)
-            captions, wrong = self._field(text) if row["fields"] else read_captions(text)
+            name = f"{shard}/{member}"
+            values = self._fields(text) if row["fields"] else [text]
         except READ_ERRORS as error:
             raise BadExample(name, error) from error
-        if wrong or not captions:
-            raise BadExample(f"{shard}/{member}", wrong[0] if wrong else "empty caption")
-        return {"image": image, "captions": captions, "name": f"{shard}/{member}"}
+        return {"image": image, "captions": usable_captions(name, *values), "name": name}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "rows": None}
@@ -178,18 +177,17 @@ class TarSource:
         return rows[~rows["fields"]]
 
     def _choose(self, where: str, fields: Iterable[str], problems: Problems) -> list[str]:
-        what = "JSON field caption"
-        return choose_keys(where, what, self.field, CAPTION_KEYS, fields, problems)
+        return choose_keys(where, "JSON field caption", self.field, fields, problems)
 
-    def _field(self, text: bytes) -> tuple[tuple[str, ...], list[str]]:
-        """`read_captions` of the fields of a JSON document; empty ones count only if all are."""
+    def _fields(self, text: bytes) -> list:
+        """The values of the fields with captions in a JSON document; empty ones if all are."""
         document, where = _document(text), "its document"
         filled = [key for key, value in document.items() if any(read_captions(value))]
         try:
             keys = self._choose(where, filled, Problems())
         except UserError:
             keys = self._choose(where, document, Problems())
-        return read_captions(*(document[key] for key in keys))
+        return [document[key] for key in keys]
 
 
 def _scan(path: str, wanted: set[str], suffixes: set[str], problems: Problems) -> dict:

@@ -17,7 +17,7 @@ from PIL import Image
 from simseg_jax.data import shapes
 from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
 from simseg_jax.data.pairs import tf_example
-from simseg_jax.data.pairs.example import IMAGE_KEYS, choose_keys
+from simseg_jax.data.pairs.example import choose_keys
 from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
 from simseg_jax.data.testsets.classes import read_label_file
 from simseg_jax.runtime.errors import UserError, one_line, reading, some
@@ -111,7 +111,7 @@ class LabelledRecords:
         self.records: Any = ArrayRecordDataSource(shards)
         with reading(f"the first record of {folder}", "Prepare the data again."):
             first = tf_example.parse(self.records[0])
-        [self.image] = choose_keys(str(folder), "feature image", "", IMAGE_KEYS, first, problems)
+        [self.image] = choose_keys(str(folder), "feature image", "", first, problems)
         names = folder / "label.labels.txt"
         if "label" not in first or not names.is_file():
             raise UserError(f"{folder} has no feature `label` with its {names.name}.")
