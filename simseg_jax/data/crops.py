@@ -1,7 +1,7 @@
 """Random crops of encoded images, several times as fast as with PIL alone.
 
 `read_crop` decodes with libjpeg-turbo and resizes with a SIMD version of PIL's filter. A crop of at
-least twice the target size is decoded at reduced resolution. Other crops differ from those of
+least twice the target size is decoded at reduced resolution. Other crops differ from the result of
 `images.crop_and_resize` by at most two grey levels.
 """
 

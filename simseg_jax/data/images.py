@@ -52,7 +52,7 @@ def decode_image(
     """An upright RGB image; a `UserError` names an image that cannot be decoded.
 
     image: encoded, opened by Pillow, or an array as `from_array` takes it. max_pixels: larger
-    images are refused before they take memory; None: only Pillow's limit for bombs holds.
+    images are refused before they take memory; None: only Pillow's limit for bombs applies.
     """
     try:
         return decoded(image, max_pixels)
@@ -62,7 +62,7 @@ def decode_image(
 
 
 def decoded(image: Encoded | Image.Image | np.ndarray, max_pixels: int | None) -> Image.Image:
-    """As `decode_image`, but damaged files raise whatever Pillow raises."""
+    """As `decode_image`, but with the errors of Pillow, which may be of any type."""
     if isinstance(image, bytes | Path):
         with open_image(image, max_pixels) as opened:
             return decoded(opened, None)
@@ -104,7 +104,7 @@ def from_array(array: np.ndarray) -> Image.Image:
 def open_image(image: Encoded, max_pixels: int | None = None) -> Image.Image:
     """Opens an image of one of FORMATS and reads its header only; close it, or use `with`.
 
-    Raises a ValueError with the reason, or whatever Pillow raises for damaged files.
+    Raises a ValueError with the reason, or errors of any type from Pillow for damaged files.
     """
     if isinstance(image, Path) and not image.is_file():  # To open a pipe would block.
         raise ValueError("no file is there")

@@ -29,12 +29,7 @@ class Mixture:
     """
 
     def __init__(
-        self,
-        sizes: Sequence[int],
-        weights: Sequence[float],
-        mode: str,
-        batch_size: int,
-        seed: int,
+        self, sizes: Sequence[int], weights: Sequence[float], mode: str, batch_size: int, seed: int
     ):
         self.sizes, self.seed = tuple(sizes), seed
         self.batch_size, self.debiased = batch_size, mode == "debiased"

@@ -193,12 +193,7 @@ class TrainBatches:
     """
 
     def __init__(
-        self,
-        examples: Examples,
-        *,
-        batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        self, examples: Examples, *, batch_size: int, process_index: int = 0, process_count: int = 1
     ):
         self.examples, self.batch_size = examples, batch_size
         self.share = batch_size // process_count

@@ -48,20 +48,20 @@ def cached(
                 raise
         with storing():
             status, digest = partial.stat(), sha256(partial)
-            told = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
-            write_json(notes, {"problems": asdict(problems), **told})
+            known = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
+            write_json(notes, {"problems": asdict(problems), **known})
     return path, problems
 
 
 def _noted(path: Path, notes: Path) -> Problems | None:
     """The problems of a cached file; None if it is missing or not as it was written."""
     try:
-        told, status = json.loads(notes.read_bytes()), path.stat()
-        problems = Problems(**told["problems"])
-        if status.st_size != told["size"]:
+        known, status = json.loads(notes.read_bytes()), path.stat()
+        problems = Problems(**known["problems"])
+        if status.st_size != known["size"]:
             return None
         # Copying the folder changes the time but not the content.
-        if status.st_mtime_ns != told["mtime"] and sha256(path) != told["digest"]:
+        if status.st_mtime_ns != known["mtime"] and sha256(path) != known["digest"]:
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

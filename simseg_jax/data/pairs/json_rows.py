@@ -1,4 +1,4 @@
-"""Rows of the two kinds of JSON files with captions: COCO's and those of Karpathy's splits."""
+"""Rows of the two kinds of JSON files with captions: COCO's and Karpathy's splits."""
 
 import json
 import posixpath

@@ -162,7 +162,7 @@ class TarSource:
         return problems
 
     def _with_fields(self, path: str, rows: np.ndarray, problems: Problems) -> np.ndarray:
-        """`rows`; without those of JSON documents if none of those looked at has a caption."""
+        """`rows`, without JSON documents if none of the documents looked at has a caption."""
         mine, seen, reason = rows[rows["fields"]], {}, ""
         for row in mine[:: len(mine) // LOOKED + 1]:
             with contextlib.suppress(ValueError, RecursionError):

@@ -21,6 +21,16 @@ from simseg_jax.runtime.ranges import SHARE, whole
 from simseg_jax.runtime.settings import field_of, typed
 
 SHARD_LENGTH = 10_000  # Most images of a shard, by default.
+NUMBERS = (  # Option, largest value, meaning; all default to 0.
+    ("--shards", 100_000, "number of files; 0: 10,000 images each, fewer in small data sets"),
+    (
+        "--train_vocab",
+        2**24,
+        "train DIR/vocab.txt from the captions, an uncased WordPiece vocabulary of at most so many "
+        "tokens; 0: no vocabulary",
+    ),
+    ("--processes", 1024, "processes to run; 0: one per core"),
+)
 JOB_OPTIONS = ("split_name", "short_side", "quality", "max_pixels", "duplicates", "seed")
 EPILOG = """examples:
   images in a folder, captions in a table with the header image,caption
@@ -92,41 +102,22 @@ def _parser() -> argparse.ArgumentParser:
     for key in JOB_OPTIONS:
         text = f"{field_of(Job, key).metadata['meaning']} (%(default)s)"
         add_setting(parser, Job, key, text, getattr(Job, key))
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
         default=Job.shuffle,
         help=field_of(Job, "shuffle").metadata["meaning"],
     )
-    add(
-        "--shards",
-        type=accepted(whole(0, 100_000)),
-        default=0,
-        help="number of files to write; 0: at most 10,000 images each, fewer in small data sets",
-    )
-    add("--name", default="", help="name of the data set; default: that of DIR")
-    add(
+    parser.add_argument("--name", default="", help="name of the data set; default: the name of DIR")
+    parser.add_argument(
         "--max_bad",
         type=accepted(SHARE, float),
         default=0.1,
         help="stop when more than this share of the pairs cannot be used (%(default)s)",
     )
-    add(
-        "--train_vocab",
-        type=accepted(whole(0, 2**24)),
-        default=0,
-        metavar="SIZE",
-        help="train DIR/vocab.txt from the captions, an uncased WordPiece vocabulary of at most "
-        "SIZE tokens; 0: no vocabulary",
-    )
-    add(
-        "--processes",
-        type=accepted(whole(0, 1024)),
-        default=0,
-        help="processes to run; 0: one per core",
-    )
-    add(
+    for option, largest, text in NUMBERS:
+        parser.add_argument(option, type=accepted(whole(0, largest)), default=0, help=text)
+    parser.add_argument(
         "--beam",
         default="",
         metavar="OPTIONS",

@@ -63,9 +63,9 @@ class Layout:
 
     names: Sequence[str]
     images: Path
-    suffix: str
     masks: Masks
     origin: str
+    suffix: str = ".jpg"
 
     def __post_init__(self) -> None:
         counts = collections.Counter(self.names)
@@ -85,7 +85,7 @@ def voc(root: Path, split: str) -> Layout:
     names = read_list(require_file(listing, "the list of images", VOC_ORIGIN), ".jpg")
     values = numbered(range(1, 21)) | {0: 0, IGNORE: IGNORE}
     masks = png_masks(images.parent / "SegmentationClass", ".png", values, VOC_ORIGIN)
-    return Layout(names, images, ".jpg", masks, VOC_ORIGIN)
+    return Layout(names, images, masks, VOC_ORIGIN)
 
 
 def coco_object(root: Path, split: str) -> Layout:
@@ -106,7 +106,7 @@ def coco_object(root: Path, split: str) -> Layout:
         values = numbered(range(80)) | dict.fromkeys((*range(80, 171), IGNORE), 0)
     else:
         values = converted
-    return Layout(names, images, ".jpg", png_masks(masks, suffix, values, COCO_ORIGIN), COCO_ORIGIN)
+    return Layout(names, images, png_masks(masks, suffix, values, COCO_ORIGIN), COCO_ORIGIN)
 
 
 def coco_stuff(root: Path, split: str) -> Layout:
@@ -123,7 +123,7 @@ def coco_stuff(root: Path, split: str) -> Layout:
             "so put the raw masks of stuffthingmaps_trainval2017.zip beside them."
         )
     values = numbered(classes) | {IGNORE: IGNORE}
-    return Layout(names, images, ".jpg", png_masks(masks, suffix, values, COCO_ORIGIN), COCO_ORIGIN)
+    return Layout(names, images, png_masks(masks, suffix, values, COCO_ORIGIN), COCO_ORIGIN)
 
 
 def ade20k(root: Path, split: str) -> Layout:
@@ -135,20 +135,14 @@ def ade20k(root: Path, split: str) -> Layout:
     parts = (f"images/{folder}", f"ADEChallengeData2016/images/{folder}")
     images = find_folder(root, parts, "ADE20K images", ADE20K_ORIGIN)
     masks = images.parents[1] / "annotations" / folder
-    values = {0: 0} | numbered(range(1, 151))
-    return Layout(
-        list_names(images, "*.jpg", ".jpg", ADE20K_ORIGIN),
-        images,
-        ".jpg",
-        png_masks(masks, ".png", values, ADE20K_ORIGIN),
-        ADE20K_ORIGIN,
-    )
+    found = png_masks(masks, ".png", {0: 0} | numbered(range(1, 151)), ADE20K_ORIGIN)
+    return Layout(list_names(images, "*.jpg", ADE20K_ORIGIN), images, found, ADE20K_ORIGIN)
 
 
 def cityscapes(root: Path, split: str) -> Layout:
     """The 19 evaluated classes of Cityscapes, in gtFine_labelTrainIds or raw gtFine_labelIds."""
     images = find_folder(root, (f"leftImg8bit/{split}",), "Cityscapes images", CITYSCAPES_ORIGIN)
-    names = list_names(images, "*/*_leftImg8bit.png", "_leftImg8bit.png", CITYSCAPES_ORIGIN)
+    names = list_names(images, "*/*_leftImg8bit.png", CITYSCAPES_ORIGIN)
     masks = images.parents[1] / "gtFine" / split
     suffixes = ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png")
     suffix = _present(masks, names[0], suffixes, CITYSCAPES_ORIGIN)
@@ -157,7 +151,7 @@ def cityscapes(root: Path, split: str) -> Layout:
     else:
         values = dict.fromkeys((*range(34), IGNORE), IGNORE) | numbered(CITYSCAPES_IDS)
     found = png_masks(masks, suffix, values, CITYSCAPES_ORIGIN)
-    return Layout(names, images, "_leftImg8bit.png", found, CITYSCAPES_ORIGIN)
+    return Layout(names, images, found, CITYSCAPES_ORIGIN, "_leftImg8bit.png")
 
 
 def numbered(values: Iterable[int]) -> dict[int, int]:
@@ -228,8 +222,9 @@ def read_list(path: Path, suffix: str) -> list[str]:
     return names
 
 
-def list_names(folder: Path, pattern: str, suffix: str, origin: str) -> list[str]:
-    """Sorted paths of the files in `folder` that match, relative to it and without suffix."""
+def list_names(folder: Path, pattern: str, origin: str) -> list[str]:
+    """Sorted paths of the files that match, relative to `folder`, without the text after *."""
+    suffix = pattern.rpartition("*")[2]
     paths = (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
     names = sorted(path.removesuffix(suffix) for path in paths)
     if not names:
@@ -244,7 +239,7 @@ def _coco_files(root: Path, split: str) -> tuple[Path, Path, list[str]]:
     images = find_folder(root, parts, "COCO images", COCO_ORIGIN)
     parts = (f"annotations/{folder}", f"stuffthingmaps/{folder}")
     masks = find_folder(root, parts, "COCO-Stuff masks", COCO_ORIGIN)
-    return images, masks, list_names(images, "*.jpg", ".jpg", COCO_ORIGIN)
+    return images, masks, list_names(images, "*.jpg", COCO_ORIGIN)
 
 
 def _present(masks: Path, name: str, suffixes: Sequence[str], origin: str) -> str:

@@ -68,7 +68,7 @@ def context(root: Path, split: str) -> Layout:
             f"No list of the images of PASCAL Context's {split!r}: no file {split}.txt in "
             f"{root / 'ImageSets' / 'SegmentationContext'} or in ImageSets/Main; {ORIGIN}."
         )
-    return Layout(names, images, ".jpg", found, ORIGIN)
+    return Layout(names, images, found, ORIGIN)
 
 
 def _listed(root: Path, split: str, folders: tuple[str, ...]) -> list[str]:

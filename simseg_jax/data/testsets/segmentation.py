@@ -53,7 +53,7 @@ class ShapesSegmentation:
 
     def __init__(self, size: int, split: str):
         self.split = shapes.check_split(split)
-        self.names = [self._name(index) for index in range(size)]
+        self.names = [f"{self.split}_{index:05d}" for index in range(size)]
         self.version = shapes.version()
 
     def __len__(self) -> int:
@@ -65,11 +65,7 @@ class ShapesSegmentation:
 
     def __getitem__(self, index: int) -> dict:
         image, mask, caption = shapes.scene(int(index), self.split)
-        name = self._name(index)
-        return {"name": name, "image": image, "mask": mask, "caption": caption}
-
-    def _name(self, index: int) -> str:
-        return f"{self.split}_{index:05d}"
+        return {"name": self.names[index], "image": image, "mask": mask, "caption": caption}
 
 
 class SegmentationFolder:
