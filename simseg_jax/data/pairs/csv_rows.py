@@ -122,7 +122,8 @@ def _quotes_enclose(table: str, rows: Iterator, layout: Layout) -> bool:
         as_text = all(line.count(separator) == layout.columns - 1 for line in lines)
         for seen, special in zip(shown, WRITERS, strict=True):
             # The message needs both answers of the first writer; for the others a False decides.
-            if '"' not in text if seen is shown[0] else False in seen:
+            known = '"' not in text if seen is shown[0] else False in seen
+            if known:
                 continue
             written = isinstance(fields, list) and separator.join(
                 '"' + field.replace('"', '""') + '"'

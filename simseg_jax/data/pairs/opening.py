@@ -43,10 +43,14 @@ class PairsConfig:
         "tfds, Karpathy's JSON: name of the split; csv, coco: file that lists the images; '': all",
         TEXT,
     )
-    images: str = setting("", "csv, coco: folder of the images, relative to the table's", TEXT)
-    image_key: str = setting("", "column or feature with the image; '': the usual names", TEXT)
+    images: str = setting("", "csv, coco: folder of the images, relative to the table", TEXT)
+    image_key: str = setting(
+        "", "column, feature or suffix (webdataset) of the image; '': the usual names", TEXT
+    )
     caption_key: str = setting(
-        "", "column or feature with the caption or captions; '': the usual names", TEXT
+        "",
+        "column or feature of the captions; webdataset: suffix or json.FIELD; '': the usual names",
+        TEXT,
     )
     size: int = setting(8192, "shapes: number of generated scenes", SCENES)
 
