@@ -19,7 +19,7 @@ USUAL_KEYS = {
     ),
 }
 TEXT_FIELDS = ("caption", "raw", "text")  # Fields with the text of a caption that is a record.
-NUMBERED = re.compile(r"(?:captions?|sentences?|texts?|raw)_?(\d+)", re.IGNORECASE)
+NUMBERED = re.compile(r"(?:captions?|sentences?|texts?|raw)_?(\d{1,9})", re.IGNORECASE)
 MISSING = ("nan", "None", "NULL", "N/A", "<NA>")  # Programs write these for a missing value.
 LIST = re.compile(r"""\s*\[\s*(["'].*)?\]\s*""", re.DOTALL)  # A text that looks like a list.
 NAME_KEYS = ("name", "image/filename", "key", "__key__", "image_id", "id")

@@ -303,6 +303,8 @@ def test_bytes_that_are_not_utf8_are_never_dropped(folder):
 def test_several_captions_in_a_row(folder):
     text = 'image,caption_0,caption_1\na.jpg,A dog,Two dogs\nb.jpg,"A café",\n'
     assert examples(write_table(folder, text)) == TWO
+    (folder / "captions.csv").write_text(f"image,caption_{'9' * 5000}\na.jpg,A dog\n")
+    fails("no column caption named caption, .*only image, caption_9", folder / "captions.csv")
     listed = json.dumps(["A dog", "Two dogs"]).replace('"', '""')
     text = f"image,raw\na.jpg,\"{listed}\"\nb.jpg,A café\nc.jpg,\"['x', 'y']\"\na.jpg,[]\n"
     source = write_table(folder, text)
