@@ -1,12 +1,11 @@
 """Vocabulary, tokenisation, and the perturbation of captions in training (supplement A.1)."""
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,13 @@ def load_tokenizer(vocab: str):
     tokenizer_config.json beside it says whether it is cased; without that file it is cased if any
     token has a capital letter. The hub's local cache is used before the network.
     """
-    with _quiet():  # Imported here: the import is slow, and the model does not need it.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # On import, transformers warns that there is no PyTorch.
+    try:  # Imported here: the import is slow, and the model does not need it.
         from transformers import AutoTokenizer, BertTokenizer
         from transformers.utils import logging as transformers_logging
-
+    finally:
+        logging.disable(disabled)
     transformers_logging.set_verbosity_error()
     if vocab == "shapes":
         return BertTokenizer(vocab=shapes.vocabulary())
@@ -166,17 +168,6 @@ def _hub_problem(name: str) -> Exception | None:
     thread.start()
     thread.join(HUB_SECONDS)
     return answers[0] if answers else TimeoutError(f"no answer in {HUB_SECONDS} s")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Logs errors only: on import, transformers warns that there is no PyTorch."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 class TextEncoder:

@@ -13,14 +13,6 @@ def json_rows(table: str, data: bytes, split: str, problems: Problems) -> tuple[
 
     split: for COCO's JSON that file, or ''; for Karpathy's the names of splits.
     """
-    content = _parsed(table, data)
-    if any(isinstance(image, dict) and "sentences" in image for image in content["images"]):
-        return _karpathy_rows(table, content, split, problems), ""
-    return _coco_rows(content, problems), split
-
-
-def _parsed(table: str, data: bytes) -> dict:
-    """The content of a JSON with a list `images`."""
     advice = "JSON Lines are not read: save their images and captions as CSV with a header."
     with reading(f"the caption table {table}", advice):
         code = encoding(data)
@@ -29,7 +21,9 @@ def _parsed(table: str, data: bytes) -> dict:
         raise UserError(
             f"{table} is no JSON of COCO captions or Karpathy's splits: it has no list `images`."
         )
-    return content
+    if any(isinstance(image, dict) and "sentences" in image for image in content["images"]):
+        return _karpathy_rows(table, content, split, problems), ""
+    return _coco_rows(content, problems), split
 
 
 def _karpathy_rows(table: str, content: dict, split: str, problems: Problems) -> Iterator:
