@@ -273,7 +273,7 @@ def test_an_image_damaged_on_the_way_costs_no_other(capsys, home, evaluated):
         (b"\n\n b \n\nd.jpg\n  \n", None),
         ("b\nd\nb\n".encode("utf-16"), "It must be UTF-8 with one name per line"),
         (b"b\nd\xe9\n", "It must be UTF-8 with one name per line"),
-        (b"b 1\nd -1\n", "lines of several words, the first is 'b 1'"),
+        (b"b 1\nd -1\n", "lines of several words, such as 'b 1'"),
         (b"b\nd\nb\n", "names b more than once"),
         (b"b\nd\nb.jpg\n", "names b more than once"),
         (b"b\nlost\n", "The mask is missing: no file"),

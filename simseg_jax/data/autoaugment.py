@@ -1,8 +1,8 @@
-"""AutoAugment (Cubuk et al. 2019) with PIL: the reference, and the host's path.
+"""AutoAugment (Cubuk et al. 2019) with PIL: used on the host, and the reference for the device.
 
-It follows the implementation that the authors used: grey (128) fill, random signs for geometry and
-enhancement but not for rotation, magnitudes on ten evenly spaced levels. The operations only need
-an image, a level (0..9) and a sign (-1, 1); `autoaugment_jax` repeats them on the device.
+It follows the implementation that the authors used: grey (128) fill, ten evenly spaced levels of
+magnitude, random signs for geometry and enhancement but not for rotation. An operation takes an
+image, a level (0..9) and a sign (-1, 1); `autoaugment_jax` does the same on the device.
 """
 
 import math
@@ -44,7 +44,7 @@ IMAGENET_POLICY = (
 
 
 def draw(rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
-    """(number of the sub-policy; for each operation its sign, or 0 if it is left out)."""
+    """(number of the sub-policy, sign of each of its operations; 0: the operation is left out)."""
     policy = int(rng.integers(len(IMAGENET_POLICY)))
     uniform, signs = rng.random(2), rng.choice((-1, 1), 2)
     first, second = (
@@ -55,7 +55,7 @@ def draw(rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
 
 
 def autoaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Applies one random sub-policy of the ImageNet policy."""
+    """Applies a random sub-policy of the ImageNet policy."""
     policy, signs = draw(rng)
     for sign, (_, operation, level) in zip(signs, IMAGENET_POLICY[policy], strict=True):
         if sign:
@@ -79,7 +79,7 @@ def angle(level: int) -> float:
 
 
 def factor(level: int, sign: int) -> float:
-    """The factor of an enhancement: 0 gives the degenerate image, 1 the image itself."""
+    """The factor of an enhancement: 0 gives PIL's degenerate image, 1 the image itself."""
     return 1 + sign * 0.9 * level / 9
 
 
@@ -97,22 +97,12 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], filter: Image.Resampl
     return image.transform(image.size, Image.Transform.AFFINE, matrix, filter, fillcolor=GREY)
 
 
-def _shear_x(image: Image.Image, level: int, sign: int) -> Image.Image:
-    return _affine(image, (1, shear(level, sign), 0, 0, 1, 0), Image.Resampling.BICUBIC)
+def _shear(image: Image.Image, x: float, y: float) -> Image.Image:
+    return _affine(image, (1, x, 0, y, 1, 0), Image.Resampling.BICUBIC)
 
 
-def _shear_y(image: Image.Image, level: int, sign: int) -> Image.Image:
-    return _affine(image, (1, 0, 0, shear(level, sign), 1, 0), Image.Resampling.BICUBIC)
-
-
-def _translate_x(image: Image.Image, level: int, sign: int) -> Image.Image:
-    shift = translation(level, sign, image.width)
-    return _affine(image, (1, 0, shift, 0, 1, 0), Image.Resampling.NEAREST)
-
-
-def _translate_y(image: Image.Image, level: int, sign: int) -> Image.Image:
-    shift = translation(level, sign, image.height)
-    return _affine(image, (1, 0, 0, 0, 1, shift), Image.Resampling.NEAREST)
+def _translate(image: Image.Image, x: float, y: float) -> Image.Image:
+    return _affine(image, (1, 0, x, 0, 1, y), Image.Resampling.NEAREST)
 
 
 def _enhance(enhancer: Callable) -> Callable:
@@ -120,10 +110,10 @@ def _enhance(enhancer: Callable) -> Callable:
 
 
 OPERATIONS: dict[str, Callable[[Image.Image, int, int], Image.Image]] = {
-    "shearX": _shear_x,
-    "shearY": _shear_y,
-    "translateX": _translate_x,
-    "translateY": _translate_y,
+    "shearX": lambda image, level, sign: _shear(image, shear(level, sign), 0),
+    "shearY": lambda image, level, sign: _shear(image, 0, shear(level, sign)),
+    "translateX": lambda i, level, sign: _translate(i, translation(level, sign, i.width), 0),
+    "translateY": lambda i, level, sign: _translate(i, 0, translation(level, sign, i.height)),
     "rotate": lambda image, level, _: image.rotate(angle(level), fillcolor=GREY),
     "posterize": lambda image, level, _: ImageOps.posterize(image, bits(level)),
     "solarize": lambda image, level, _: ImageOps.solarize(image, solarize_threshold(level)),

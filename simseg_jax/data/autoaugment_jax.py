@@ -1,8 +1,9 @@
 """AutoAugment on the device: batched, jitted, with the results of PIL (see `autoaugment`).
 
-Every pair of operation and magnitude is a *variant*, a row in tables of constants; few families of
-code read their constants from there. Integers stay integers, and where PIL computes in floating
-point the constants come from the host: compilers fuse and reorder, which moves results by a level.
+An operation with a level and a sign is a *variant*. Each variant is one row in tables of constants,
+and a few *families* of operations share the code that reads these rows. Integer arithmetic stays
+integer. Where PIL computes in floating point, the constants are computed on the host: compilers
+fuse and reorder operations, which would change results by one grey level.
 """
 
 import functools
@@ -15,19 +16,19 @@ from simseg_jax.data.autoaugment import GREY, IMAGENET_POLICY
 from simseg_jax.data.autoaugment_tables import Variant, autocontrast_exceptions, variant_tables
 from simseg_jax.runtime.sharding import target_device
 
-# Of every variant of the policy one per sign, whether its operation has signs or not.
+# The variants of the policy, with both signs for every operation. The first one changes nothing.
 POLICY_VARIANTS: tuple[Variant, ...] = (
     ("", 0, 1),
     *dict.fromkeys((op, level, s) for p in IMAGENET_POLICY for _, op, level in p for s in (-1, 1)),
 )
 FILL = GREY[0]
-# On accelerators: all families of as many images of 224 pixels take a gigabyte.
+# On accelerators: the results of all families for so many images of 224 pixels take a gigabyte.
 IMAGES_AT_A_TIME = 128
 
 
 def draw_keys(seed: int, step, batch_size: int) -> jax.Array:
     """One random key per example of the global batch of a training step."""
-    # Another stream than dropout's, which folds in the step alone.
+    # The second fold_in separates this stream from dropout's, which folds in the step alone.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
     return jax.random.split(key, batch_size)
 
@@ -35,7 +36,7 @@ def draw_keys(seed: int, step, batch_size: int) -> jax.Array:
 def augment_batch(images: jax.Array, keys: jax.Array) -> jax.Array:
     """Applies a random sub-policy of the ImageNet policy to every image.
 
-    images: uint8 [B, H, W, 3]; keys: [B], an example's draws follow from its key alone.
+    images: uint8 [B, H, W, 3]. keys: [B]; the draws for an image depend on its key alone.
     """
     policies, signs = jax.vmap(draw)(keys)
     number = {variant: i for i, variant in enumerate(POLICY_VARIANTS)}
@@ -47,7 +48,7 @@ def augment_batch(images: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(number of the sub-policy, int32 [2]: the sign of each operation, 0 if left out)."""
+    """(number of the sub-policy, int32 [2]: sign of each operation, 0: it is left out)."""
     policy_key, applied_key, sign_key = jax.random.split(key, 3)
     probabilities = jnp.array([[share for share, *_ in policy] for policy in IMAGENET_POLICY])
     policy = jax.random.randint(policy_key, (), 0, len(IMAGENET_POLICY))
@@ -61,11 +62,12 @@ def apply_variants(
     variants: Sequence[Variant] = POLICY_VARIANTS,
     one_by_one: bool | None = None,
 ) -> jax.Array:
-    """Applies chosen variants, in their order, to every image.
+    """Applies n variants to every image, one after the other.
 
-    images: uint8 [B, H, W, 3]; chosen: int [B, n], indices of `variants`. one_by_one: a loop over
-    the images that runs only what each needs, which suits CPUs (the default there); else many
-    images go through all families at once and take the result they need, which suits accelerators.
+    images: uint8 [B, H, W, 3]. chosen: int [B, n], indices of `variants`. one_by_one: a loop over
+    the images that runs only what each one needs, which is fast on CPUs (the default there).
+    Otherwise all families run on many images at once and each image selects the result it needs,
+    which is fast on accelerators.
     """
     if one_by_one is None:
         one_by_one = target_device().platform == "cpu"
@@ -77,7 +79,8 @@ def apply_variants(
         [next(i for i, f in enumerate(families) if op in FAMILIES[f]) for op, *_ in variants]
     )
     histogram = _histogram_scatter if one_by_one else _histogram_product
-    branches = [functools.partial(family, histogram=histogram) for family in families]
+    equalize = functools.partial(_equalize, histogram=histogram)
+    branches = [equalize if family is _equalize else family for family in families]
 
     def augment(image: jax.Array, numbers: jax.Array) -> jax.Array:
         for i in range(chosen.shape[1]):
@@ -89,10 +92,10 @@ def apply_variants(
     return jax.lax.map(lambda pair: augment(*pair), (images, chosen), batch_size=size)
 
 
-# The families: image uint8 [H, W, 3] and the constants of a variant -> image.
+# The families: image uint8 [H, W, 3], constants of a variant -> image uint8 [H, W, 3].
 
 
-def _keep(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
+def _keep(image: jax.Array, row: dict) -> jax.Array:
     return image
 
 
@@ -103,23 +106,23 @@ def _look_up(image: jax.Array, table: jax.Array) -> jax.Array:
     return table.reshape(-1)[image.astype(jnp.int32) + jnp.arange(0, 768, 256)[None, None]]
 
 
-def _fixed_table(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
+def _fixed_table(image: jax.Array, row: dict) -> jax.Array:
     return _look_up(image, row["table"])
 
 
 def _extremes(image: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Smallest and largest value of every channel: int32 [3, 1] each."""
-    # Rows first: a reduction over long rows runs in vectors, one over three channels does not.
+    # First over the rows: a reduction is vectorised along long rows, not along three channels.
     rows = image.reshape(image.shape[0], -1)
     low, high = rows.min(0).reshape(-1, 3).min(0), rows.max(0).reshape(-1, 3).max(0)
     return low.astype(jnp.int32)[:, None], high.astype(jnp.int32)[:, None]
 
 
-def _autocontrast(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
+def _autocontrast(image: jax.Array, row: dict) -> jax.Array:
     low, high = _extremes(image)
     value = jnp.arange(256)[None]
     stretched = (value - low) * 255 // jnp.maximum(high - low, 1)
-    # PIL's float64 falls below some of the whole numbers that it should reach.
+    # PIL computes in float64 and truncates: some results fall just below a whole number.
     short = jnp.asarray(autocontrast_exceptions())
     key = (low * 256 + high) * 256 + value
     place = jnp.minimum(jnp.searchsorted(short, key), len(short) - 1)
@@ -134,7 +137,7 @@ def _histogram_scatter(image: jax.Array) -> jax.Array:
 
 
 def _histogram_product(image: jax.Array) -> jax.Array:
-    """The same counts without colliding writes: a product of indicators of four bits each."""
+    """The same counts without colliding writes, as a matrix product of one-hot halves of values."""
     values = image.reshape(-1, 3).T
     nibbles = jnp.arange(16, dtype=jnp.uint8)[None, None]
     high = (values[..., None] >> 4 == nibbles).astype(jnp.bfloat16)
@@ -159,32 +162,32 @@ def _grey(image: jax.Array) -> jax.Array:
 
 
 def _blend(degenerate: jax.Array, image: jax.Array, products: jax.Array) -> jax.Array:
-    """PIL's extrapolation from a degenerate image (int32), truncated: uint8."""
+    """PIL's interpolation or extrapolation from a degenerate image (int32), truncated to uint8."""
     product = products[image.astype(jnp.int32) - degenerate + 255]
     return jnp.clip(degenerate.astype(jnp.float32) + product, 0, 255).astype(jnp.uint8)
 
 
-def _color(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
+def _color(image: jax.Array, row: dict) -> jax.Array:
     return _blend(_grey(image), image, row["products"])
 
 
-def _contrast(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
+def _contrast(image: jax.Array, row: dict) -> jax.Array:
     count = image.shape[0] * image.shape[1]
     mean = (2 * _grey(image).sum() + count) // (2 * count)
     return _look_up(image, _blend(mean, jnp.arange(256), row["products"]))
 
 
-def _sharpness(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
+def _sharpness(image: jax.Array, row: dict) -> jax.Array:
     x = image.astype(jnp.int32)
     rows = x[:-2] + x[1:-1] + x[2:]
     total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * x[1:-1, 1:-1]
-    # A mean with weights 1 and 5 in the middle, rounded; the border stays as it is.
+    # The rounded mean of 3 x 3 pixels with weight 5 in the middle; the border is not changed.
     smooth = x.at[1:-1, 1:-1].set((2 * total + 13) // 26)
     return _blend(smooth, image, row["products"])
 
 
-def _nearest(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
-    """An affine map that takes the nearest pixel, by PIL's fixed-point steps."""
+def _nearest(image: jax.Array, row: dict) -> jax.Array:
+    """An affine map to the nearest pixel, in PIL's fixed-point arithmetic."""
     height, width, _ = image.shape
     a, b, c, d, e, f = row["matrix"]
     y, x = jnp.arange(height)[:, None], jnp.arange(width)[None]
@@ -194,7 +197,7 @@ def _nearest(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
     return jnp.where(inside[..., None], image.reshape(-1, 3)[flat], jnp.uint8(FILL))
 
 
-def _shear_x(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
+def _shear_x(image: jax.Array, row: dict) -> jax.Array:
     """Shears along rows with PIL's cubic filter of four taps."""
     height, width, _ = image.shape
     x = jnp.arange(width)[None]
@@ -211,8 +214,8 @@ def _shear_x(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
     return jnp.where(inside, jnp.clip(cubic, 0, 255).astype(jnp.uint8), jnp.uint8(FILL))
 
 
-def _shear_y(image: jax.Array, row: dict, histogram: Callable) -> jax.Array:
-    return _shear_x(image.swapaxes(0, 1), row, histogram).swapaxes(0, 1)
+def _shear_y(image: jax.Array, row: dict) -> jax.Array:
+    return _shear_x(image.swapaxes(0, 1), row).swapaxes(0, 1)
 
 
 FAMILIES: dict[Callable, tuple[str, ...]] = {

@@ -1,8 +1,8 @@
 """Random crops of encoded images, several times as fast as with PIL alone.
 
-`read_crop` decodes with libjpeg-turbo, at reduced resolution where a crop is at least twice the
-size asked for, and resizes with a SIMD version of PIL's filter. Otherwise it agrees with
-`images.crop_and_resize` to two grey levels.
+`read_crop` decodes with libjpeg-turbo and resizes with a SIMD version of PIL's filter. A crop of at
+least twice the target size is decoded at reduced resolution. Other crops differ from the result of
+`images.crop_and_resize` by at most two grey levels.
 """
 
 import contextlib
@@ -13,19 +13,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from simseg_jax.data.images import (
-    Box,
-    crop_and_resize,
-    decoded,
-    open_image,
-    orientation,
-    turned,
-)
+from simseg_jax.data.images import Box, crop_and_resize, decoded, open_image, orientation, turned
 from simseg_jax.runtime.errors import one_line
 
 try:
     import cykooz_resizer as simd
-except ImportError:  # Some platforms have no wheel; PIL's own filter takes three times as long.
+except ImportError:  # Some platforms have no wheel; PIL's filter takes three times as long.
     simd = None
 
 JPEG = b"\xff\xd8"
@@ -40,9 +33,9 @@ def draw_crop(
 ) -> Box:
     """A crop of random area (share of the image), aspect (width / height) and place.
 
-    The aspect is log-uniform. After ten draws that do not fit, the largest central crop within the
-    aspect range is taken, as in torchvision's RandomResizedCrop. The area (1, 1) is the whole
-    image, whatever its aspect.
+    The aspect is log-uniform. After ten draws that do not fit into the image, the largest central
+    crop within the range of aspects is returned, as in torchvision's RandomResizedCrop. The area
+    (1, 1) stands for the whole image, whatever its aspect.
     """
     if tuple(area) == (1.0, 1.0):
         return 0, 0, width, height
@@ -60,17 +53,17 @@ def draw_crop(
 def read_crop(
     image: bytes | np.ndarray, size: int, draw: Callable[[int, int], Box], max_pixels: int
 ) -> np.ndarray:
-    """One crop of an image, decoding no more than it needs: uint8 [size, size, 3].
+    """One crop of an image, uint8 [size, size, 3]; decodes no more of the image than needed.
 
-    image: the content of an image file, or a uint8 [H, W, 3] array. draw: (width, height) of the
-    whole upright image -> the crop. Raises a `ValueError` with the reason for images that cannot be
-    decoded or have more than `max_pixels`.
+    image: the content of an image file, or a uint8 [H, W, 3] array. draw: maps (width, height) of
+    the whole upright image to the crop. A `ValueError` says why an image cannot be decoded, or that
+    it has more than `max_pixels`.
     """
     if isinstance(image, np.ndarray):
         return _resize_array(image, draw(image.shape[1], image.shape[0]), size)
     try:
         if image[:2] == JPEG:
-            # PIL reads JPEGs with small faults or of rare kinds, which libjpeg-turbo refuses.
+            # libjpeg-turbo refuses rare kinds of JPEGs and small faults; PIL then reads them.
             with contextlib.suppress(ValueError):
                 height, width = map(int, simplejpeg.decode_jpeg_header(image)[:2])
                 if width * height <= max_pixels:
@@ -84,7 +77,7 @@ def read_crop(
 def _read_jpeg(
     data: bytes, whole: tuple[int, int], draw: Callable[[int, int], Box], size: int
 ) -> np.ndarray:
-    """The crop of a JPEG whose stored size (width, height) is known."""
+    """The crop of a JPEG; whole: its stored size (width, height)."""
     stored = _jpeg_orientation(data)
     box = stored_box(draw(*whole[:: -1 if stored >= 5 else 1]), whole, stored)
     # libjpeg-turbo also scales by n/8, but only powers of two save time.
@@ -96,10 +89,10 @@ def _read_jpeg(
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """`orientation` of a JPEG, by PIL only if one of its segments may hold it."""
-    at = 2  # Segments follow the mark of the file: 0xFF, type, length (2 bytes), content.
+    """`orientation` of a JPEG; PIL reads it only if one of the segments may contain it."""
+    at = 2  # After two bytes of the file come segments: 0xFF, type, length (2 bytes), content.
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):
-        if data[at + 1] in (0xE1, 0xFF):  # APP1, which holds EXIF and XMP, or padding.
+        if data[at + 1] in (0xE1, 0xFF):  # APP1, which contains EXIF and XMP, or padding.
             with contextlib.suppress(Exception), open_image(data) as opened:
                 return orientation(opened)
             return 1
@@ -108,7 +101,7 @@ def _jpeg_orientation(data: bytes) -> int:
 
 
 def stored_box(box: Box, whole: tuple[int, int], stored: int) -> Box:
-    """The box in the stored image, whose size is `whole`, of a crop of the upright one."""
+    """Where a crop of the upright image lies in the stored one, whose size is `whole`."""
     left, top, width, height = box
     if stored >= 5:
         left, top, width, height = top, left, height, width
@@ -123,7 +116,7 @@ def _resize_array(image: np.ndarray, box: tuple[float, ...], size: int) -> np.nd
     """`crop_and_resize` for uint8 [H, W, 3] and a box whose edges may lie between pixels."""
     left, top, width, height = box
     x, y = math.floor(left), math.floor(top)
-    # Cut out first: the filter must not see pixels outside the crop.
+    # The crop is cut out first: the filter must not see pixels outside of it.
     image = image[y : math.ceil(top + height), x : math.ceil(left + width)]
     left, top = left - x, top - y
     if simd is None or (width, height) == (size, size):

@@ -1,4 +1,4 @@
-"""`python -m simseg_jax.data.inspect`: a training batch as a picture, the speed of the input."""
+"""`python -m simseg_jax.data.inspect` draws a training batch and measures the input pipeline."""
 
 import textwrap
 import time
@@ -22,17 +22,17 @@ EPILOG = """examples:
   python -m simseg_jax.data.inspect --config=configs/vits16.py --batch=1000 --count=48 \\
       --config.data.train.cc3m.path=DATA/cc3m --config.data.workers=8 --output=batch.png
 
-The picture shows, for the first examples of a batch, the crop that the host makes, the image after
-AutoAugment as the training step of that batch applies it, the caption and its tokens as the model
-reads them. Any configuration key can be set as in training. The speed is that of the whole pipeline
-on this machine without a model: a training that is faster has to wait.
+For the first examples of a batch, the picture shows the crop from the host, the image after
+AutoAugment as in the training step of that batch, the caption, and its tokens as the model reads
+them. Any configuration key can be set as in training. The speed is measured for the whole pipeline
+on this machine, without a model: a faster training would have to wait for its data.
 """
 COLUMNS = 4
 
 
 @report_user_errors
 def main() -> None:
-    """Parses the command line, draws a batch, measures the pipeline."""
+    """Parses the command line, draws a batch and measures the pipeline."""
     parser = make_parser(
         "data.inspect", "Shows a training batch as a picture and measures the input.", EPILOG
     )
@@ -92,7 +92,7 @@ def _speed(examples: Examples, batch_size: int, position: int, seconds: float) -
 
 
 def _sheet(rows, pictures, changed, tokens) -> Image.Image:
-    """One cell per example: the crop, the augmented image, below them caption and tokens."""
+    """One cell per example: the crop and the augmented image; below them caption and tokens."""
     width = 2 * CELL + 12
     texts = [
         textwrap.wrap(row["caption"], 44)[:3] + textwrap.wrap(" ".join(pieces), 44)[:4]

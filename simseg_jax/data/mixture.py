@@ -1,10 +1,10 @@
 """The order of the endless training stream: position -> (data set, index), as pure arithmetic.
 
-The order follows from the sizes of the data sets and the seed alone, so a run resumes anywhere with
-any number of processes and workers.
+The order depends on the sizes of the data sets and the seed alone, so a run can resume at any
+position with any number of processes and workers.
 
-Grain's `mix` is no replacement: it interleaves data sets in a fixed pattern, and its epoch ends
-where the first data set is exhausted.
+Grain's `mix` does not do the same: it interleaves data sets in a fixed pattern, and its epoch ends
+when the first data set is exhausted.
 """
 
 import functools
@@ -13,34 +13,29 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-# Larger permutations are not stored: Grain's cipher computes single elements in microseconds. It
-# retries until a result is in range, which takes a millisecond for a small size.
+# Larger permutations are not stored: Grain's cipher computes single elements in microseconds. For
+# smaller ones it takes up to a millisecond, as it retries until a result is in range.
 SMALL = 2**17
 
 
 class Mixture:
-    """One endless stream over several data sets; `mixture[position]` is (data set, index in it).
+    """An endless stream over several data sets; `mixture[position]` is (data set, index in it).
 
-    An epoch has `len(mixture)` positions and shows, in its own order, `weight * size` examples of
-    every data set; no example is repeated before all of its data set were shown. `shuffle` shuffles
-    the concatenation of the data sets. `debiased` fills every global batch from one data set, with
-    shares in proportion to weight * size (rounded to whole batches): in a mixed batch a model can
-    tell wrong pairs by their data set (Cui et al. 2022, ZeroVL).
+    An epoch has `len(mixture)` positions and shows `weight * size` examples of every data set, in a
+    new order each time. No example is repeated before all of its data set have been shown. The mode
+    `shuffle` shuffles the concatenation of the data sets. The mode `debiased` fills every global
+    batch from one data set, in proportion to weight * size (rounded to whole batches): in a mixed
+    batch a model can tell wrong pairs by their data sets (Cui et al. 2022, ZeroVL).
     """
 
     def __init__(
-        self,
-        sizes: Sequence[int],
-        weights: Sequence[float],
-        mode: str,
-        batch_size: int,
-        seed: int,
+        self, sizes: Sequence[int], weights: Sequence[float], mode: str, batch_size: int, seed: int
     ):
         self.sizes, self.seed = tuple(sizes), seed
         self.batch_size, self.debiased = batch_size, mode == "debiased"
         unit = batch_size if self.debiased else 1
         shares = [weight * size / unit for size, weight in zip(sizes, weights, strict=True)]
-        # Units (examples or batches) of every data set in an epoch.
+        # The number of units (examples or batches) of every data set in an epoch.
         self.counts = [max(1, round(share)) for share in shares]
         self.bounds = np.cumsum([0, *self.counts])
         self.length = int(self.bounds[-1]) * unit
@@ -62,7 +57,7 @@ class Mixture:
         return chosen, self._shuffled(turn, self.sizes[chosen], stream=chosen)
 
     def _shuffled(self, turn: int, size: int, stream: int) -> int:
-        """A permutation of range(size), another one for every `size` turns."""
+        """Element `turn` of a stream of permutations of range(size), one after the other."""
         round_, index = divmod(turn, size)
         seed = _stream_seed(self.seed, stream, round_)
         if size <= SMALL:
@@ -82,7 +77,7 @@ def _permutation(size: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _schedule(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every batch of an epoch: its data set, and its number among that data set's batches."""
+    """(data set of every batch of an epoch, its number among the batches of that data set)."""
     owners = np.repeat(np.arange(len(counts)), counts)
     np.random.default_rng((seed, epoch)).shuffle(owners)
     turns = np.empty_like(owners)

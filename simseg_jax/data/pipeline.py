@@ -1,7 +1,7 @@
 """Data sets -> mixed, cropped, tokenised batches of one process, ready for the device.
 
 Every example is a pure function of (seed, position in the global stream). Threads, workers and
-processes only decide who computes it, so a run resumes from one number: its position.
+processes only share the computation, so one number is enough to resume a run: its position.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ from simseg_jax.runtime.errors import NAMED, UserError
 from simseg_jax.runtime.ranges import FLAG, SHARE, TEXT, number, one_of, pair, whole
 from simseg_jax.runtime.settings import entries, setting
 
-CHUNK = 32  # Examples per task of a thread or worker; larger tasks cost less bookkeeping.
-ATTEMPTS = 20  # A run stops if so many examples in a row are bad.
-NAME_BYTES = 200  # Length of a problem in words: workers send it as an array.
-SAMPLE = 64  # Examples whose digests identify a data set.
+CHUNK = 32  # Examples per task of a thread or worker; larger tasks have less overhead.
+ATTEMPTS = 20  # A run stops after so many bad examples in a row.
+NAME_BYTES = 200  # Most bytes of the description of a problem, which workers send as an array.
+SAMPLE = 64  # Number of examples whose digests identify a data set.
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The data sets of a run and how examples are made from them."""
+    """The data sets of a run, and how examples are made from them."""
 
     train: dict[str, DataSetConfig] = entries(DataSetConfig)
     mixture: str = setting(
         "shuffle",
-        "shuffle: all data sets together; debiased: each batch from one",
+        "shuffle: batches from all data sets; debiased: each batch from one",
         one_of("shuffle", "debiased"),
     )
     vocab: str = setting(
@@ -59,14 +59,14 @@ class DataConfig:
     autoaugment: bool = setting(True, "AutoAugment, ImageNet policy", FLAG)
     transform: str = setting(
         "fast",
-        "fast: libjpeg-turbo, AutoAugment on the device; pil: all on hosts",
+        "fast: libjpeg-turbo, AutoAugment on the device; pil: all on the host, with PIL",
         one_of("fast", "pil"),
     )
     max_bad: float = setting(
         0.1, "stop when more than this share of the examples is damaged", SHARE
     )
     max_pixels: int = setting(
-        89_478_485, "larger images count as damaged: decompression bombs", whole(1)
+        89_478_485, "larger images count as damaged, as decompression bombs", whole(1)
     )
     threads: int = setting(16, "threads per worker that read and prepare examples", whole(1, 256))
     workers: int = setting(
@@ -79,14 +79,14 @@ class DataConfig:
 
     @property
     def autoaugment_on_device(self) -> bool:
-        """Whether the training step has to apply AutoAugment itself."""
+        """Whether the training step applies AutoAugment."""
         return self.autoaugment and self.transform == "fast"
 
 
 class Examples:
     """The endless stream of training examples that `config.data` describes.
 
-    image_size: side of the images in pixels; batch_size: the global one.
+    image_size: side of the images in pixels. batch_size: of the global batch.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Examples:
     ):
         if not data.train:
             raise UserError(
-                "The configuration names no data set: add one, as config.data.train.NAME = "
-                "data_set(path=...) in the file (see configs/flickr8k.py)."
+                "The configuration names no data set: add one to the file as "
+                "config.data.train.NAME = data_set(path=...) (see configs/flickr8k.py)."
             )
         self.data, self.image_size, self.encoder, self.seed = data, image_size, encoder, seed
         self.sources = [open_source(settings, data.cache) for settings in data.train.values()]
@@ -104,7 +104,7 @@ class Examples:
         self.mixture = Mixture(sizes, weights, data.mixture, batch_size, seed)
 
     def __len__(self) -> int:
-        """Examples in an epoch."""
+        """The number of examples in an epoch."""
         return len(self.mixture)
 
     def describe(self) -> list[str]:
@@ -116,10 +116,10 @@ class Examples:
         ]
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """Identifies every data set by its content, wherever it is stored.
+        """Identifies every data set by its content, independent of where it is stored.
 
-        {name: {"examples": int, "sample": digests of image and captions of `SAMPLE` examples}}; the
-        digest of an example that cannot be read is "".
+        {name: {"examples": their number, "sample": digests of image and captions of `SAMPLE`
+        examples}}; the digest of an example that cannot be read is "".
         """
         found = {}
         with ThreadPoolExecutor(min(SAMPLE, self.data.threads)) as pool:
@@ -133,12 +133,12 @@ class Examples:
         """The example at a position of the stream.
 
         "image": uint8 [S, S, 3]; "ids": int32 [T]; "mask": bool [T]; "caption", "name": str;
-        "unknown": whether the vocabulary knows no word of the caption; "bad": a tuple of str, what
-        was wrong with the examples that this one replaces.
+        "unknown": whether the vocabulary knows no word of the caption; "bad": tuple of str, the
+        problems of the examples that this one replaces.
         """
         chosen, index = self.mixture[position]
         source, bad = self.sources[chosen], []
-        # Counter-based: a generator per example is cheap and shares no state.
+        # A counter-based generator: one per example is cheap and shares no state.
         rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
         while len(bad) < ATTEMPTS:
             try:
@@ -148,7 +148,7 @@ class Examples:
                 index = int(rng.integers(len(source)))
         raise UserError(
             f"{ATTEMPTS} examples in a row of data.train.{list(self.data.train)[chosen]} cannot be "
-            f"used, the last one: {bad[-1]}. Check the data set with python -m "
+            f"used, the last one: {bad[-1]} Check the data set with python -m "
             "simseg_jax.data.inspect."
         )
 
@@ -170,7 +170,7 @@ class Examples:
         }
 
     def _crop(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A random crop, uint8 [S, S, 3]; augmented here if transform is pil."""
+        """A random crop, uint8 [S, S, 3]; with AutoAugment if transform is pil."""
         data = self.data
 
         def draw(width: int, height: int):
@@ -184,20 +184,16 @@ class Examples:
 
 
 class TrainBatches:
-    """Endless batches of this process's share: {"image": uint8 [b, S, S, 3], "ids", "mask"}.
+    """This process's share of the global batches: {"image": uint8 [b, S, S, 3], "ids", "mask"}.
 
-    Assign `position` to continue from there. `waited` sums up the seconds that `next` took. Bad
-    examples are counted, the first few are named, and a `UserError` stops the run when their share
-    exceeds `config.data.max_bad`. `unknown` counts the captions without a known word.
+    The batches never end. Assigning `position` continues from there. `waited` is the total time in
+    `next`, in seconds. Bad examples are counted and the first few are named; a `UserError` stops
+    the run when their share exceeds `config.data.max_bad`. `unknown` counts the captions without a
+    known word.
     """
 
     def __init__(
-        self,
-        examples: Examples,
-        *,
-        batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        self, examples: Examples, *, batch_size: int, process_index: int = 0, process_count: int = 1
     ):
         self.examples, self.batch_size = examples, batch_size
         self.share = batch_size // process_count
@@ -207,12 +203,12 @@ class TrainBatches:
 
     @property
     def position(self) -> int:
-        """Examples of the global stream taken so far."""
+        """The number of examples of the global stream used so far."""
         return self._position
 
     @position.setter
     def position(self, position: int) -> None:
-        # A run may go on with another batch size; batches start at multiples of it.
+        # A run may continue with another batch size; batches start at its multiples.
         self._position = position // self.batch_size * self.batch_size
         self._iterator = None
 
@@ -223,7 +219,7 @@ class TrainBatches:
         first = self._position // self.batch_size * self.share
         place = functools.partial(_place, self.batch_size, self.share, self.offset)
         chunks = (
-            # Endless: no training reaches the largest index.
+            # No training reaches the largest index.
             grain.MapDataset.range(first, 2**62)
             .map(place)
             .map(self.examples.__getitem__)
@@ -233,7 +229,7 @@ class TrainBatches:
         if data.workers:
             chunks = in_processes(chunks, data.workers)
         batches = grain.experimental.RebatchIterDataset(chunks, self.share)
-        # Copying the chunks together overlaps with the training step, too.
+        # In a thread, joining the chunks overlaps with the training step as well.
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
 
     def __iter__(self) -> "TrainBatches":
@@ -253,8 +249,8 @@ class TrainBatches:
     def _count_unknown(self, count: int) -> None:
         if count and not self.unknown:
             tqdm.write(
-                "The vocabulary knows no word of some captions, which are nothing but [UNK] to the "
-                "model: metrics.jsonl counts them as data_unknown."
+                "The vocabulary knows no word of some captions, so the model reads only [UNK]: "
+                "metrics.jsonl counts them as data_unknown."
             )
         self.unknown += count
 
@@ -267,27 +263,27 @@ class TrainBatches:
             tqdm.write(f"Replaced by another example: {message}")
         self.bad += int(bad.sum())
         limit = self.examples.data.max_bad
-        # A share of the first few examples would mean nothing.
+        # The share among the first few examples means nothing.
         if self.bad > max(2 * NAMED, limit * (self.taken + self.bad)):
             raise UserError(
                 f"{self.bad} of {self.taken + self.bad} training examples cannot be used, more "
-                f"than data.max_bad={limit}; the last one: {messages[-1]}. Repair the "
-                "data (python -m simseg_jax.data.prepare drops what is damaged) or raise max_bad."
+                f"than data.max_bad={limit}; the last one: {messages[-1].rstrip('.')}. Repair the "
+                "data (python -m simseg_jax.data.prepare drops damaged examples) or raise max_bad."
             )
 
 
 def _place(batch_size: int, share: int, offset: int, number: int) -> int:
-    """Position in the global stream of the example with this number in a process's own stream.
+    """The position in the global stream of example `number` of one process.
 
-    A process takes one contiguous block, `share` examples from `offset` on, of every global batch:
-    the global batch is the same for any number of processes.
+    Of every global batch a process takes one contiguous block: `share` examples from `offset` on.
+    The global batch is therefore the same for any number of processes.
     """
     batch, index = divmod(number, share)
     return batch * batch_size + offset + index
 
 
 def stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Arrays of several examples: what a training step takes, and what is counted."""
+    """Arrays of several examples: the inputs of a training step, and what is counted."""
     chunk = {key: np.stack([x[key] for x in examples]) for key in ("image", "ids", "mask")}
     chunk["unknown"] = np.array([x["unknown"] for x in examples])
     chunk["bad"] = np.array([len(x["bad"]) for x in examples], np.int32)
@@ -298,7 +294,7 @@ def stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
     """The same elements in the same order, computed by `workers` processes."""
-    # Grain's workers read absl's flags, which this package does not parse.
+    # Grain's workers read absl's flags, which this package never parses.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))

@@ -1,12 +1,11 @@
-"""Vocabulary, tokenisation and the caption perturbation of training (supplement A.1)."""
+"""Vocabulary, tokenisation, and the perturbation of captions in training (supplement A.1)."""
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from simseg_jax.models.bert import PAD
 from simseg_jax.runtime.errors import UserError, reading
 from simseg_jax.runtime.files import read_json
 
-MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # of the touched pieces; the remaining 40 % are deleted
+MASK_SHARE, RANDOM_SHARE = 0.5, 0.1  # Of the perturbed pieces; the other 40 % are deleted.
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-LARGEST = 64 << 20  # Bytes of a vocabulary file; real ones have a tenth of that.
-HUB_SECONDS = 5
-# Upper case, an accent, Chinese and punctuation: how they are split tells normalisations apart.
+LARGEST = 64 << 20  # Most bytes of a vocabulary file; real ones have a tenth of that.
+HUB_SECONDS = 5  # The longest wait for an answer of the hub.
+# Upper case, accents, Chinese and punctuation: tokenizers that normalise text in different ways
+# split this text differently.
 PROBE = "A Photo of the Café, 中文 dogs' Été!"
 
 
@@ -29,13 +29,16 @@ def load_tokenizer(vocab: str):
     """A fast BERT tokenizer from "shapes", a vocab.txt, a saved tokenizer folder or a hub name.
 
     A vocab.txt is UTF-8 with one token per line; only \\n and \\r\\n end lines. do_lower_case in a
-    tokenizer_config.json beside it says whether it is cased; without one it is cased if any token
-    has a capital letter. Downloads from the hub are kept in its local cache and taken from there.
+    tokenizer_config.json beside it says whether it is cased; without that file it is cased if any
+    token has a capital letter. The hub's local cache is used before the network.
     """
-    with _quiet():  # Slow to import, and not needed by the model itself.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # On import, transformers warns that there is no PyTorch.
+    try:  # Imported here: the import is slow, and the model does not need it.
         from transformers import AutoTokenizer, BertTokenizer
         from transformers.utils import logging as transformers_logging
-
+    finally:
+        logging.disable(disabled)
     transformers_logging.set_verbosity_error()
     if vocab == "shapes":
         return BertTokenizer(vocab=shapes.vocabulary())
@@ -59,7 +62,7 @@ def load_tokenizer(vocab: str):
 
 
 def vocabulary_identity(tokenizer) -> dict[str, Any]:
-    """{"tokens": count, "digest": 16 hexadecimal digits}: equal if texts get the same ids."""
+    """{"tokens": count, "digest": 16 hexadecimal digits}, equal for the same ids of all texts."""
     probe = tokenizer.backend_tokenizer.encode(PROBE, add_special_tokens=False).ids
     content = [sorted(tokenizer.get_vocab().items()), probe]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -74,8 +77,8 @@ def _read_vocabulary(path: Path):
     missing = [token for token in SPECIAL if token not in ids]
     if missing:
         raise UserError(
-            f"The vocabulary {path} has no {', '.join(missing)}: it is no vocab.txt of a BERT, "
-            "with one token per line."
+            f"The vocabulary {path} has no {', '.join(missing)}: it is not the vocab.txt of a "
+            "BERT with one token per line."
         )
     settings = _settings(path.parent)
     options = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
@@ -95,15 +98,15 @@ def _token_ids(path: Path) -> dict[str, int]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path} is not UTF-8 in line {line}: save it as UTF-8.") from error
-    # Not splitlines(): U+2028 and seven other separators are tokens of real vocabularies.
+    # splitlines() also splits at U+2028 and seven others, which are tokens of real vocabularies.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     ids: dict[str, int] = {}
     for number, token in enumerate(lines):
         if not token or token in ids:
             what = f"repeats {token!r} of line {ids[token] + 1}" if token else "is empty"
             raise UserError(
-                f"Line {number + 1} of the vocabulary {path} {what}: which ids are meant is "
-                "unclear, so mend the file."
+                f"Line {number + 1} of the vocabulary {path} {what}, so the ids are ambiguous: "
+                "correct the file."
             )
         ids[token] = number
     return ids
@@ -116,18 +119,18 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _refuse_large(file: Path) -> None:
     if file.stat().st_size > LARGEST:
-        raise UserError(f"{file} is larger than {LARGEST >> 20} MiB: it is no vocabulary.")
+        raise UserError(f"{file} is larger than {LARGEST >> 20} MiB: it is not a vocabulary.")
 
 
 def _complete(vocab: str, tokenizer):
-    """`tokenizer` if it has all that a BERT needs."""
+    """`tokenizer`, after a check that it has everything that a BERT needs."""
     kinds = ("pad", "unk", "cls", "sep", "mask")
     ids = [getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds]
     missing = [token for token, id_ in zip(SPECIAL, ids, strict=True) if id_ is None]
     if missing or not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(
-            f"The vocabulary {vocab} has no {', '.join(missing) or 'fast tokenizer'}: it is not "
-            "that of a BERT. Set data.vocab to one that is, such as bert-base-uncased."
+            f"The vocabulary {vocab} has no {', '.join(missing) or 'fast tokenizer'}: it is not a "
+            "BERT's. Set data.vocab to the vocabulary of a BERT, such as bert-base-uncased."
         )
     return tokenizer
 
@@ -136,7 +139,7 @@ def _from_hub(name: str, load: Callable):
     try:
         return load(name, local_files_only=True)
     except (OSError, ValueError):
-        pass  # Not in the cache of the hub.
+        pass  # It is not in the hub's local cache.
     problem = _hub_problem(name)
     if problem is not None:
         raise UserError(
@@ -148,7 +151,7 @@ def _from_hub(name: str, load: Callable):
 
 
 def _hub_problem(name: str) -> Exception | None:
-    """Why the hub cannot provide a repository; None if it can. Takes a few seconds at most."""
+    """Why the hub cannot provide a repository, None if it can; answers within HUB_SECONDS."""
     from huggingface_hub import HfApi
 
     answers: list[Exception | None] = []
@@ -160,47 +163,32 @@ def _hub_problem(name: str) -> Exception | None:
         except Exception as error:
             answers.append(error)
 
-    # In a thread, as neither names nor several addresses of a host are subject to the timeout.
+    # In a thread: the timeout covers neither name resolution nor several addresses of a host.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
     return answers[0] if answers else TimeoutError(f"no answer in {HUB_SECONDS} s")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing below an error is logged: transformers says on import that there is no PyTorch."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 class TextEncoder:
-    """Captions -> fixed-length token ids; safe to call from many threads at once."""
+    """Captions -> token ids of fixed length; many threads may call it at once."""
 
     def __init__(self, tokenizer, max_length: int, edit_rate: float = 0.0):
         if tokenizer.pad_token_id != PAD:
             raise UserError(f"The vocabulary must have [PAD] as its first token, id {PAD}.")
-        # The Rust tokenizer itself: the Python wrapper changes shared state on every call.
+        # The Rust tokenizer itself: its Python wrapper changes shared state in every call.
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
         self.max_length, self.edit_rate = max_length, edit_rate
         self.vocab_size = len(tokenizer)
-        self.unk, self.cls, self.sep, self.mask = (
-            tokenizer.unk_token_id,
-            tokenizer.cls_token_id,
-            tokenizer.sep_token_id,
-            tokenizer.mask_token_id,
-        )
+        self.unk, self.mask = tokenizer.unk_token_id, tokenizer.mask_token_id
+        self.cls, self.sep = tokenizer.cls_token_id, tokenizer.sep_token_id
 
     def __call__(
         self, caption: str, rng: np.random.Generator | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32, mask bool), both [max_length]: [CLS] pieces [SEP] and padding.
+        """(ids int32, mask bool), both [max_length]: [CLS], word pieces, [SEP] and padding.
 
         With `rng` the pieces are perturbed first. Long captions are cut.
         """
@@ -217,7 +205,7 @@ class TextEncoder:
     def layout(
         self, pieces: Sequence[int], rng: np.random.Generator | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, mask) of a text from its pieces, as a call returns them."""
+        """What a call returns, from the pieces of a text."""
         if rng is not None and self.edit_rate:
             pieces = self.perturb(pieces, rng)
         pieces = [self.cls, *pieces[: self.max_length - 2], self.sep]
@@ -226,13 +214,13 @@ class TextEncoder:
         return ids, np.arange(self.max_length) < len(pieces)
 
     def perturb(self, pieces: Sequence[int], rng: np.random.Generator) -> list[int]:
-        """Touches each piece with probability `edit_rate`: mask, random token or deletion."""
-        touched = rng.random(len(pieces)) < self.edit_rate
+        """Masks, replaces or deletes each piece with probability `edit_rate`."""
+        perturbed = rng.random(len(pieces)) < self.edit_rate
         action = rng.random(len(pieces))
         random_ids = rng.integers(self.vocab_size, size=len(pieces))
         result = []
         for index, piece in enumerate(pieces):
-            if not touched[index]:
+            if not perturbed[index]:
                 result.append(piece)
             elif action[index] < MASK_SHARE:
                 result.append(self.mask)

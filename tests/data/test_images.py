@@ -133,7 +133,7 @@ def test_grey_without_a_meaning_is_refused(value):
     data = encoded(Image.fromarray(np.where(GREY > 99, np.float32(value), GREY)), "TIFF")
     with pytest.raises(UserError, match=r"x\.tif: grey values below 0, infinite or NaN"):
         images.decode_image(data, "x.tif")
-    with pytest.raises(ValueError, match="no brightness"):
+    with pytest.raises(ValueError, match="no defined brightness"):
         crops.read_crop(data, 6, fixed((0, 0, 6, 6)), LARGEST)
 
 

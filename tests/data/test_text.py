@@ -139,7 +139,7 @@ def test_casing_follows_the_settings_or_else_the_tokens(tmp_path, words, setting
         (b"", "Line 1 of .* is empty"),
         (b"<s>\n<pad>\n</s>\n<unk>\ndog", r"has no \[PAD\], \[UNK\], \[CLS\], \[SEP\], \[MASK\]"),
         (b'{"dog": 0,\n"cat": 1}', r"has no \[PAD\]"),
-        (b"\n".join(s.encode() for s in SPECIAL[:-1]), r"has no \[MASK\]: it is no vocab"),
+        (b"\n".join(s.encode() for s in SPECIAL[:-1]), r"has no \[MASK\]: it is not the vocab"),
     ],
     ids=range(11),
 )

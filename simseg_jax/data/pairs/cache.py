@@ -1,4 +1,4 @@
-"""Indexes and copies of data sets in the cache folder, each beside a note of what was left out."""
+"""Indexes and copies of data sets in the cache folder, each beside a JSON of its problems."""
 
 import errno
 import functools
@@ -14,7 +14,7 @@ from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import writing
 from simseg_jax.runtime.files import appearing, sha256, write_json
 
-VERSION = 3  # Of the cached files: to be raised with any change of their content.
+VERSION = 3  # Raise it whenever the content of the cached files changes.
 ADVICE = "Set data.cache to a folder that can be written and has room."
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -24,9 +24,9 @@ def cached(
 ) -> tuple[Path, Problems]:
     """The cached file and its problems, from an earlier run or written by `build` now.
 
-    identity: all that the content depends on besides `VERSION`. Several processes may build the
-    same file at once: it appears under its name only when it is complete. A damaged file is built
-    again. A `UserError` says that the folder has no room or cannot be written.
+    identity: everything that the content depends on, except `VERSION`. Several processes may build
+    the same file at once: it gets its name only when it is complete. A damaged file is built again.
+    A `UserError` says that the folder has no room or cannot be written.
     """
     key = hashlib.sha256(repr((VERSION, *identity)).encode(errors="backslashreplace")).hexdigest()
     path = folder / (key[:24] + suffix)
@@ -42,26 +42,26 @@ def cached(
         try:
             problems = build(partial)
         except OSError as error:
-            if error.errno not in FULL:  # Of what it reads.
+            if error.errno not in FULL:  # The error is about the data that `build` reads.
                 raise
             with storing():
                 raise
         with storing():
             status, digest = partial.stat(), sha256(partial)
-            told = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
-            write_json(notes, {"problems": asdict(problems), **told})
+            known = {"size": status.st_size, "mtime": status.st_mtime_ns, "digest": digest}
+            write_json(notes, {"problems": asdict(problems), **known})
     return path, problems
 
 
 def _noted(path: Path, notes: Path) -> Problems | None:
     """The problems of a cached file; None if it is missing or not as it was written."""
     try:
-        told, status = json.loads(notes.read_bytes()), path.stat()
-        problems = Problems(**told["problems"])
-        if status.st_size != told["size"]:
+        known, status = json.loads(notes.read_bytes()), path.stat()
+        problems = Problems(**known["problems"])
+        if status.st_size != known["size"]:
             return None
-        # Another time alone may be that of a copy of the folder.
-        if status.st_mtime_ns != told["mtime"] and sha256(path) != told["digest"]:
+        # Copying the folder changes the time but not the content.
+        if status.st_mtime_ns != known["mtime"] and sha256(path) != known["digest"]:
             return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -69,7 +69,7 @@ def _noted(path: Path, notes: Path) -> Problems | None:
 
 
 def local_copy(file: remote.File, cache: Path) -> str:
-    """The path of `file`, copied into the cache folder once if it is remote."""
+    """The local path of `file`; a remote one is copied into the cache folder once."""
     if not remote.is_remote(file.path):
         return file.path
 

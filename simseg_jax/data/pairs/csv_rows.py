@@ -1,8 +1,8 @@
-"""Rows of tables of captions as text: CSV in all its dialects, and Flickr8k's token file.
+"""Rows of caption tables: CSV in all its dialects, and Flickr8k's token file.
 
-The difficulty is quotes: in some tables they enclose fields, which may then contain separators and
-line ends, in others they are part of a caption. A row that fits no reading is counted and left out,
-and costs no other row.
+Quotes are the difficulty: in some tables they enclose fields, which may then contain separators and
+line ends; in others they are part of the captions. A row that cannot be read either way is counted
+and left out; other rows are still read.
 """
 
 import csv
@@ -15,31 +15,32 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from simseg_jax.data.images import IMAGE_SUFFIXES
-from simseg_jax.data.pairs.example import CAPTION_KEYS, Problems, choose_keys, encoding, shorten
+from simseg_jax.data.pairs.example import Problems, choose_keys, encoding, shorten
 from simseg_jax.runtime.errors import UserError, some
 
-# The authors' tables (train_anno.csv, valid_anno.csv), open_clip's, Flickr30k's, others'.
+# Names in the authors' tables (train_anno.csv, valid_anno.csv), open_clip's, Flickr30k's, others'.
 IMAGE_COLUMNS = (
     *("image", "filepath", "image_name", "filename", "file_name"),
     *("image_path", "image_file", "path", "file"),
 )
 SEPARATORS = "\t,;|"
-QUOTING = ",;"  # Separators of tables where quotes always enclose fields.
-# The fields between tabs that a program puts in quotes, besides those with a tab: only where it
-# must (pandas), also those with commas (Excel) or spaces, or all but numbers.
+QUOTING = ",;"  # With these separators quotes always enclose fields.
+# Which fields of a table with tabs or | a program encloses in quotes, besides those that contain
+# the separator: fields with a quote or a line end only (pandas), also those with commas (Excel) or
+# spaces, or all but numbers.
 WRITERS = (r'["\n]', r'[",\n]', r'[",\s]', r"[^\d.]")
 UNPAIRED = "a quote without its partner"
 TEXT_AFTER = "text after the closing quote of a field: double quotes that are text"
-SPAN = 64  # Lines of a quoted row, at most.
-LONGEST = 1 << 17  # Characters of a line: the limit of Python's csv for a field.
-TOKEN = re.compile(r"([^\t]+)#\d+\t")  # Flickr8k.token.txt: image#number, caption; no header.
+SPAN = 64  # Most lines of a quoted row.
+LONGEST = 1 << 17  # Most characters of a line: the limit of Python's csv for a field.
+TOKEN = re.compile(r"([^\t]+)#\d+\t")  # A line of Flickr8k.token.txt: image#number, tab, caption.
 
 
 class Layout(NamedTuple):
-    """How the lines of a table become fields.
+    """How the lines of a table are split into fields.
 
-    columns: fields in a row. image: index of the field with the image's name. spaces: whether
-    spaces before a field are dropped. quoting: whether quotes enclose fields.
+    columns: number of fields in a row. image: index of the field with the name of the image.
+    spaces: whether spaces before a field are dropped. quoting: whether quotes enclose fields.
     """
 
     separator: str
@@ -54,13 +55,14 @@ def csv_rows(
 ) -> Iterator:
     """(line, image name, captions) of every row.
 
-    The separator is the most frequent of tab, comma, semicolon and | in the header. Between commas
-    and semicolons fields may be quoted (RFC 4180), and quoted fields may hold line ends; otherwise
-    see `_quotes_enclose`. Column names are compared without case and outer spaces. A row that is
-    ambiguous costs only its own line and is counted: a misplaced quote, more or fewer columns than
-    the header, bytes that are not UTF-8. UTF-16 and UTF-32 need their byte order mark.
+    The separator is the most frequent of tab, comma, semicolon and | in the header. In tables with
+    commas or semicolons quotes enclose fields, which may then contain line ends (RFC 4180); for
+    other separators see `_quotes_enclose`. Column names are compared without case and outer spaces.
+    An ambiguous row is counted and costs only its first line: one with a misplaced quote, with more
+    or fewer columns than the header, or with bytes that are not UTF-8. UTF-16 and UTF-32 need their
+    byte order mark.
     """
-    # Files of old Macs have no line feeds; in others a lone carriage return is text.
+    # Files of old Macs end lines with \r and have no \n; in other files a lone \r is text.
     ending = "\n" if b"\n" in data else "\r"
     lines = io.TextIOWrapper(io.BytesIO(data), encoding(data), "surrogateescape", newline=ending)
     first = next((line for line in lines if line.strip()), "")
@@ -79,13 +81,11 @@ def csv_rows(
     if any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
         raise UserError(f"{where} is a row: {shorten(some(names), 120)}. Add the header above it.")
     image_key, caption_key = image_key.strip(), caption_key.strip()
-    [image] = choose_keys(where, "column image", image_key, IMAGE_COLUMNS, names, problems)
-    captions = choose_keys(where, "column caption", caption_key, CAPTION_KEYS, names, problems)
+    [image] = choose_keys(where, "column image", image_key, names, problems, IMAGE_COLUMNS)
+    captions = choose_keys(where, "column caption", caption_key, names, problems)
     layout = Layout(separator, len(names), names.index(image), spaces, quoting=True)
     if separator not in QUOTING and not first.startswith('"'):
-        enclosed = b'"' in data and _quotes_enclose(
-            table, _records(lines, layout), separator, len(names)
-        )
+        enclosed = b'"' in data and _quotes_enclose(table, _records(lines, layout), layout)
         layout = layout._replace(quoting=enclosed)
         lines.seek(0)
     for number, fields, _ in islice(_records(lines, layout), 1, None):
@@ -97,7 +97,7 @@ def csv_rows(
 
 
 def _token_rows(lines: Iterator[str], problems: Problems) -> Iterator:
-    """As `csv_rows`, of a token file: image#number, tab, caption."""
+    """As `csv_rows`, for a token file, whose lines are image#number, tab, caption."""
     for number, fields, _ in _records(lines, Layout("\t", 2, 0, spaces=False, quoting=False)):
         if match := TOKEN.match(f"{fields[0]}\t"):
             yield f"line {number}", match[1], fields[1]
@@ -105,23 +105,25 @@ def _token_rows(lines: Iterator[str], problems: Problems) -> Iterator:
             problems.add(f"line {number}: not of the form `image#number`, tab, caption")
 
 
-def _quotes_enclose(table: str, rows: Iterator, separator: str, columns: int) -> bool:
-    """Whether quotes enclose fields between tabs or |, or are part of the text.
+def _quotes_enclose(table: str, rows: Iterator, layout: Layout) -> bool:
+    """Whether quotes enclose fields in a table with tabs or |; otherwise they are part of the text.
 
-    Quotes enclose if one of `WRITERS` would have written every line with a quote as it is. They are
-    text if a line has the right number of separators whatever its quotes mean. A `UserError` names
-    a line of each kind if a table has both.
+    They enclose if one of `WRITERS` would have written every row with a quote exactly as it is.
+    They are text if the lines of a row have the right number of separators even when quotes are
+    ignored. A `UserError` names a line of each kind if a table has both.
 
-    rows: those of `_records`, with quoting.
+    rows: what `_records` yields for `layout`, with quoting.
     """
-    # For each writer: the first line that shows that it was used (True) or was not (False).
+    # For each writer: the first line that shows that it wrote the table (True) or did not (False).
     shown: list[dict[bool, int]] = [{} for _ in WRITERS]
+    separator = layout.separator
     for number, fields, lines in islice(rows, 1, None):
         text = "".join(lines).rstrip("\r\n")
-        as_text = all(line.count(separator) == columns - 1 for line in lines)
+        as_text = all(line.count(separator) == layout.columns - 1 for line in lines)
         for seen, special in zip(shown, WRITERS, strict=True):
-            # Both answers of the first writer are needed for the message, of others only a False.
-            if '"' not in text if seen is shown[0] else False in seen:
+            # The message needs both answers of the first writer; for the others a False decides.
+            known = '"' not in text if seen is shown[0] else False in seen
+            if known:
                 continue
             written = isinstance(fields, list) and separator.join(
                 '"' + field.replace('"', '""') + '"'
@@ -129,9 +131,9 @@ def _quotes_enclose(table: str, rows: Iterator, separator: str, columns: int) ->
                 else field
                 for field in fields
             )
-            # A field over several lines that are rows themselves was none.
+            # Several lines that are rows by themselves are not one field.
             enclosed = text == written and not (as_text and lines[1:])
-            # A row that fits neither reading shows nothing.
+            # A row that can be read in neither way says nothing about the writer.
             if '"' in text if enclosed else as_text:
                 seen.setdefault(enclosed, number)
     if any(list(seen) == [True] for seen in shown):
@@ -147,7 +149,7 @@ def _quotes_enclose(table: str, rows: Iterator, separator: str, columns: int) ->
 def _records(
     lines: Iterator[str], layout: Layout
 ) -> Iterator[tuple[int, list[str] | str, list[str]]]:
-    """(number of its first line, its fields or what is wrong with it, its lines) of every row."""
+    """(number of the first line, the fields or what is wrong with them, the lines) of every row."""
     ahead, number = deque(islice(lines, 1)), 1
     while ahead:
         line, used = ahead[0], 1
@@ -172,17 +174,17 @@ def _records(
 
 
 def _quoted(ahead: deque[str], layout: Layout) -> tuple[list[str] | str, int]:
-    """(the row at the start of `ahead` or what is wrong with it, how many lines it fills)."""
+    """(the fields of the row at the start of `ahead` or what is wrong, its number of lines)."""
     separator, image = layout.separator, layout.image
     rows = csv.reader(ahead, strict=True, delimiter=separator, skipinitialspace=layout.spaces)
     try:
         row = next(rows)
     except csv.Error as error:
         after = "expected after" in str(error)
-        # Only the first line counts as wrong: later ones may be rows of their own.
+        # Only the first line counts as wrong: the next ones may be good rows.
         return TEXT_AFTER if after and rows.line_num == 1 else UNPAIRED, 1
     if rows.line_num > 1:
-        # Two quotes without partners look like one field over all the rows between them.
+        # Two quotes without partners seem to enclose one field with all the rows between them.
         suffixes = {PurePosixPath(row[min(image, len(row) - 1)]).suffix.lower(), *IMAGE_SUFFIXES}
         for line in islice(ahead, 1, rows.line_num):
             fields = [field.strip(' "\r\n') for field in line.split(separator)]

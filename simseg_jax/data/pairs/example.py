@@ -1,4 +1,4 @@
-"""What all sources of pairs share: problems, the choice of keys, reading captions."""
+"""What all sources of pairs share: problems, the choice of keys, the reading of captions."""
 
 import codecs
 import hashlib
@@ -11,23 +11,25 @@ import numpy as np
 
 from simseg_jax.runtime.errors import NAMED, UserError, one_line, some
 
-IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "imbytes", "bytes")
-CAPTION_KEYS = (
-    *("caption", "captions", "captions/text", "title", "text", "txt", "comment"),
-    *("sentences", "sentences_raw", "sentence", "raw"),
-)
-TEXT_FIELDS = ("caption", "raw", "text")  # The text of a caption that is a record.
-NUMBERED = re.compile(r"(captions?|sentences?|texts?|raw)_?\d+", re.IGNORECASE)
-MISSING = ("nan", "None", "NULL", "N/A", "<NA>")  # Words that programs write for no value.
-LIST = re.compile(r"""\s*\[\s*(["'].*)?\]\s*""", re.DOTALL)  # A list of texts in one text.
+USUAL_KEYS = {
+    "image": ("image", "jpg", "jpeg", "png", "imbytes", "bytes"),
+    "caption": (
+        *("caption", "captions", "captions/text", "title", "text", "txt", "comment"),
+        *("sentences", "sentences_raw", "sentence", "raw"),
+    ),
+}
+TEXT_FIELDS = ("caption", "raw", "text")  # Fields with the text of a caption that is a record.
+NUMBERED = re.compile(r"(?:captions?|sentences?|texts?|raw)_?(\d{1,9})", re.IGNORECASE)
+MISSING = ("nan", "None", "NULL", "N/A", "<NA>")  # Programs write these for a missing value.
+LIST = re.compile(r"""\s*\[\s*(["'].*)?\]\s*""", re.DOTALL)  # A text that looks like a list.
 NAME_KEYS = ("name", "image/filename", "key", "__key__", "image_id", "id")
-SHORT = 240  # Characters of a description.
-NOTE = 80  # Characters of a note.
-ROOM = 300  # Characters of all descriptions in one message.
-MAX_TEXT = 1 << 20  # Bytes of the text or the JSON of one example, at most.
+SHORT = 240  # Most characters of a description.
+NOTE = 80  # Most characters of a note.
+ROOM = 300  # Most characters of all descriptions in one message.
+MAX_TEXT = 1 << 20  # Most bytes of the text or the JSON of one example.
 BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # Before UTF-16, whose mark is the start of this one.
+    (codecs.BOM_UTF32_LE, "utf-32"),  # It starts with the mark of UTF-16, so it comes first.
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -35,7 +37,7 @@ BOMS = (
 
 
 class BadExample(Exception):  # noqa: N818
-    """One example cannot be used; the message names it and the reason."""
+    """One example cannot be used; the message names the example and the reason."""
 
     def __init__(self, name: str, reason):
         super().__init__(name, reason)
@@ -47,10 +49,10 @@ class BadExample(Exception):  # noqa: N818
 
 @dataclass
 class Problems:
-    """Entries left out while indexing: their number, and the first few in words.
+    """Entries left out while indexing: their number and descriptions of the first few.
 
-    notes: choices between keys and files left out by their name, with their numbers; these are not
-    part of `count`.
+    notes: choices between several keys and kinds of hidden files, each with how often it occurred;
+    `count` does not include them.
     """
 
     count: int = 0
@@ -69,7 +71,7 @@ class Problems:
             self.note(text, times)
 
     def note(self, text: str, times: int = 1) -> None:
-        """Counts a choice."""
+        """Counts a note; beyond the first few they are counted together as "others"."""
         text = shorten(text, NOTE)
         text = text if text in self.notes or len(self.notes) < NAMED else "others"
         self.notes[text] = self.notes.get(text, 0) + times
@@ -88,37 +90,47 @@ class Problems:
 
 
 def shorten(text: str, limit: int = SHORT) -> str:
-    """`text` in one line without its middle if it is long: the ends hold name and reason."""
+    """`text` in one line; a long one loses its middle, as its ends hold name and reason."""
     text = " ".join(text.encode(errors="backslashreplace").decode().split())
     half = limit // 2 - 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
 
 def encoding(data: bytes) -> str:
-    """The encoding of a text that starts with `data`: that of its byte order mark, else UTF-8."""
+    """The encoding that the byte order mark at the start of `data` names, else UTF-8."""
     return next((name for mark, name in BOMS if data.startswith(mark)), "utf-8")
 
 
-def read_captions(value) -> tuple[tuple[str, ...], list[str]]:
-    """(captions, reasons why others are unusable) of one example.
+def read_captions(*values) -> tuple[tuple[str, ...], list[str]]:
+    """(captions, reasons why others are unusable) of the values of one example.
 
-    value: a str, bytes (UTF-8, or with a byte order mark), a record with the text in one of
-    `TEXT_FIELDS`, a list of these, or the JSON of a list of str. Captions are stripped. Empty ones
-    and None are dropped without a reason. Text that cannot be decoded is reported, never guessed.
+    A value is a str, bytes (UTF-8, or another encoding with its byte order mark), a record with the
+    text in one of `TEXT_FIELDS`, the JSON of a list of str, or a list of any of these. Captions are
+    stripped. Empty ones and None are dropped without a reason. A text that cannot be decoded is
+    reported, never guessed.
     """
     captions, wrong = [], []
-    for entry in value if isinstance(value, list | tuple) else [value]:
-        try:
-            captions += _texts(entry)
-        except UnicodeError:
-            wrong.append("a caption that is not UTF-8: recode the file")
-        except ValueError as error:
-            wrong.append(str(error))
+    for value in values:
+        for entry in value if isinstance(value, list | tuple) else [value]:
+            try:
+                captions += _texts(entry)
+            except UnicodeError:
+                wrong.append("a caption that is not UTF-8: recode the file")
+            except ValueError as error:
+                wrong.append(str(error))
     return tuple(text.strip() for text in captions if text.strip()), wrong
 
 
+def usable_captions(name: str, *values) -> tuple[str, ...]:
+    """`read_captions`, or a `BadExample` called `name` if one is unusable or there is none."""
+    captions, wrong = read_captions(*values)
+    if wrong or not captions:
+        raise BadExample(name, wrong[0] if wrong else "empty caption")
+    return captions
+
+
 def _texts(entry) -> list[str]:
-    """The captions in one entry of a value; a ValueError says why it has none."""
+    """The captions in one entry of a value; a ValueError says why there are none."""
     if isinstance(entry, dict):
         entry = next((entry[key] for key in TEXT_FIELDS if key in entry), entry)
     text = entry.decode(encoding(entry)) if isinstance(entry, bytes) else entry
@@ -132,7 +144,7 @@ def _texts(entry) -> list[str]:
         raise ValueError("a caption with NUL characters")
     if text.strip() in MISSING:
         raise ValueError(f"caption missing, written {text.strip()}")
-    text.encode()  # Fails for a lone surrogate, which stands for a byte that is not UTF-8.
+    text.encode()  # Fails for lone surrogates, which stand for bytes that are not UTF-8.
     if not LIST.fullmatch(text):
         return [text]
     try:
@@ -145,15 +157,24 @@ def _texts(entry) -> list[str]:
 
 
 def choose_keys(
-    where: str, what: str, wanted: str, usual: Sequence[str], keys: Iterable, problems: Problems
+    where: str,
+    what: str,
+    wanted: str,
+    keys: Iterable[str],
+    problems: Problems,
+    usual: Sequence[str] = (),
 ) -> list[str]:
     """The keys of the image or the captions: `wanted`, or else the first usual one in `keys`.
 
-    what: such as "column image". Case counts only between keys that differ in nothing else. Without
-    a usual key, captions may be numbered: caption_0, caption_1, .... Other usual keys are noted.
+    what: such as "column image". usual: by default those of `USUAL_KEYS`. Keys are compared without
+    case, unless several differ in case only. Without a usual key, captions may have numbered ones
+    (caption_0, caption_1, ...), which are returned by number. A note names other keys that were
+    possible. A `UserError` says that no key fits, or that several have the same name.
     """
-    keys, (kind, role) = list(keys), what.split()
-    numbered = [key for key in keys if role == "caption" and NUMBERED.fullmatch(key)]
+    keys, (kind, role) = list(keys), what.rsplit(" ", 1)
+    usual = usual or USUAL_KEYS[role]
+    numbered = {key: NUMBERED.fullmatch(key) for key in keys if role == "caption"}
+    numbered = {key: (int(match[1]), key) for key, match in numbered.items() if match}
     for name in (wanted,) if wanted else usual:
         found = [key for key in keys if key.casefold() == name.casefold()]
         found = [wanted] * found.count(wanted) or found
@@ -163,18 +184,26 @@ def choose_keys(
             able = {*usual, *numbered}
             others = [key for key in keys if {key, key.casefold()} & able and key != found[0]]
             if others and not wanted:
-                problems.note(f"{role}: {found[0]} taken, {some(others)} left out")
+                problems.note(f"{role}: {kind} {found[0]} taken, {some(others)} left out")
             return found
     if numbered and not wanted:
-        return numbered
+        return sorted(numbered, key=numbered.__getitem__)
+    present = shorten(some(keys), 120) or "other content"
     raise UserError(
-        f"{where} has no {what} named {wanted or some(usual)}, only {shorten(some(keys), 120)}: "
-        f"rename the one meant, or set {role}_key."
+        f"{where} has no {what} named {wanted or some(usual)}, only {present}: rename the one "
+        f"meant, or set {role}_key."
     )
 
 
+def optional_key(keys: Iterable[str], usual: Sequence[str] = NAME_KEYS) -> str:
+    """The first usual key in `keys`, compared without case; '' if there is none or it is double."""
+    keys = list(keys)
+    once = {key.casefold(): key for key in keys if keys.count(key) == 1}
+    return next((once[name] for name in usual if name in once), "")
+
+
 def group(owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order, starts): the rows of owner i are `order[starts[i] : starts[i + 1]]`, in their order.
+    """(order, starts): the rows of owner i are `order[starts[i] : starts[i + 1]]`, ascending.
 
     owners: int [N], the owner of each row, 0 to max.
     """

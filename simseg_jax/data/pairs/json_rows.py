@@ -1,4 +1,4 @@
-"""Rows of the two kinds of JSON with captions: COCO's and that of Karpathy's splits."""
+"""Rows of the two kinds of JSON files with captions: COCO's and Karpathy's splits."""
 
 import json
 import posixpath
@@ -9,33 +9,25 @@ from simseg_jax.runtime.errors import UserError, reading, some
 
 
 def json_rows(table: str, data: bytes, split: str, problems: Problems) -> tuple[Iterator, str]:
-    """((place, image name, [caption]) of every caption; the list of images, if `split` is one)."""
-    content = _parsed(table, data)
+    """((place, image name, [caption]) of every caption, the file that lists the images to use).
+
+    split: for COCO's JSON that file, or ''; for Karpathy's the names of splits.
+    """
+    advice = "JSON Lines are not read: save their images and captions as CSV with a header."
+    with reading(f"the caption table {table}", advice):
+        code = encoding(data)
+        content = json.loads(data.decode(code, "surrogateescape" if code == "utf-8" else "strict"))
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise UserError(
+            f"{table} is no JSON of COCO captions or Karpathy's splits: it has no list `images`."
+        )
     if any(isinstance(image, dict) and "sentences" in image for image in content["images"]):
         return _karpathy_rows(table, content, split, problems), ""
     return _coco_rows(content, problems), split
 
 
-def _parsed(table: str, data: bytes) -> dict:
-    """The content of a JSON with a list `images`."""
-    with reading(
-        f"the caption table {table}",
-        "JSON Lines are not read: save their images and captions as CSV with a header.",
-    ):
-        text = data.decode(
-            encoding(data), "surrogateescape" if encoding(data) == "utf-8" else "strict"
-        )
-        content = json.loads(text)
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise UserError(
-            f"{table} is no JSON of COCO captions or of Karpathy's splits, which have a list "
-            "`images`."
-        )
-    return content
-
-
 def _karpathy_rows(table: str, content: dict, split: str, problems: Problems) -> Iterator:
-    """(place, image name, [caption]) of the images in some splits, '' for all."""
+    """(place, image name, [caption]) of the images in `split`: names joined by +, '' for all."""
     images = [image if isinstance(image, dict) else {} for image in content["images"]]
     known = dict.fromkeys(str(image["split"]) for image in images if "split" in image)
     wanted = split.split("+") if split else []
@@ -74,9 +66,9 @@ def _coco_rows(content: dict, problems: Problems) -> Iterator:
     for number, annotation in enumerate(annotations if isinstance(annotations, list) else ()):
         identity, caption = _fields(annotation, "image_id", "caption")
         if identity not in captions:
-            problems.add(f"annotation {number}: no caption of a known image")
+            problems.add(f"annotation {number}: its image is not listed")
         elif identity in shared:
-            problems.add(f"annotation {number}: of several images with the id {identity}")
+            problems.add(f"annotation {number}: several images have its id {identity}")
         else:
             captions[identity].append((f"annotation {number}", caption))
     for identity, name in names.items():
@@ -87,7 +79,7 @@ def _coco_rows(content: dict, problems: Problems) -> Iterator:
 
 
 def _fields(entry, identity: str, other: str) -> tuple:
-    """(entry[identity], entry[other]); None for what is missing. `entry` may be anything."""
+    """(entry[identity], entry[other]), None for a missing one; `entry` may be of any type."""
     if not isinstance(entry, dict) or not isinstance(entry.get(identity), str | int):
         return None, None
     return entry[identity], entry.get(other)

@@ -1,4 +1,4 @@
-"""Opens training pairs: the one entry point for all formats."""
+"""Opens training pairs of all formats."""
 
 import dataclasses
 import re
@@ -15,8 +15,8 @@ from simseg_jax.runtime.files import cache_folder, digest, stamp
 from simseg_jax.runtime.ranges import SCENES, TEXT, number, one_of
 from simseg_jax.runtime.settings import setting
 
-# How each format is recognised by file names. A folder with several formats has the first of these:
-# img2dataset leaves Parquet and JSON with statistics beside its tars.
+# File names by which formats are recognised. A folder with several formats is read as the first of
+# these: img2dataset writes Parquet and JSON files with statistics beside its tars.
 SHARD_NAMES = {
     "webdataset": r"\.(tar(\.(gz|bz2|xz|zst))?|tgz)$",
     "array_record": r"\.array_?record",
@@ -28,25 +28,29 @@ SHARD_SOURCES = {"webdataset": TarSource, "array_record": RecordSource, "parquet
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig:
-    """Where image-caption pairs are and how to read them."""
+    """Where image-caption pairs are stored and how they are read."""
 
     path: str = setting(
         "", "file, folder, pattern ({000..331}, *) or URL (gs://, s3://, hf://) of the data", TEXT
     )
     format: str = setting(
         "auto",
-        "format of the data; auto: recognised by the names of the files",
+        "format of the data; auto: recognised by the file names",
         one_of("auto", "csv", "coco", "tfds", "array_record", "webdataset", "parquet", "shapes"),
     )
     split: str = setting(
         "",
-        "tfds, Karpathy's JSON: name of the split; csv, coco: file listing the images; '': all",
+        "tfds, Karpathy's JSON: name of the split; csv, coco: file that lists the images; '': all",
         TEXT,
     )
-    images: str = setting("", "csv, coco: folder of the images, relative to the table's", TEXT)
-    image_key: str = setting("", "column or feature with the image; '': the usual names", TEXT)
+    images: str = setting("", "csv, coco: folder of the images, relative to the table", TEXT)
+    image_key: str = setting(
+        "", "column, feature or suffix (webdataset) of the image; '': the usual names", TEXT
+    )
     caption_key: str = setting(
-        "", "column or feature with the caption or captions; '': the usual names", TEXT
+        "",
+        "column or feature of the captions; webdataset: suffix or json.FIELD; '': the usual names",
+        TEXT,
     )
     size: int = setting(8192, "shapes: number of generated scenes", SCENES)
 
@@ -61,7 +65,7 @@ class DataSetConfig(PairsConfig):
 
 
 class ShapesSource:
-    """The generated scenes as training pairs; their masks are not shown."""
+    """The generated scenes as training pairs, without their masks."""
 
     def __init__(self, size: int, split: str):
         self.size, self.split, self.problems = size, shapes.check_split(split), Problems()
@@ -77,10 +81,9 @@ class ShapesSource:
 def open_source(settings: PairsConfig, cache: str = ""):
     """The source of the training pairs that `settings` describes.
 
-    cache: folder for indexes and copies, '' for the usual one, see `files.cache_folder`.
+    cache: folder for indexes and copies, '' for the default, see `files.cache_folder`.
     """
-    form = settings.format
-    folder = cache_folder(cache)
+    form, folder = settings.format, cache_folder(cache)
     keys = settings.image_key, settings.caption_key
     if form == "shapes":
         return ShapesSource(settings.size, settings.split or "train")
@@ -100,7 +103,7 @@ def open_source(settings: PairsConfig, cache: str = ""):
             files, lengths = tfds_files(version, settings.split)
             return RecordSource(version, files, *keys, folder, lengths)
         found = remote.find(path)
-        # Files of a folder whose names do not fit the format count only if no others do.
+        # Files whose names do not fit the format are read only if no name does.
         files = [file for file in found if re.search(SHARD_NAMES[form], file.path, re.I)] or found
         return SHARD_SOURCES[form](path, files, *keys, folder)
     except OSError as error:
@@ -108,9 +111,9 @@ def open_source(settings: PairsConfig, cache: str = ""):
 
 
 def content(settings: PairsConfig, source) -> str:
-    """A digest of the files of an open source; it changes when any of them does.
+    """A digest of the names, sizes and modification times of the files of an open source.
 
-    It covers names, sizes and times of change. Images of a table count only if they are local.
+    The images of a table are included only if they are local.
     """
     if settings.format == "shapes":
         return shapes.version()
@@ -130,7 +133,7 @@ def _stamp(folder: str, name: str) -> str:
 
 
 def _format_of(path: str) -> str:
-    """The format of the file `path`, or of the files that a folder or pattern holds."""
+    """The format of the file `path`, or of the files that a folder has or a pattern matches."""
     for form, pattern in {**TABLE_NAMES, **SHARD_NAMES}.items():
         if re.search(pattern, path, re.I):
             return form
@@ -147,7 +150,7 @@ def _format_of(path: str) -> str:
 
 
 def _tfds_version(path: str) -> str:
-    """The folder with dataset_info.json: `path` or its newest version; '' if there is none."""
+    """The folder with dataset_info.json: `path` or its newest version; '' if none has one."""
     folders = [f for f in remote.listing(path)[1] if re.search(r"/\d+\.\d+\.\d+$", f)]
     folders.sort(key=lambda f: [int(n) for n in f.rpartition("/")[2].split(".")], reverse=True)
     present = (f for f in (path, *folders) if remote.exists(remote.join(f, INFO)))

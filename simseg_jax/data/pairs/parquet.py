@@ -1,11 +1,12 @@
 """Parquet files of images and captions: the authors' retrieval sets and Hugging Face's layouts.
 
-Parquet is compressed in groups of rows, so single rows cannot be read. Each file is copied once, a
-few rows at a time, to an uncompressed Arrow file in the cache folder. Arrow files are mapped into
-memory: reading a row then touches only its own bytes.
+Parquet compresses groups of rows, so single rows cannot be read. Each file is copied once, a few
+rows at a time, to an uncompressed Arrow file in the cache folder. Arrow files are mapped into
+memory, where reading a row touches only its own bytes.
 
-A hostile or damaged file of a few bytes may unfold to any size. What a file may unfold to is
-therefore bounded by its size on disk, before reading by its own metadata and again while copying.
+A hostile or damaged file of a few bytes may decompress to any size. The decompressed size is
+therefore limited in proportion to the file: its metadata are checked before reading, the rows while
+copying.
 """
 
 import functools
@@ -18,14 +19,12 @@ import numpy as np
 
 from simseg_jax.data.pairs.cache import cached
 from simseg_jax.data.pairs.example import (
-    CAPTION_KEYS,
-    IMAGE_KEYS,
-    NAME_KEYS,
     TEXT_FIELDS,
     Problems,
     choose_keys,
     group,
     no_pairs,
+    optional_key,
     read_captions,
     shorten,
 )
@@ -33,17 +32,17 @@ from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError, one_line
 from simseg_jax.runtime.remote import File
 
-BATCH = 64  # Rows in memory at a time, at most.
-BATCH_BYTES = 64 << 20  # Memory of these rows, unless a single one is larger.
-# A file may unfold to SMALL bytes or to RATIO times its size, whichever is more.
+BATCH = 64  # Most rows in memory at a time.
+BATCH_BYTES = 64 << 20  # Most bytes of these rows, unless a single one is larger.
+# A file may decompress to SMALL bytes or to RATIO times its size, whichever is more.
 SMALL, RATIO = 64 << 20, 32
 BINARY = ("binary", "large_binary", "binary_view")  # Names of Arrow's types.
 TEXT = (*BINARY, "string", "large_string", "string_view", "null")
-GROUP_KEY = "image_id"  # Rows that share it and have equal images form one example.
+GROUP_KEY = "image_id"  # Rows with the same id and equal images form one example.
 
 
 class Columns(NamedTuple):
-    """The columns of a file to read; '' for none."""
+    """The columns of a file to read; '' for a column that is missing."""
 
     image: str
     captions: tuple[str, ...]
@@ -52,14 +51,14 @@ class Columns(NamedTuple):
 
 
 class UnfitError(UserError):
-    """The columns of a file hold no pairs; other files of its folder may."""
+    """The columns of a file have no pairs; other files of its folder may have some."""
 
 
 class ParquetSource:
     """Rows with an image (bytes, or Hugging Face's struct of bytes and path) and captions.
 
-    Captions are text, lists of it, records with it (`TEXT_FIELDS`), JSON lists, or columns
-    caption_0, caption_1, .... path: as in the settings. Files that cannot be read to their end or
+    Captions are texts, lists of texts, records with a text (`TEXT_FIELDS`), JSON lists, or numbered
+    columns (see `choose_keys`). path: as in the settings. Files that cannot be read to their end or
     lack the columns are left out.
     """
 
@@ -72,7 +71,7 @@ class ParquetSource:
             except UnfitError as error:
                 refusal = refusal or error
                 self.problems.add(str(error))
-            # pyarrow raises errors of several kinds for damage.
+            # pyarrow raises errors of several types for damaged files.
             except Exception as error:
                 if not remote.is_damage(error):
                     raise
@@ -82,7 +81,7 @@ class ParquetSource:
         self.table = _open(self.copies)
         if not self.table.num_rows:
             raise no_pairs(path, self.problems)
-        # starts: None if every row is an example of its own, which needs no index.
+        # starts is None if every row is an example of its own, which needs no index.
         self.order, self.starts = np.empty(0, np.int64), None
         if self.table["group"].null_count < self.table.num_rows:
             owners = self.table["group"].combine_chunks().dictionary_encode().indices
@@ -93,9 +92,8 @@ class ParquetSource:
 
     def _add(self, file: File, image_key: str, caption_key: str, cache: Path) -> None:
         """Copies the usable rows of a file into the cache, unless an earlier run did."""
-        _, pq = _pyarrow()
         with remote.open_file(file.path) as opened:
-            table = pq.ParquetFile(opened, buffer_size=1 << 20)
+            table = _pyarrow().parquet.ParquetFile(opened, buffer_size=1 << 20)
             schema = table.schema_arrow
             columns = _choose_columns(file.path, schema, image_key, caption_key, self.problems)
             copy, problems = cached(
@@ -133,18 +131,17 @@ class ParquetSource:
 
 def _pyarrow():
     try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("Parquet files need pyarrow: pip install pyarrow.") from error
-    return pyarrow, pyarrow.parquet
+    return pyarrow
 
 
 def _schema():
     """The layout of the copies."""
-    pa, _ = _pyarrow()
+    pa = _pyarrow()
     fields = {
-        "image": pa.large_binary(),  # Null in a row of the same group as an earlier one.
+        "image": pa.large_binary(),  # Null in a row whose group has an earlier row.
         "captions": pa.list_(pa.string()),
         "name": pa.string(),
         "group": pa.string(),
@@ -156,12 +153,11 @@ def _choose_columns(
     path: str, schema, image_key: str, caption_key: str, problems: Problems
 ) -> Columns:
     """The columns of a file; an `UnfitError` if they are missing or of other types."""
-    pa, _ = _pyarrow()
+    pa = _pyarrow()
     names = schema.names
     try:
-        keys = names, problems
-        [image] = choose_keys(path, "column image", image_key, IMAGE_KEYS, *keys)
-        captions = choose_keys(path, "column caption", caption_key, CAPTION_KEYS, *keys)
+        [image] = choose_keys(path, "column image", image_key, names, problems)
+        captions = choose_keys(path, "column caption", caption_key, names, problems)
     except UserError as error:
         raise UnfitError(str(error)) from error
     kind = schema.field(image).type
@@ -180,15 +176,12 @@ def _choose_columns(
                 f"{path}: column {caption} is of type {schema.field(caption).type}, not text, a "
                 f"list of it or of records with {' or '.join(TEXT_FIELDS)}: set caption_key."
             )
-    # Arrow reads neither of two columns with the same name.
-    others = {key.casefold(): key for key in names if names.count(key) == 1}
-    name = next((others[key] for key in NAME_KEYS if key in others), "")
-    return Columns(image, tuple(captions), name, others.get(GROUP_KEY, ""))
+    return Columns(image, tuple(captions), optional_key(names), optional_key(names, [GROUP_KEY]))
 
 
 def _holds_text(kind) -> bool:
     """Whether `read_captions` may find text in values of an Arrow type."""
-    types = _pyarrow()[0].types
+    types = _pyarrow().types
     if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind):
         return _holds_text(kind.value_type)
     if types.is_struct(kind):
@@ -197,43 +190,38 @@ def _holds_text(kind) -> bool:
 
 
 def _batch_size(file: File, metadata, columns: set[str]) -> int:
-    """The number of rows to read at a time, from what a file's metadata say about its sizes.
+    """The number of rows to read at a time, computed from the sizes in a file's metadata.
 
-    Raises a ValueError if they promise more rows than the file has bytes, or if `columns` unfold to
-    too much. Images and captions never do.
+    A ValueError says that the metadata promise more rows than the file has bytes, or that `columns`
+    decompress to too much. Neither is so for real images and captions.
     """
     if metadata.num_rows > file.size:
         raise ValueError(f"{metadata.num_rows:,} rows in {file.size:,} bytes")
-    sizes = [0]
-    for number in range(metadata.num_row_groups):
-        row_group = metadata.row_group(number)
-        chunks = [row_group.column(index) for index in range(row_group.num_columns)]
-        sizes.append(
-            sum(
-                chunk.total_uncompressed_size
-                for chunk in chunks
-                if any(f"{chunk.path_in_schema}.".startswith(f"{key}.") for key in columns)
-            )
-        )
-    _check_unfolded(file, sum(sizes))
-    # A value that is repeated is stored once: every row may be as large as its row group.
-    return max(1, min(BATCH, BATCH_BYTES // max(*sizes, 1)))
+    prefixes = tuple(f"{key}." for key in columns)
+    sizes = []
+    for row_group in map(metadata.row_group, range(metadata.num_row_groups)):
+        chunks = map(row_group.column, range(row_group.num_columns))
+        read = (chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(prefixes))
+        sizes.append(sum(chunk.total_uncompressed_size for chunk in read))
+    _check_size(file, sum(sizes))
+    # Repeated values are stored once, so every row may be as large as its row group.
+    return max(1, min(BATCH, BATCH_BYTES // max([1, *sizes])))
 
 
-def _check_unfolded(file: File, size: int) -> None:
+def _check_size(file: File, size: int) -> None:
     if size > max(SMALL, RATIO * file.size):
-        raise ValueError(f"{file.size:,} bytes unfold to more than {size:,}")
+        raise ValueError(f"{file.size:,} bytes decompress to {size:,} or more")
 
 
 def _copy(file: File, table, columns: Columns, target: Path) -> Problems:
-    """Writes the usable rows of a Parquet file in the layout of `_schema`."""
-    pa, _ = _pyarrow()
+    """Writes the usable rows of a Parquet file to `target`, in the layout of `_schema`."""
+    pa = _pyarrow()
     problems, rows, waiting, written = Problems(), [], 0, 0
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, _schema()) as writer:
         for row in _usable_rows(file, table, columns, problems):
             rows.append(row)
             waiting += len(row["image"] or b"") + sum(map(len, row["captions"]))
-            _check_unfolded(file, written + waiting)
+            _check_size(file, written + waiting)
             if len(rows) >= BATCH or waiting >= BATCH_BYTES:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, _schema()))
                 written, waiting, rows = written + waiting, 0, []
@@ -255,10 +243,7 @@ def _usable_rows(file: File, table, columns: Columns, problems: Problems) -> Ite
         if isinstance(image, dict):
             paths_only += bool(not image["bytes"] and image.get("path"))
             image = image["bytes"]
-        values = [row[key] for key in columns.captions]
-        captions, wrong = read_captions(
-            [v for value in values for v in (value if isinstance(value, list) else [value])]
-        )
+        captions, wrong = read_captions(*(row[key] for key in columns.captions))
         if columns.name:
             name += f", {shorten(str(row[columns.name]))}"
         usable = bool(image and captions)
@@ -287,9 +272,9 @@ def _decoded(batch) -> list[dict | None]:
 
 
 def _owner(identity: Any, image: bytes) -> str | None:
-    """What the rows of one example share; None for a row without an id.
+    """A key that the rows of one example share; None for a row without an id.
 
-    It covers the image: ids may start again in every file, or all be the same.
+    It depends on the image as well: ids may start again in every file, or all be the same.
     """
     if identity is None:
         return None
@@ -300,7 +285,7 @@ def _owner(identity: Any, image: bytes) -> str | None:
 
 def _open(copies: list[Path]):
     """The Arrow table of all copies, mapped into memory."""
-    pa, _ = _pyarrow()
+    pa = _pyarrow()
     tables = [_schema().empty_table()]
     for copy in copies:
         # The mapping outlives the file object, so that thousands of files need not stay open.

@@ -13,14 +13,12 @@ from grain.sources import ArrayRecordDataSource
 from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.pairs.cache import local_copy
 from simseg_jax.data.pairs.example import (
-    CAPTION_KEYS,
-    IMAGE_KEYS,
-    NAME_KEYS,
     BadExample,
     Problems,
     choose_keys,
     no_pairs,
-    read_captions,
+    optional_key,
+    usable_captions,
 )
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError, one_line, some
@@ -28,16 +26,16 @@ from simseg_jax.runtime.remote import File
 
 INFO = "dataset_info.json"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-LOOKED = 4  # Records of a shard whose features are looked at to choose keys.
+LOOKED = 4  # Records of a shard whose features are read to choose keys.
 READ_ERRORS = (OSError, ValueError, RuntimeError, DecodeError)
 
 
 class RecordSource:
     """Records of ArrayRecord shards: tf.train.Example with an image and captions.
 
-    path: as in the settings, for messages. promised: records per shard according to TFDS, for the
-    message about an unreadable one. Remote shards are copied into the cache folder, as the reader
-    needs local files.
+    path: as in the settings, for messages. promised: the numbers of records per shard that TFDS
+    stored, for messages about unreadable shards. The reader needs local files, so remote shards are
+    copied into the cache folder.
     """
 
     def __init__(
@@ -55,10 +53,10 @@ class RecordSource:
             raise no_pairs(path, self.problems)
         self.records: Any = ArrayRecordDataSource(shards)
         features = self._first_features([shard.take for shard in shards])
-        keys = features, self.problems
-        [self.image] = choose_keys(path, "feature image", image_key, IMAGE_KEYS, *keys)
-        self.captions = choose_keys(path, "feature caption", caption_key, CAPTION_KEYS, *keys)
-        self.name = next((key for key in NAME_KEYS if key in features), "")
+        among = features, self.problems
+        [self.image] = choose_keys(path, "feature image", image_key, *among)
+        self.captions = choose_keys(path, "feature caption", caption_key, *among)
+        self.name = optional_key(features)
         if not any(isinstance(value, bytes) for value in features[self.image]):
             raise UserError(f"{path}: feature {self.image} holds numbers, not an encoded image.")
 
@@ -71,7 +69,6 @@ class RecordSource:
         name = f"{self.path}, record {index}"
         try:
             values = tf_example.parse(self.records[index])
-            captions, wrong = read_captions([v for k in self.captions for v in values.get(k, ())])
         except READ_ERRORS as error:
             raise BadExample(name, error) from error
         for value in values.get(self.name, ())[:1]:
@@ -79,14 +76,13 @@ class RecordSource:
         image = next(iter(values.get(self.image, ())), b"")
         if not image or not isinstance(image, bytes):
             raise BadExample(name, "no image")
-        if wrong or not captions:
-            raise BadExample(name, wrong[0] if wrong else "no caption")
+        captions = usable_captions(name, *(values.get(key, ()) for key in self.captions))
         return {"image": image, "captions": captions, "name": name}
 
     def _first_features(self, counts: list[int]) -> dict[str, list]:
-        """Features and their values, from a few records of the first shard that has any.
+        """Features and their values in a few records of the first shard where any can be parsed.
 
-        counts: records per shard. Several records, as the first one may be odd.
+        A single record could be an odd one. counts: records per shard.
         """
         start, reason = 0, "they are empty"
         features: dict[str, list] = {}
@@ -106,7 +102,7 @@ class RecordSource:
 def open_shards(
     files: list[File], cache: Path, promised: list[int] | None = None
 ) -> tuple[list, Problems]:
-    """Shards in the form `ArrayRecordDataSource` takes, and problems with those left out."""
+    """(shards as `ArrayRecordDataSource` takes them, problems that name those left out)."""
     problems = Problems()
 
     def measure(file: File):
@@ -114,7 +110,7 @@ def open_shards(
             path = local_copy(file, cache)
             reader = ArrayRecordReader(path)
             count = reader.num_records()
-            reader.close()  # Raises the errors of a damaged file, which seems to have 0 records.
+            reader.close()  # Raises if the file is damaged; before, it seems to have 0 records.
             return path, count
         except (OSError, RuntimeError) as error:
             if not remote.is_damage(error):
@@ -130,7 +126,7 @@ def open_shards(
             reason = one_line(str(count).partition(";")[0] or "truncated", 60)
             problems.add(f"{shard}: unreadable shard{lost} ({reason})")
         elif count:
-            # Grain's protocol of read instructions: it need not count the records again.
+            # Grain's read instruction, which saves it from counting the records again.
             shards.append(
                 SimpleNamespace(filename=shard, skip=0, take=count, examples_in_shard=count)
             )
@@ -138,17 +134,17 @@ def open_shards(
 
 
 def tfds_files(folder: str, split: str) -> tuple[list[File], list[int]]:
-    """The shards of a split ('' for train) of a TFDS data set, and their numbers of records.
+    """(shards, number of records of each) of a split ('' for train) of a TFDS data set.
 
-    folder: that of one version, with dataset_info.json.
+    folder: the folder of one version, which has dataset_info.json.
     """
-    path = remote.join(folder, INFO)
+    path, split = remote.join(folder, INFO), split or "train"
     try:
         info = json.loads(remote.read(path))
         splits = {str(entry["name"]): entry for entry in info["splits"]}
         stored = info.get("fileFormat", "tfrecord")
-        lengths = {n: [int(k) for k in e.get("shardLengths", [])] for n, e in splits.items()}
-        templates = {n: e.get("filepathTemplate") or TEMPLATE for n, e in splits.items()}
+        lengths = [int(count) for count in splits.get(split, {}).get("shardLengths", [])]
+        template = str(splits.get(split, {}).get("filepathTemplate") or TEMPLATE)
     except (*READ_ERRORS, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"Cannot read {path}: {type(error).__name__}: {one_line(error)}."
@@ -158,11 +154,10 @@ def tfds_files(folder: str, split: str) -> tuple[list[File], list[int]]:
             f"{folder} is stored as {stored}, which has no random access; convert it with `tfds "
             f"convert_format --dataset_version_dir={folder} --out_file_format=array_record`."
         )
-    split = split or "train"
     if split not in splits:
         raise UserError(f"{folder} has no split {split!r}; its splits are {some(splits)}.")
     present = {file.path.rpartition("/")[2]: file for file in remote.listing(folder)[0]}
-    files, count = [], len(lengths[split])
+    files, count = [], len(lengths)
     for number in range(count):
         values = {
             "DATASET": info.get("name"),
@@ -172,9 +167,9 @@ def tfds_files(folder: str, split: str) -> tuple[list[File], list[int]]:
             "NUM_SHARDS": f"{count:05d}",
             "SHARD_X_OF_Y": f"{number:05d}-of-{count:05d}",
         }
-        # Not str.format: in an untrusted template it could pad to any width.
-        name = str(templates[split]).rpartition("/")[2]
+        # str.format would let an untrusted template pad the name to any width.
+        name = template.rpartition("/")[2]
         for key, value in values.items():
             name = name.replace(f"{{{key}}}", str(value))
         files.append(present.get(name, File(remote.join(folder, name), 0, "")))
-    return files, lengths[split]
+    return files, lengths

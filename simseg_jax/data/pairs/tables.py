@@ -1,4 +1,4 @@
-"""A folder of images with a table of captions: CSV, COCO's JSON or that of Karpathy's splits."""
+"""Folders of images with a table of captions: CSV, or the JSON of COCO or of Karpathy's splits."""
 
 import os
 import posixpath
@@ -22,18 +22,18 @@ from simseg_jax.data.pairs.json_rows import json_rows
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError, reading
 
-TRIED = 20  # Images looked for before their folder counts as the wrong one.
+TRIED = 20  # Images that are looked for; if none exists, the folder counts as wrong.
 
 
 class TableSource:
     """Images of a folder with the captions of a table: one example is one image.
 
-    table, form: the file and its format. csv: one row per caption under a header (see `csv_rows`)
-    or Flickr8k's token file; coco: the JSON of COCO captions or of Karpathy's splits
-    (dataset_flickr30k.json, dataset_coco.json). images: the image folder; the names in the table
-    are relative to it and may not lead out of it. split: a text file that lists the images to use,
-    one per line, '' for all; of Karpathy's the name of a split, such as test, or several joined by
-    +. Both are relative to the table.
+    table: the file. form: csv (one row per caption under a header, see `csv_rows`, or Flickr8k's
+    token file) or coco (the JSON of COCO captions or of Karpathy's splits: dataset_flickr30k.json,
+    dataset_coco.json). images: the image folder, relative to the table; image names are relative to
+    that folder and may not lead out of it. split: a text file, relative to the table, that lists
+    the images to use, one per line; for Karpathy's JSON the name of a split, such as test, or
+    several joined by +; '' for all images.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class TableSource:
         else:
             rows = csv_rows(table, data, image_key, caption_key, self.problems)
         self.names, self.captions = Texts(), Texts()
-        numbers: dict[str, int] = {}  # Of the images, by name.
-        owners = array("q")  # The image of each caption.
+        numbers: dict[str, int] = {}  # The number of each image name.
+        owners = array("q")  # The number of each caption's image.
         with reading(f"the caption table {table}", "Save it as UTF-8."):
             for where, name, value in rows:
                 name, captions = self._usable(where, name, value)
@@ -80,7 +80,7 @@ class TableSource:
         return {"image": image, "captions": tuple(self.captions[r] for r in rows), "name": path}
 
     def _usable(self, where: str, name, value) -> tuple[str, tuple[str, ...]]:
-        """(image, captions) of an entry of the table; counts what is wrong with it."""
+        """(image name, captions) of an entry of the table; counts what is wrong with it."""
         if not (name := self._inside(where, name)):
             return "", ()
         captions, wrong = read_captions(value)
@@ -89,7 +89,7 @@ class TableSource:
         return name, captions
 
     def _inside(self, where: str, name) -> str:
-        """The normalised name of an image relative to the image folder; '' if it is refused."""
+        """`_relative` to the image folder; counts a name that is refused and returns ''."""
         try:
             return _relative(self.folder, name)
         except ValueError as error:
@@ -97,7 +97,7 @@ class TableSource:
             return ""
 
     def _listed(self, numbers: dict[str, int], listing: str) -> np.ndarray:
-        """The examples whose images a text file lists, int64 [N], in its order."""
+        """The numbers of the images that a text file lists, int64 [N], in its order."""
         data = _read(listing, "The list of images")
         with reading(f"the list of images {listing}", "Save it as UTF-8."):
             lines = re.split(r"\r\n|\n|\r", data.decode(encoding(data)))
@@ -115,9 +115,9 @@ class TableSource:
         return np.array(list(chosen), np.int64)
 
     def _look_for_images(self) -> None:
-        """Raises a `UserError` if the folder of the images seems to be another one.
+        """Raises a `UserError` if the image folder seems to be wrong.
 
-        A single missing image is a bad example wherever it stands, so several are looked for.
+        Single missing images are bad examples, so several are looked for.
         """
         names = [self.names[int(self.examples[i])] for i in spread(len(self), TRIED)]
         paths = [remote.join(self.folder, name) for name in names]
@@ -129,7 +129,7 @@ class TableSource:
 
 
 class Texts:
-    """A growing list of str in one buffer: no Python object per text."""
+    """A growing list of str in one buffer, without a Python object per text."""
 
     def __init__(self):
         self.buffer, self.ends = bytearray(), array("q", [0])
@@ -144,7 +144,7 @@ class Texts:
 
 
 def _relative(folder: str, name) -> str:
-    """The normalised name of an image relative to `folder`; a ValueError refuses it."""
+    """The normalised image name `name`, relative to `folder`; a ValueError refuses it."""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{shorten(repr(name), 60)} is no name of an image")
     try:
@@ -161,7 +161,7 @@ def _relative(folder: str, name) -> str:
 
 
 def _read(path: str, what: str) -> bytes:
-    """The content of the table or list `path`."""
+    """The content of the file `path`; what: names the file in error messages."""
     if not remote.exists(path):
         raise UserError(f"{what} is missing: no file {path}.")
     with reading(f"{what[0].lower()}{what[1:]} {path}"):

@@ -1,8 +1,8 @@
-"""The members of tar files: where they are, whatever the files look like, and their contents.
+"""The members of tar files, also of damaged ones: where they are, and their contents.
 
 A tar file is a sequence of members, each a header of 512 bytes and its content, padded to full
-blocks. Two blocks of zeros end it. Real shards are also cut off, damaged in the middle or several
-archives one after the other. Nothing is unpacked, so members may have any name: absolute, or "..".
+blocks. Two blocks of zeros end it. Real shards may also be cut off, damaged in the middle, or
+several archives in one file. Nothing is unpacked, so a member may have any name: "/a", "../a".
 """
 
 import tarfile
@@ -12,23 +12,23 @@ from typing import BinaryIO
 from simseg_jax.data.pairs.example import Problems
 from simseg_jax.runtime import remote
 
-HEADER = tarfile.BLOCKSIZE  # Bytes of the header right before the content of a member.
-MAGIC = 257  # Offset in a header of the magic "ustar".
+HEADER = tarfile.BLOCKSIZE  # Bytes of a header, which directly precedes the content.
+MAGIC = 257  # Offset of the magic "ustar" in a header.
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-TRIES = 10_000  # False headers after which a search ends.
-DAMAGES = 20  # Damaged places after which the rest of a file is left out.
-GAP = 1 << 16  # Members at most so many bytes apart are read together.
+TRIES = 10_000  # After so many false headers a search ends.
+DAMAGES = 20  # After so many damaged places the rest of a file is left out.
+GAP = 1 << 16  # Members that are at most so many bytes apart are read together.
 
 
 def find_members(file: BinaryIO, path: str, problems: Problems) -> Iterator[tuple]:
-    """(number of its archive, `TarInfo`) of every member of a file of one or more archives.
+    """(number of the archive, `TarInfo`) of every member of a file with one or more archives.
 
-    Names are unique within an archive only. After damage, which is counted, the search continues
-    with the next header.
+    Names are unique within an archive only. Damage is counted, and the search continues at the next
+    header.
     """
     start, archive, damages, end = 0, 0, 0, file.seek(0, 2)
     while start < end and damages < DAMAGES:
-        # `start` is behind the last good member; a search for the next header begins at `resume`.
+        # `start` is the end of the last good member; the search for a header begins at `resume`.
         resume = start + HEADER
         try:
             file.seek(start)
@@ -36,7 +36,7 @@ def find_members(file: BinaryIO, path: str, problems: Problems) -> Iterator[tupl
                 while (member := tar.next()) is not None:
                     # tarfile would keep all members in memory.
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-                    if member.size < 0 or tar.offset <= start:  # It would loop.
+                    if member.size < 0 or tar.offset <= start:  # It would loop forever.
                         break
                     if member.offset_data + member.size > end:
                         resume = member.offset_data
@@ -48,7 +48,7 @@ def find_members(file: BinaryIO, path: str, problems: Problems) -> Iterator[tupl
         except Exception as error:
             if not remote.is_damage(error):
                 raise
-        # Here tarfile met the end of an archive, a block of zeros, or something it cannot read.
+        # Here tarfile found the end of an archive, a block of zeros, or something it cannot read.
         file.seek(start)
         block = file.read(HEADER)
         ended = block == bytes(HEADER)
@@ -63,15 +63,14 @@ def find_members(file: BinaryIO, path: str, problems: Problems) -> Iterator[tupl
 
 
 def _next_header(file: BinaryIO, start: int, end: int) -> tuple[int, bool]:
-    """(offset of the next header from `start` on or `end`, whether only zeros come before it).
+    """(offset of the next header from `start` on, else `end`; whether only zeros precede it).
 
-    A header is found by its magic, which contents may contain as well, and confirmed by its
-    checksum.
+    A header is found by its magic and confirmed by its checksum, as contents may have the magic.
     """
     clean, tries = True, 0
     while start < end and tries < TRIES:
         file.seek(start)
-        chunk = file.read(GAP + HEADER)  # They overlap: a header may lie across the border.
+        chunk = file.read(GAP + HEADER)  # Chunks overlap: a header may lie across their border.
         place = -1
         while (place := chunk.find(b"ustar", place + 1)) >= 0 and tries < TRIES:
             first = place - MAGIC
@@ -86,7 +85,10 @@ def _next_header(file: BinaryIO, start: int, end: int) -> tuple[int, bool]:
 
 
 def read_members(path: str, spans: list[tuple[int, int]]) -> list[tuple[str, bytes]]:
-    """(name, content) of the members whose contents are (offset, size), in one read if close."""
+    """(name, content) of members, in one read if they are close together.
+
+    spans: (offset, size) of each content. A ValueError says that a header has another size.
+    """
     start = min(offset for offset, _ in spans) - HEADER
     length = max(offset + size for offset, size in spans) - start
     if length > sum(size + HEADER for _, size in spans) + GAP:

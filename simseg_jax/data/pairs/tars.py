@@ -1,7 +1,7 @@
 """WebDataset tar shards, read in place: KEY.jpg with KEY.txt or KEY.json, as img2dataset writes.
 
-Indexing reads the headers of a shard once, pairs images with captions by their keys and stores a
-row of offsets and sizes for each pair. An example is then one read of the shard.
+Indexing reads the headers of a shard once, pairs images with captions by their keys and stores
+offsets and sizes, one row per pair. Reading an example is then one read of the shard.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -19,19 +20,21 @@ from simseg_jax.data.pairs.example import (
     MAX_TEXT,
     BadExample,
     Problems,
+    choose_keys,
     no_pairs,
     read_captions,
     shorten,
+    usable_captions,
 )
 from simseg_jax.data.pairs.tar_members import find_members, read_members
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.runtime.remote import File
 
-USUAL = ("jpg", "jpeg", "png", "webp")  # Of several images of a key the first one is used.
+USUAL = ("jpg", "jpeg", "png", "webp")
+# The suffixes of images: of several images with one key the first of these is used.
 IMAGES = (*USUAL, *sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - {*USUAL}))
-CAPTIONS = (("txt", ()), ("json", ("caption", "captions")))  # Suffix, fields of its JSON.
-LOOKED = 8  # JSON documents of a shard that are searched for a caption when it is indexed.
+LOOKED = 8  # Most JSON documents of a shard that are searched for captions when it is indexed.
 ROW = np.dtype(
     [
         ("shard", np.uint32),
@@ -39,17 +42,19 @@ ROW = np.dtype(
         ("image_size", np.int64),
         ("caption", np.int64),
         ("caption_size", np.int64),
-        ("kind", np.uint8),  # Index of the suffix of the caption.
+        ("fields", np.bool_),  # Whether the caption is in a field of a JSON document.
     ]
 )
 
+READ_ERRORS = (OSError, ValueError, TypeError, RecursionError, tarfile.TarError, UserError)
+
 
 class TarSource:
-    """Pairs of tar shards; the index of their offsets stays in the cache folder.
+    """Pairs in tar shards; the index of their offsets is kept in the cache folder.
 
     path: as in the settings. image_key: the suffix of images, '' for the usual ones. caption_key:
-    the suffix of texts, or json.FIELD for a field of KEY.json; '' for txt, else json.caption, else
-    json.captions. A caption of over 1 MiB is left out.
+    the suffix of texts, or json.FIELD for a field of KEY.json; '' for KEY.txt, else the usual
+    fields of KEY.json (see `choose_keys`). A caption of over 1 MiB is left out.
     """
 
     def __init__(self, path: str, files: list[File], image_key: str, caption_key: str, cache: Path):
@@ -60,11 +65,18 @@ class TarSource:
                 )
         self.shards = [file.path for file in files]
         self.images = (image_key.lower(),) if image_key else IMAGES
-        self.captions = (_suffix_and_fields(caption_key),) if caption_key else CAPTIONS
-        # One file for all shards, besides one for each: a process may not keep thousands open.
+        # The suffixes of captions, and whether these are JSON documents with fields.
+        self.texts, self.field = {"txt": False, "json": True}, ""
+        if caption_key:
+            suffix, _, field = caption_key.partition(".")
+            fields = suffix == "json" and field != ""
+            self.texts = {"json": True} if fields else {caption_key.lower(): False}
+            self.field = field if fields else ""
+        self.identity = (self.images, self.texts, self.field)
+        # The rows of all shards are in one file: a process may not keep thousands open.
         self.index, self.problems = cached(
             cache,
-            ("tars", *files, self.images, self.captions),
+            ("tars", *files, *self.identity),
             ".npy",
             lambda target: self._index_all(path, files, cache, target),
         )
@@ -80,12 +92,11 @@ class TarSource:
         name = f"{shard}, byte {spans[0][0]}"
         try:
             (member, image), (_, text) = read_members(shard, spans)
-            captions, wrong = _captions(text, self.captions[row["kind"]][1])
-        except (OSError, ValueError, TypeError, RecursionError, tarfile.TarError) as error:
+            name = f"{shard}/{member}"
+            values = self._fields(text) if row["fields"] else [text]
+        except READ_ERRORS as error:
             raise BadExample(name, error) from error
-        if wrong or not captions:
-            raise BadExample(f"{shard}/{member}", wrong[0] if wrong else "empty caption")
-        return {"image": image, "captions": captions, "name": f"{shard}/{member}"}
+        return {"image": image, "captions": usable_captions(name, *values), "name": name}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "rows": None}
@@ -94,10 +105,10 @@ class TarSource:
         self.__dict__ = {**state, "rows": np.load(state["index"], mmap_mode="r")}
 
     def _index_all(self, path: str, files: list[File], cache: Path, target: Path) -> Problems:
-        """Writes the rows of all shards, from the index of each, which is cached as well."""
+        """Writes the rows of all shards to `target`; the rows of each shard are cached as well."""
 
         def index(file: File) -> tuple[Path, Problems]:
-            identity = ("tar", *file, self.images, self.captions)
+            identity = ("tar", *file, *self.identity)
             return cached(cache, identity, ".npy", lambda part: self._index(file.path, part))
 
         def numbered(shard: int, part: Path) -> np.ndarray:
@@ -118,22 +129,21 @@ class TarSource:
         return problems
 
     def _index(self, path: str, target: Path) -> Problems:
-        """Writes the rows of one shard; a file that is no archive has none."""
+        """Writes the rows of one shard to `target`; a file that is no archive has none."""
         problems, suffixes = Problems(), set()
-        texts = [suffix for suffix, _ in self.captions]
         rows, alone, complete = [], {}, set()
-        for key, spans in _scan(path, {*self.images, *texts}, suffixes, problems).items():
+        for key, spans in _scan(path, {*self.images, *self.texts}, suffixes, problems).items():
             present = {suffix: span for suffix, span in spans.items() if span[1]}
             images = [present[suffix] for suffix in self.images if suffix in present]
-            kinds = [kind for kind, suffix in enumerate(texts) if suffix in present]
-            caption = present[texts[kinds[0]]] if kinds else (0, 0)
+            texts = [suffix for suffix in self.texts if suffix in present]
+            caption = present[texts[0]] if texts else (0, 0)
             if caption[1] > MAX_TEXT:
                 alone[key] = f"a caption of {caption[1]:,} bytes"
-            elif images and kinds:
-                rows.append((0, *images[0], *caption, kinds[0]))
+            elif images and texts:
+                rows.append((0, *images[0], *caption, self.texts[texts[0]]))
                 complete.add(key)
-                for other in kinds[1:]:
-                    problems.note(f"caption: {texts[kinds[0]]} taken, {texts[other]} left out")
+                for other in texts[1:]:
+                    problems.note(f"caption: {texts[0]} taken, {other} left out")
             else:
                 alone[key] = "image without caption" if images else "caption without image"
             for _ in images[1:]:
@@ -152,29 +162,39 @@ class TarSource:
         return problems
 
     def _with_fields(self, path: str, rows: np.ndarray, problems: Problems) -> np.ndarray:
-        """`rows` without those of JSON, if none of the documents looked at has a caption field."""
-        kind = next((k for k, (_, fields) in enumerate(self.captions) if fields), None)
-        mine = rows[rows["kind"] == kind]
-        if not mine.size:
-            return rows
-        fields, seen = self.captions[mine[0]["kind"]][1], {}
+        """`rows`, without JSON documents if none of the documents looked at has a caption."""
+        mine, seen, reason = rows[rows["fields"]], {}, ""
         for row in mine[:: len(mine) // LOOKED + 1]:
-            with contextlib.suppress(ValueError, TypeError, RecursionError):
-                seen |= json.loads(remote.read(path, int(row["caption"]), int(row["caption_size"])))
-            if present := [field for field in fields if field in seen]:
-                if present[1:]:
-                    problems.note(f"caption: {present[0]} of JSON taken, {present[1]} left out")
+            with contextlib.suppress(ValueError, RecursionError):
+                seen |= _document(remote.read(path, int(row["caption"]), int(row["caption_size"])))
+            try:
+                self._choose(path, seen, problems)
                 return rows
-        reason = f"{path}: {_no_field(fields, seen)}; set caption_key to json.FIELD"
-        problems.extend(Problems(len(mine), [shorten(reason)]))
-        return rows[rows["kind"] != kind]
+            except UserError as error:
+                reason = f"{str(error).removesuffix('.')} to json.FIELD"
+        if reason:
+            problems.extend(Problems(len(mine), [shorten(reason)]))
+        return rows[~rows["fields"]]
+
+    def _choose(self, where: str, fields: Iterable[str], problems: Problems) -> list[str]:
+        return choose_keys(where, "JSON field caption", self.field, fields, problems)
+
+    def _fields(self, text: bytes) -> list:
+        """The values of the fields with captions in a JSON document; empty ones if all are."""
+        document, where = _document(text), "its document"
+        filled = [key for key, value in document.items() if any(read_captions(value))]
+        try:
+            keys = self._choose(where, filled, Problems())
+        except UserError:
+            keys = self._choose(where, document, Problems())
+        return [document[key] for key in keys]
 
 
 def _scan(path: str, wanted: set[str], suffixes: set[str], problems: Problems) -> dict:
     """{(archive, key): {suffix: (offset, size)}} of the wanted suffixes.
 
-    A name consists of a key, which may have dots, and the longest wanted suffix. `suffixes`
-    receives all suffixes of the shard.
+    A name consists of a key, which may have dots, and the longest suffix of `wanted`. All suffixes
+    of the shard are added to `suffixes`.
     """
     pairs: dict[tuple[int, str], dict] = {}
     with remote.open_file(path) as file:
@@ -202,7 +222,7 @@ def _scan(path: str, wanted: set[str], suffixes: set[str], problems: Problems) -
 
 
 def _shorter(key: tuple[int, str]) -> list[tuple[int, str]]:
-    """The keys that remain if dots belong to the suffix: a.b and a for a.b.c."""
+    """The keys that a key may have if some of its dots begin the suffix: a and a.b for a.b.c."""
     archive, name = key
     folder, slash, base = name.rpartition("/")
     parts = base.split(".")
@@ -210,7 +230,7 @@ def _shorter(key: tuple[int, str]) -> list[tuple[int, str]]:
 
 
 def _write(target: Path, count: int, parts: Iterable[np.ndarray]) -> None:
-    """Writes rows as a .npy file, in parts; `np.save` would hide a full disk."""
+    """Writes `count` rows as a .npy file, part by part; `np.save` would hide a full disk."""
     header = {"descr": ROW.descr, "fortran_order": False, "shape": (count,)}
     with target.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -218,24 +238,7 @@ def _write(target: Path, count: int, parts: Iterable[np.ndarray]) -> None:
             file.write(part.tobytes())
 
 
-def _suffix_and_fields(key: str) -> tuple[str, tuple[str, ...]]:
-    """("json", (FIELD,)) for json.FIELD; any other key is a suffix without fields."""
-    suffix, _, field = key.partition(".")
-    return (suffix, (field,)) if suffix == "json" and field else (key.lower(), ())
-
-
-def _captions(text: bytes, fields: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """`read_captions` of a text, or of the first field of a JSON that has any."""
-    if not fields:
-        return read_captions(text)
+def _document(text: bytes) -> dict[str, Any]:
+    """The fields of a JSON document; none if it is no object."""
     content = json.loads(text)
-    content = content if isinstance(content, dict) else {}
-    present = [key for key in fields if key in content]
-    if not present:
-        raise ValueError(_no_field(fields, content))
-    found = [read_captions(content[key]) for key in present]
-    return next((both for both in found if any(both)), found[0])
-
-
-def _no_field(fields: tuple[str, ...], present: Iterable[str]) -> str:
-    return f"its JSON has no {' or '.join(fields)}, only {some(present) or 'other things'}"
+    return content if isinstance(content, dict) else {}

@@ -1,50 +1,44 @@
-"""tf.train.Example without TensorFlow: the message type is described here, protobuf does the rest.
+"""tf.train.Example without TensorFlow: its message types are described here, protobuf reads them.
 
 Wire format: tensorflow/core/example/{example,feature}.proto.
 """
 
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-FIELD = descriptor_pb2.FieldDescriptorProto
-LISTS = {
-    "bytes_list": FIELD.TYPE_BYTES,
-    "float_list": FIELD.TYPE_FLOAT,
-    "int64_list": FIELD.TYPE_INT64,
+TYPES = """
+name: "simseg_jax/example.proto" package: "simseg_jax" syntax: "proto3"
+message_type {
+  name: "BytesList" field { name: "value" number: 1 type: TYPE_BYTES label: LABEL_REPEATED }
 }
+message_type {
+  name: "FloatList" field { name: "value" number: 1 type: TYPE_FLOAT label: LABEL_REPEATED }
+}
+message_type {
+  name: "Int64List" field { name: "value" number: 1 type: TYPE_INT64 label: LABEL_REPEATED }
+}
+message_type {
+  name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 type_name: "BytesList" oneof_index: 0 }
+  field { name: "float_list" number: 2 type_name: "FloatList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 type_name: "Int64List" oneof_index: 0 }
+}
+message_type {
+  name: "Features"
+  nested_type {
+    name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type_name: "Feature" }
+  }
+  field { name: "feature" number: 1 type_name: "FeatureEntry" label: LABEL_REPEATED }
+}
+message_type { name: "Example" field { name: "features" number: 1 type_name: "Features" } }
+"""
 
 
 def _example_class():
-    file = descriptor_pb2.FileDescriptorProto(
-        name="simseg_jax/example.proto", package="simseg_jax", syntax="proto3"
-    )
-
-    def message(scope, name: str):
-        return (scope.nested_type if scope is not file else scope.message_type).add(name=name)
-
-    def field(owner, name: str, number: int, kind, type_name: str = "", repeated: bool = False):
-        label = FIELD.LABEL_REPEATED if repeated else FIELD.LABEL_OPTIONAL
-        return owner.field.add(
-            name=name,
-            number=number,
-            type=kind,
-            label=label,
-            type_name=f".simseg_jax.{type_name}" if type_name else None,
-        )
-
-    feature = message(file, "Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, (name, kind) in enumerate(LISTS.items(), start=1):
-        field(message(file, name), "value", 1, kind, repeated=True)
-        field(feature, name, number, FIELD.TYPE_MESSAGE, name).oneof_index = 0
-    features = message(file, "Features")
-    entry = message(features, "FeatureEntry")
-    entry.options.map_entry = True
-    field(entry, "key", 1, FIELD.TYPE_STRING)
-    field(entry, "value", 2, FIELD.TYPE_MESSAGE, "Feature")
-    field(features, "feature", 1, FIELD.TYPE_MESSAGE, "Features.FeatureEntry", repeated=True)
-    field(message(file, "Example"), "features", 1, FIELD.TYPE_MESSAGE, "Features")
+    file = text_format.Parse(TYPES, descriptor_pb2.FileDescriptorProto())
     # A pool of its own: no conflict with TensorFlow's types in the same process.
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
@@ -55,12 +49,13 @@ Example: Any = _example_class()
 
 
 def parse(record: bytes) -> dict[str, list]:
-    """Key -> its bytes, floats or ints; a protobuf DecodeError if `record` is no such message."""
-    features = Example.FromString(record).features.feature
-    kinds = {key: feature.WhichOneof("kind") for key, feature in features.items()}
-    return {
-        key: list(getattr(features[key], kind).value) if kind else [] for key, kind in kinds.items()
-    }
+    """Key -> its bytes, floats or ints; a protobuf DecodeError if `record` is no such message.
+
+    Keys are sorted: a protobuf map has no order of its own.
+    """
+    features = sorted(Example.FromString(record).features.feature.items())
+    kinds = [(key, feature, feature.WhichOneof("kind")) for key, feature in features]
+    return {key: list(getattr(f, kind).value) if kind else [] for key, f, kind in kinds}
 
 
 def serialize(values: dict) -> bytes:

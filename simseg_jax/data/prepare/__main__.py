@@ -1,4 +1,4 @@
-"""`python -m simseg_jax.data.prepare`: image-caption pairs of any format -> TFDS data set."""
+"""`python -m simseg_jax.data.prepare`: image-caption pairs of any format -> a TFDS data set."""
 
 import argparse
 import dataclasses
@@ -20,34 +20,45 @@ from simseg_jax.runtime.processes import keeping
 from simseg_jax.runtime.ranges import SHARE, whole
 from simseg_jax.runtime.settings import field_of, typed
 
-SHARD_LENGTH = 10_000  # Images of a shard, at most, by default.
+SHARD_LENGTH = 10_000  # Most images of a shard, by default.
+NUMBERS = (  # Option, largest value, meaning; all default to 0.
+    ("--shards", 100_000, "number of files; 0: 10,000 images each, fewer in small data sets"),
+    (
+        "--train_vocab",
+        2**24,
+        "train DIR/vocab.txt from the captions, an uncased WordPiece vocabulary of at most so many "
+        "tokens; 0: no vocabulary",
+    ),
+    ("--processes", 1024, "processes to run; 0: one per core"),
+)
 JOB_OPTIONS = ("split_name", "short_side", "quality", "max_pixels", "duplicates", "seed")
 EPILOG = """examples:
   images in a folder, captions in a table with the header image,caption
     python -m simseg_jax.data.prepare DATA/captions.csv --images=Images --output=OUT/mine
-  shards of img2dataset, here or on a hub; duplicates left out, a vocabulary of the captions' own
+  shards of img2dataset, here or on a hub, without duplicates; with a vocabulary for the captions
     python -m simseg_jax.data.prepare "cc3m/{00000..00331}.tar" --output=OUT/cc3m \\
         --duplicates=drop --train_vocab=30522
   the generated scenes, to try it without data
     python -m simseg_jax.data.prepare --format=shapes --size=500 --output=OUT/shapes
-  on Apache Beam; OUT must be a folder that all workers see
+  on Apache Beam; OUT must be a folder that all workers can access
     python -m simseg_jax.data.prepare DATA/pairs --output=OUT/pairs \\
         --beam="--runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64"
 
-OUT/mine/1.0.0 can be trained on (--config.data.train.NAME.path=OUT/mine) and read by any program
-through tfds.builder_from_directory. OUT/mine/card.json and card.png show what it contains and what
-was left out. Every image is decoded to its end; damaged ones are counted, named and left out.
+Training reads OUT/mine (--config.data.train.NAME.path=OUT/mine), and any program reads
+OUT/mine/1.0.0 through tfds.builder_from_directory. OUT/mine/card.json and card.png show what the
+data set contains and what was left out. Every image is decoded to its end; damaged ones are
+counted, named and left out.
 
-The same command continues where it was stopped: finished shards in OUT/mine/1.0.0.incomplete are
-kept. It refuses to continue if files of the source have changed since, by size or time. The result
-depends neither on the number of processes nor on Beam. The command needs the extra prepare
+After an interruption the same command continues: finished shards in OUT/mine/1.0.0.incomplete are
+kept. It refuses to continue if the size or time of a source file has changed. The result depends
+neither on the number of processes nor on Beam. The command needs the extra prepare
 (pip install -e ".[prepare]"), --beam also the extra beam.
 """
 
 
 @report_user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line and writes what is missing of the data set."""
+    """Parses the command line and writes the missing parts of the data set."""
     args = _parser().parse_args(arguments)
     _check(args)
     output = Path(args.output).expanduser()
@@ -85,47 +96,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     meaning = field_of(PairsConfig, "path").metadata["meaning"]
     parser.add_argument("path", nargs="?", default="", help=meaning)
-    parser.add_argument("--output", required=True, help="folder to write, DIR in what follows")
+    parser.add_argument("--output", required=True, help="folder to write, called DIR below")
     for key in _source_keys():
         add_setting(parser, PairsConfig, key, default=getattr(PairsConfig, key))
     for key in JOB_OPTIONS:
         text = f"{field_of(Job, key).metadata['meaning']} (%(default)s)"
         add_setting(parser, Job, key, text, getattr(Job, key))
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
         default=Job.shuffle,
         help=field_of(Job, "shuffle").metadata["meaning"],
     )
-    add(
-        "--shards",
-        type=accepted(whole(0, 100_000)),
-        default=0,
-        help="files to write; 0: about 10,000 images each, fewer in small data sets",
-    )
-    add("--name", default="", help="name of the data set; default: that of DIR")
-    add(
+    parser.add_argument("--name", default="", help="name of the data set; default: the name of DIR")
+    parser.add_argument(
         "--max_bad",
         type=accepted(SHARE, float),
         default=0.1,
         help="stop when more than this share of the pairs cannot be used (%(default)s)",
     )
-    add(
-        "--train_vocab",
-        type=accepted(whole(0, 2**24)),
-        default=0,
-        metavar="SIZE",
-        help="train DIR/vocab.txt from the captions, an uncased WordPiece vocabulary of at most "
-        "SIZE tokens; 0: no vocabulary",
-    )
-    add(
-        "--processes",
-        type=accepted(whole(0, 1024)),
-        default=0,
-        help="processes to run; 0: one per core",
-    )
-    add(
+    for option, largest, text in NUMBERS:
+        parser.add_argument(option, type=accepted(whole(0, largest)), default=0, help=text)
+    parser.add_argument(
         "--beam",
         default="",
         metavar="OPTIONS",

@@ -1,4 +1,4 @@
-"""From a job to a finished data set: runs its shards anywhere, then describes them."""
+"""From a job to a finished data set: writes the shards, here or on Beam, then describes them."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ from simseg_jax.runtime.files import make_writable, write_json
 
 VERSION = "1.0.0"
 JOB = "job.json"
-FEW = 10  # So many bad examples never stop a job: a share of few means nothing.
+FEW = 10  # So few bad examples never stop a job: their share means nothing.
 
 
 def make_data_set(
@@ -42,8 +42,9 @@ def make_data_set(
 ) -> None:
     """Writes the missing shards, their metadata and the data card, and prints a summary.
 
-    problems: what the index of the source left out. beam: pipeline options, '' to run here on
-    `processes`. max_bad: a larger share of unusable examples stops it with a `UserError`.
+    problems: what the index of the source left out. beam: pipeline options of Apache Beam, '' to
+    run in `processes` of this machine. max_bad: a larger share of unusable examples stops the job
+    with a `UserError`.
     """
     work = output / f"{VERSION}.incomplete"
     if work.exists() and any(work.iterdir()):
@@ -101,8 +102,7 @@ def check_same(folder: Path, job: Job) -> None:
 
 def read_back(folder: Path, job: Job):
     """The written examples, as a source of training pairs."""
-    settings = PairsConfig(path=str(folder), format="tfds", split=job.split_name)
-    return open_source(settings)
+    return open_source(PairsConfig(path=str(folder), format="tfds", split=job.split_name))
 
 
 def _check_bad(bad: int, seen: int, first: list[str], max_bad: float) -> None:
@@ -114,7 +114,7 @@ def _check_bad(bad: int, seen: int, first: list[str], max_bad: float) -> None:
 
 
 def _here(call: Callable, indices: list[int], processes: int) -> Iterator[int]:
-    """Calls call(index) for all indices in processes; yields each index when it is done."""
+    """Calls call(index) for all indices in processes; yields every index when its call is done."""
     if processes == 1 or len(indices) < 2:
         for index in indices:
             call(index)
@@ -122,7 +122,7 @@ def _here(call: Callable, indices: list[int], processes: int) -> Iterator[int]:
         return
     # A fork of a process with threads, such as JAX's, may hang.
     context = multiprocessing.get_context("spawn")
-    # A terminal sends Ctrl-C to all processes: these end without a traceback.
+    # A terminal sends Ctrl-C to all processes: the workers shall end without a traceback.
     silent = (signal.SIGINT, signal.SIG_DFL)
     size = min(processes, len(indices))
     with ProcessPoolExecutor(size, context, signal.signal, silent) as pool:
@@ -137,7 +137,7 @@ def _here(call: Callable, indices: list[int], processes: int) -> Iterator[int]:
             raise
         except BrokenProcessPool as error:
             raise UserError(
-                "A process died, perhaps for lack of memory: run the same command again, with "
+                "A process died, perhaps for lack of memory: run the same command again with "
                 "fewer --processes; finished shards are kept."
             ) from error
         finally:
@@ -145,7 +145,7 @@ def _here(call: Callable, indices: list[int], processes: int) -> Iterator[int]:
 
 
 def _on_beam(call: Callable, indices: list[int], options: str) -> Iterator[int]:
-    """As `_here`, on Apache Beam, which reports nothing before all calls are done."""
+    """As `_here`, but on Apache Beam, which reports nothing before all calls are done."""
     import apache_beam  # pyright: ignore[reportMissingImports]
     from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
 
@@ -157,7 +157,7 @@ def _on_beam(call: Callable, indices: list[int], options: str) -> Iterator[int]:
 
 
 def _finish(job: Job, problems: Problems, output: Path, work: Path) -> None:
-    """Metadata, card and the final name, once all shards are there."""
+    """Writes metadata and card and gives the folder its final name, after the last shard."""
     parts = [Statistics.load(statistics_path(work, i)) for i in range(job.shards)]
     total = Statistics()
     for part in parts:
@@ -189,7 +189,7 @@ def _finish(job: Job, problems: Problems, output: Path, work: Path) -> None:
 
 
 def _write_metadata(job: Job, work: Path, parts: list[Statistics]) -> None:
-    """dataset_info.json and features.json, so that TFDS reads the shards."""
+    """Writes dataset_info.json and features.json, which TFDS needs to read the shards."""
     import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
 
     template = tfds.core.ShardedFileTemplate(

@@ -1,4 +1,4 @@
-"""The data card of a prepared data set: what is in it and what was left out, as JSON and PNG."""
+"""The data card of a prepared data set: what it contains and what was left out, as JSON and PNG."""
 
 import datetime
 import json
@@ -59,11 +59,10 @@ def write_card(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def summary(counts: Counter[int]) -> dict[str, float]:
-    """min, median, mean and max of values that occur `counts[value]` times; {} without any."""
+    """min, median, mean and max of values that occur `counts[value]` times; {} without values."""
     if not counts:
         return {}
-    values = np.array(sorted(counts))
-    weights = np.array([counts[int(value)] for value in values])
+    values, weights = np.array(sorted(counts.items())).T
     median = values[np.searchsorted(np.cumsum(weights), weights.sum() / 2)]
     mean = round(float(values @ weights / weights.sum()), 2)
     return {"min": int(values[0]), "median": int(median), "mean": mean, "max": int(values[-1])}
@@ -76,9 +75,9 @@ def write_picture(
     samples: Sequence[tuple[Image.Image, str]],
     total: Statistics,
 ) -> None:
-    """card.png: lines of text, (image, caption) samples, and two histograms of `total`.
+    """Writes card.png: lines of text, (image, caption) samples and two histograms of `total`.
 
-    The height depends on the numbers of lines and samples, so places are in inches from the top.
+    The height depends on the numbers of lines and samples, so positions are computed in inches.
     """
     rows = -(-len(samples) // COLUMNS)
     figure = Figure(figsize=(13, 1.1 + 0.24 * len(lines) + 2.75 * rows + 2.6), dpi=110)
@@ -108,7 +107,7 @@ def write_picture(
         text, place = f" larger ones: {job.short_side}", (job.short_side, 0.93)
         axes.annotate(text, place, xycoords=("data", "axes fraction"), color=LIMIT, size=8.5)
     with warnings.catch_warnings():
-        # Captions may be in a script that the font lacks.
+        # Captions may have characters that the font lacks.
         warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(path)
 
@@ -116,8 +115,7 @@ def write_picture(
 def _histogram(axes, counts: Counter[int], label: str, unit: str) -> None:
     """Bars up to the 99th percentile; the last one counts all larger values."""
     if counts:
-        values = np.array(sorted(counts))
-        weights = np.array([counts[int(value)] for value in values])
+        values, weights = np.array(sorted(counts.items())).T
         last = int(values[np.searchsorted(np.cumsum(weights), 0.99 * weights.sum())])
         first = int(values[0])
         step = max(1, -(-(last + 1 - first) // 40))

@@ -1,11 +1,11 @@
 """The unit of work of `prepare`: one output shard, from reading its examples to its statistics.
 
-Every function here takes the job and the number of a shard, runs in any process on any machine that
-sees the folders of the job, and leaves its result as a file that appears when it is complete.
+The functions take the job and the number of a shard. They run in any process on any machine that
+has access to the folders of the job. Their result is a file, which appears when it is complete.
 
-All shards together are one list of positions in the source: a permutation that follows from the
-seed, without the duplicates if they are dropped. A shard is one slice of that list, so no shard
-depends on another.
+All shards together are one list of positions in the source: a permutation that depends on the seed,
+without the duplicates if they are dropped. A shard is one slice of that list and independent of the
+other shards.
 """
 
 import functools
@@ -15,7 +15,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -31,17 +31,17 @@ from simseg_jax.runtime.ranges import FLAG, SEED, TEXT, one_of, whole
 from simseg_jax.runtime.settings import inherited, setting
 from simseg_jax.runtime.threads import ahead
 
-DROPPED = "dropped.npy"  # In the folder of a job that drops duplicates: positions, sorted.
-THREADS = 16  # Per process: remote files answer slowly, and PIL works outside Python's lock.
+DROPPED = "dropped.npy"  # Sorted positions of the duplicates, if the job drops them.
+THREADS = 16  # Per process: remote files are slow, and PIL releases Python's lock.
 AHEAD = 64  # Examples in memory per process.
 KEPT_FORMATS, KEPT_MODES = ("JPEG", "PNG"), ("RGB", "L")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything the bytes of the shards depend on.
+    """Everything that the bytes of the shards depend on.
 
-    source: settings of the data set. content: a digest of its files. examples: its length.
+    source: settings of the data set. content: a digest of its files. examples: their number.
     """
 
     source: dict[str, Any]
@@ -52,23 +52,23 @@ class Job:
     split_name: str = setting("train", "name of the split to write", TEXT)
     short_side: int = setting(
         288,
-        "larger images are re-encoded as JPEG with this short side in pixels, smaller ones kept; "
-        "0: all keep their bytes",
+        "larger images are re-encoded as JPEG with this short side in pixels, smaller ones are "
+        "kept; 0: all keep their bytes",
         whole(0),
     )
     quality: int = setting(90, "quality of the re-encoded JPEGs", whole(1, 100))
     max_pixels: int = inherited(DataConfig, "max_pixels", DataConfig.max_pixels)
     seed: int = setting(0, "seed of the random order", SEED)
-    shuffle: bool = setting(True, "random order over all shards, or that of the source", FLAG)
+    shuffle: bool = setting(True, "random order over all shards; else the source's order", FLAG)
     duplicates: str = setting(
         "keep",
-        "keep or drop pairs with the same bytes and captions as an earlier one; drop reads the "
+        "keep or drop pairs with the same bytes and captions as an earlier pair; drop reads the "
         "data twice",
         one_of("keep", "drop"),
     )
 
     def file_name(self, index: int) -> str:
-        """The name TFDS gives to shard `index`."""
+        """The name of shard `index` in TFDS."""
         return f"{self.name}-{self.split_name}.array_record-{index:05d}-of-{self.shards:05d}"
 
 
@@ -76,11 +76,11 @@ class Job:
 class Statistics:
     """Counts of one example, of a shard or of all shards.
 
-    counts: "examples" read, of these "unusable" ones (no image or caption), "corrupt" ones (the
-    image does not decode) and those "written", with their "captions", "reencoded" images and bytes
-    of images before and after ("bytes_in", "bytes_out"). first: messages about the first unusable
-    and corrupt ones. words: captions by number of words. short_side, long_side: images by their
-    upright size before, in pixels. file_size: bytes of the shard.
+    counts: "examples" read: "unusable" ones (no image or caption), "corrupt" ones (the image cannot
+    be decoded) and those "written". Of the written ones: "captions", "reencoded" images, and bytes
+    of the images before and after ("bytes_in", "bytes_out"). words: captions by number of words.
+    short_side, long_side: images by their original upright size in pixels. first: messages about
+    the first unusable and the first corrupt examples. file_size: bytes of the shard.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -89,10 +89,11 @@ class Statistics:
     long_side: Counter[int] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
     file_size: int = 0
+    HISTOGRAMS: ClassVar = ("words", "short_side", "long_side")
 
     def add(self, other: "Statistics") -> None:
-        """Adds everything but the size of a file."""
-        for name in ("counts", "words", "short_side", "long_side"):
+        """Adds everything but the size of the file."""
+        for name in ("counts", *self.HISTOGRAMS):
             getattr(self, name).update(getattr(other, name))
         for kind, messages in other.first.items():
             self.first[kind] = [*self.first.get(kind, []), *messages][:NAMED]
@@ -102,13 +103,13 @@ class Statistics:
         """The statistics that `write_shard` left at `path`."""
         saved = json.loads(path.read_text())
         saved["counts"] = Counter(saved["counts"])
-        for name in ("words", "short_side", "long_side"):
+        for name in cls.HISTOGRAMS:
             saved[name] = Counter({int(value): count for value, count in saved[name].items()})
         return cls(**saved)
 
 
 class Prepared(NamedTuple):
-    """One example: its statistics, and its record and hash unless it is left out."""
+    """One example: its statistics; also its record and hash, unless it is left out."""
 
     statistics: Statistics
     record: bytes = b""
@@ -116,17 +117,17 @@ class Prepared(NamedTuple):
 
 
 def statistics_path(folder: Path, index: int) -> Path:
-    """Where `write_shard` leaves the statistics of a shard: the sign that it is finished."""
+    """Where `write_shard` saves the statistics of a shard, the sign that the shard is finished."""
     return folder / f"statistics-{index:05d}.json"
 
 
 def hashes_path(folder: Path, index: int) -> Path:
-    """Where the hashes of part `index` are: uint64 [n, 2], position in the source and hash."""
+    """Where the hashes of part `index` are saved: uint64 [n, 2], position in the source, hash."""
     return folder / f"digests-{index:05d}.npy"
 
 
 def write_shard(job: Job, folder: Path, index: int) -> None:
-    """Reads, checks, re-encodes and writes the examples of one shard; its statistics come last."""
+    """Reads, checks, re-encodes and writes the examples of one shard, and last its statistics."""
     source, statistics, hashes = open_once(**job.source), Statistics(), []
     order = _order(job, folder)
     positions = order[_part(len(order), job.shards, index)].tolist()
@@ -154,7 +155,7 @@ def write_shard(job: Job, folder: Path, index: int) -> None:
 
 
 def is_written(job: Job, folder: Path, index: int) -> bool:
-    """Whether the files of a shard are there and undamaged, as far as their sizes show."""
+    """Whether the files of a shard exist, with the right size and readable contents."""
     try:
         size = Statistics.load(statistics_path(folder, index)).file_size
         if (folder / job.file_name(index)).stat().st_size != size:
@@ -165,7 +166,7 @@ def is_written(job: Job, folder: Path, index: int) -> bool:
 
 
 def is_hashed(folder: Path, index: int) -> bool:
-    """Whether the hashes of a part are there and can be read."""
+    """Whether the hashes of a part exist and can be read."""
     try:
         return np.load(hashes_path(folder, index)).shape[1:] == (2,)
     except (OSError, ValueError, EOFError):
@@ -173,7 +174,7 @@ def is_hashed(folder: Path, index: int) -> bool:
 
 
 def hash_part(job: Job, folder: Path, index: int) -> None:
-    """Hashes the examples of one part of the source, in its order, to find duplicates first."""
+    """Hashes the examples of one part of the source, to find duplicates before any are written."""
     source = open_once(**job.source)
 
     def read(position: int) -> tuple[int, int] | None:
@@ -189,9 +190,9 @@ def hash_part(job: Job, folder: Path, index: int) -> None:
 
 
 def repeated(job: Job, folder: Path) -> np.ndarray:
-    """Positions in the source, sorted, of examples that equal an earlier one: int64 [n].
+    """Sorted positions in the source of examples that equal an earlier one: int64 [n].
 
-    They are equal if 64 bits of the digests of their images' bytes and captions are.
+    Examples are equal if 64 bits of the digests of their image bytes and captions are equal.
     """
     found = np.concatenate([np.load(hashes_path(folder, i)) for i in range(job.shards)])
     found = found[np.argsort(found[:, 0])]
@@ -230,7 +231,7 @@ def _left_out(kind: str, problem: Exception) -> Prepared:
 
 
 def _checked(image: bytes, name: str, job: Job) -> tuple[bytes, tuple[int, int]]:
-    """(bytes to write, upright size before) of an image that decodes to its end."""
+    """(bytes to write, original upright size) of an image; a `UserError` if it is damaged."""
     decoded = decode_image(image, name, job.max_pixels)
     if not job.short_side:
         return image, decoded.size
@@ -240,7 +241,7 @@ def _checked(image: bytes, name: str, job: Job) -> tuple[bytes, tuple[int, int]]
     if scale < 1:
         size = [max(1, round(side * scale)) for side in decoded.size]
         written, kept = decoded.resize(size, Image.Resampling.BICUBIC), False
-    # A file that is kept byte for byte keeps its EXIF, so it is read upright again.
+    # An image that keeps its bytes also keeps its EXIF, so it will be turned upright when read.
     return image if kept else _encode(written, "JPEG", quality=job.quality), decoded.size
 
 
@@ -261,7 +262,7 @@ def open_once(**settings):
 
 
 def _order(job: Job, folder: Path) -> np.ndarray:
-    """Positions in the source of the examples of all shards, one after the other: int64 [n]."""
+    """Positions in the source of the examples of all shards in their order: int64 [n]."""
     order = np.arange(job.examples)
     if job.shuffle:
         order = np.random.default_rng(job.seed).permutation(order)
@@ -271,7 +272,7 @@ def _order(job: Job, folder: Path) -> np.ndarray:
 
 
 def _part(length: int, parts: int, index: int) -> slice:
-    """Part `index` of `parts` nearly equal ones."""
+    """Part `index` of `length` items that are cut into `parts` nearly equal parts."""
     return slice(length * index // parts, length * (index + 1) // parts)
 
 

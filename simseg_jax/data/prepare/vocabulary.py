@@ -1,21 +1,21 @@
-"""Training a word-piece vocabulary from captions, for data that BERT's own does not fit."""
+"""Trains a word-piece vocabulary from captions, for data that BERT's vocabulary does not fit."""
 
 from collections import Counter
 from collections.abc import Iterable
 
+from simseg_jax.data.text import SPECIAL
 from simseg_jax.runtime.errors import UserError
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LARGEST_ALPHABET = 1000  # Rarer characters become [UNK].
-MIN_COUNT = 2  # A piece has to occur twice.
+MIN_COUNT = 2  # A merged piece has to occur twice.
 
 
 def train_vocabulary(captions: Iterable[str], size: int) -> list[str]:
-    """The tokens of an uncased WordPiece vocabulary as of BERT, in the order of their ids.
+    """At most `size` tokens of an uncased WordPiece vocabulary for BERT, in the order of their ids.
 
-    At most `size`: the special tokens, [PAD] first, then the characters that begin words, those
-    that continue them (`##x`), then merged pieces as long as they occur twice. The same captions
-    give the same tokens. Written one per line, they are a vocab.txt for `data.text.load_tokenizer`.
+    These are the special tokens, [PAD] first, the characters that begin words, those that continue
+    words (`##x`), and merged pieces that occur at least twice. The same captions give the same
+    tokens. A file with one token per line is a vocab.txt for `data.text.load_tokenizer`.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -44,8 +44,8 @@ def train_vocabulary(captions: Iterable[str], size: int) -> list[str]:
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
         min_frequency=MIN_COUNT,
-        # Left to itself the trainer numbers `##x` in the random order of a hash map, and breaks
-        # ties between merges by these numbers. Special tokens keep the order in which they come.
+        # The trainer would number `##x` in the random order of a hash map and break ties between
+        # merges by these numbers. Special tokens keep their order.
         special_tokens=first,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),

@@ -1,8 +1,8 @@
-"""The classes of every test set: names in label_sets/*.txt, and the names put into prompts.
+"""The classes of every test set: their names in label_sets/*.txt, and their names in prompts.
 
-A line of such a file is `name` or `name: prompt name, prompt name, ...`, in the order of the
-labels and without background. The first name is spelled as the authors' evaluation spells it,
-which the reported numbers depend on.
+A line of such a file is `name` or `name: prompt name, prompt name, ...`. Lines are in the order of
+the labels, without background. The reported numbers depend on the spelling of the first name, so it
+is the spelling of the authors' evaluation.
 """
 
 from importlib import resources
@@ -16,8 +16,8 @@ from simseg_jax.runtime.errors import UserError
 class Labels(NamedTuple):
     """The labels of a test set.
 
-    background: whether label 0 is a class "background". top_k: how many class scores set the
-    threshold of the paper protocol.
+    background: whether label 0 is a class "background". top_k: the number of class scores from
+    which the paper protocol computes its threshold.
     """
 
     label_set: str
@@ -25,8 +25,8 @@ class Labels(NamedTuple):
     top_k: int
 
 
-# By the data key. The authors take 10 scores on VOC and COCO-Object, where few objects stand before
-# a background, and 30 on Context, where every pixel has a class; the others go by what they show.
+# By the data key. The authors use 10 scores on VOC and COCO-Object, where few objects stand before
+# a background, and 30 on Context, where every pixel has a class. The others follow the same rule.
 TEST_SETS = {
     "shapes": Labels("shapes", True, 10),
     "voc": Labels("voc", True, 10),
@@ -41,59 +41,55 @@ TEST_SETS = {
 
 
 def label_set(name: str) -> tuple[str, ...]:
-    """Names of the classes of a label set, such as coco, in label order without background."""
-    return tuple(first for first, _ in _read(name))
+    """The class names of a label set, such as coco, in label order without background."""
+    return tuple(first for first, _ in read_label_set(name))
 
 
 def class_names(data: str) -> tuple[str, ...]:
-    """Names of the labels 0..C-1 of a test set; "background" first where it is one of them."""
+    """The names of the labels 0..C-1 of a test set; "background" comes first if it is a label."""
     labels = TEST_SETS[data]
     return ("background",) * labels.background + label_set(labels.label_set)
 
 
 def prompt_names(data: str, names: str = "original") -> tuple[tuple[str, ...], ...]:
-    """For every label of a test set the names to put into prompts.
+    """The names for the prompts of every label of a test set.
 
-    names: original (the first name of each line), synonyms (those after the colon where there are
-    some) or the path of a text file of your own with one line per class, read like synonyms.
-    Raises a `UserError` if that file is missing or has another number of classes.
+    names: original (the first name of each line), synonyms (the names after the colon, if any) or
+    the path of a text file with one line per class, which is read like synonyms. A `UserError` says
+    that this file is missing or has another number of classes.
     """
     name, background, _ = TEST_SETS[data]
     if names == "original":
         classes = [(first,) for first in label_set(name)]
     elif names == "synonyms":
-        classes = [prompts for _, prompts in _read(name)]
+        classes = [prompts for _, prompts in read_label_set(name)]
     else:
-        classes = _read_file(Path(names).expanduser(), data, len(label_set(name)))
+        classes = [prompts for _, prompts in read_label_file(names, "original, synonyms")]
+        if len(classes) != len(label_set(name)):
+            raise UserError(
+                f"{names} names {len(classes)} classes, but {data} has {len(label_set(name))}: "
+                "write one line per class, `name` or `name: synonym, synonym`, without background."
+            )
     return (("background",),) * background + tuple(classes)
 
 
-def read_label_file(source: str | Path) -> list[tuple[str, tuple[str, ...]]]:
-    """(name, prompt names) of every line of a label set of ours or of a file of the user."""
-    if isinstance(source, str):
-        return _read(source)
-    if not source.is_file():
-        raise UserError(f"There is no file of class names at {source}.")
-    return _parse(source.read_text(encoding="utf-8"))
+def read_label_file(names: str, choices: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(name, prompt names) of every line of a user's text file.
+
+    choices: the other values of the setting `names`, for the `UserError` about a missing file.
+    """
+    path = Path(names).expanduser()
+    if not path.is_file():
+        raise UserError(f"names must be {choices} or a text file, but {path} is no file.")
+    return _parse(path.read_text(encoding="utf-8"))
 
 
-def _read(name: str) -> list[tuple[str, tuple[str, ...]]]:
+def read_label_set(name: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(name, prompt names) of every class of a label set."""
     if name == "shapes":
         return [(category, (category,)) for category in CATEGORIES]
     file = resources.files("simseg_jax.data.testsets") / "label_sets" / f"{name}.txt"
     return _parse(file.read_text(encoding="utf-8"))
-
-
-def _read_file(path: Path, data: str, count: int) -> list[tuple[str, ...]]:
-    if not path.is_file():
-        raise UserError(f"names must be original, synonyms or a text file, but {path} is no file.")
-    classes = [prompts for _, prompts in _parse(path.read_text(encoding="utf-8"))]
-    if len(classes) != count:
-        raise UserError(
-            f"{path} names {len(classes)} classes, but {data} has {count}: write one line per "
-            "class, `name` or `name: synonym, synonym`, without background."
-        )
-    return classes
 
 
 def _parse(text: str) -> list[tuple[str, tuple[str, ...]]]:

@@ -1,7 +1,7 @@
-"""Where the files of the segmentation test sets lie, and what the values in their masks mean.
+"""The files of the segmentation test sets, and the meaning of the values in their masks.
 
-Each function takes (root, split) and returns a `Layout`, or raises a `UserError` that says which
-file is missing, where it was looked for and how to get it. PASCAL Context has its own module.
+The function of a test set takes (root, split) and returns a `Layout`. A `UserError` says which file
+is missing, where it should be and how to get it. PASCAL Context has its own module.
 """
 
 import collections
@@ -34,19 +34,19 @@ CITYSCAPES_ORIGIN = (
     "into one folder and set root to it"
 )
 
-# COCO category ids minus 1, the values in stuffthingmaps: ten of the ids 1..90 name no thing.
+# Values in stuffthingmaps: COCO's category ids minus 1. Ten of the ids 1..90 are not used.
 COCO_THINGS = [i for i in range(90) if i not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82)]
 COCO_STUFF = range(91, 182)
 RAW, GROUPVIT, CONVERTED = ".png", "_instanceTrainIds.png", "_labelTrainIds.png"
-# Cityscapes: value in labelIds of each of the 19 classes that are evaluated, in trainId order.
+# Cityscapes: the values in labelIds of the 19 evaluated classes, in the order of trainIds.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
 class Masks(NamedTuple):
-    """The masks of a split by the names of their images.
+    """The masks of a split, by the names of their images.
 
     labels: name -> uint8 [H, W] with 0 for "no class", k for the k-th class and 255 for "ignore".
-    files: name -> the files that decide about these labels.
+    files: name -> the files from which these labels are read.
     """
 
     labels: Callable[[str], np.ndarray]
@@ -55,17 +55,17 @@ class Masks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The files of one split: image NAME is the file images/NAMEsuffix.
+    """The files of one split; the image NAME is the file images/NAMEsuffix.
 
-    Raises a `UserError` for a name that occurs twice. origin: how to get the files, the end of the
-    message about a missing one.
+    origin: how to get the files, the end of messages about missing ones. A `UserError` refuses
+    names that occur twice.
     """
 
     names: Sequence[str]
     images: Path
-    suffix: str
     masks: Masks
     origin: str
+    suffix: str = ".jpg"
 
     def __post_init__(self) -> None:
         counts = collections.Counter(self.names)
@@ -73,27 +73,27 @@ class Layout:
         if double:
             raise UserError(
                 f"The list of images in {self.images} names {some(double)} more than once: every "
-                "image counts once, so remove the other lines."
+                "image counts once, so remove the repeated lines."
             )
 
 
 def voc(root: Path, split: str) -> Layout:
-    """PASCAL VOC 2012: value = label, 255 is void."""
+    """PASCAL VOC 2012: values are labels, 255 is void."""
     parts = ("JPEGImages", "VOC2012/JPEGImages", "VOCdevkit/VOC2012/JPEGImages")
     images = find_folder(root, parts, "VOC folder", VOC_ORIGIN)
     listing = images.parent / "ImageSets" / "Segmentation" / f"{split}.txt"
     names = read_list(require_file(listing, "the list of images", VOC_ORIGIN), ".jpg")
     values = numbered(range(1, 21)) | {0: 0, IGNORE: IGNORE}
     masks = png_masks(images.parent / "SegmentationClass", ".png", values, VOC_ORIGIN)
-    return Layout(names, images, ".jpg", masks, VOC_ORIGIN)
+    return Layout(names, images, masks, VOC_ORIGIN)
 
 
 def coco_object(root: Path, split: str) -> Layout:
     """The 80 things of COCO; stuff and unlabelled pixels have no class.
 
-    Masks are read raw (stuffthingmaps), or as converted for GroupViT (*_instanceTrainIds.png: 0
-    and 1..80), by mmsegmentation (*_labelTrainIds.png: things 0..79, stuff 80..170) or by the
-    authors of SimSeg (the same file name, but 0 and 1..80).
+    Masks may be raw (stuffthingmaps), or converted for GroupViT (*_instanceTrainIds.png: 0 and
+    1..80), by mmsegmentation (*_labelTrainIds.png: things 0..79, stuff 80..170) or by the authors
+    of SimSeg (the same file name, but 0 and 1..80).
     """
     images, masks, names = _coco_files(root, split)
     suffix = _present(masks, names[0], (RAW, GROUPVIT, CONVERTED), COCO_ORIGIN)
@@ -106,13 +106,13 @@ def coco_object(root: Path, split: str) -> Layout:
         values = numbered(range(80)) | dict.fromkeys((*range(80, 171), IGNORE), 0)
     else:
         values = converted
-    return Layout(names, images, ".jpg", png_masks(masks, suffix, values, COCO_ORIGIN), COCO_ORIGIN)
+    return Layout(names, images, png_masks(masks, suffix, values, COCO_ORIGIN), COCO_ORIGIN)
 
 
 def coco_stuff(root: Path, split: str) -> Layout:
     """80 things and 91 stuff classes of COCO-Stuff 164k; 255 is unlabelled.
 
-    Masks are read raw (stuffthingmaps) or as mmsegmentation converts them (*_labelTrainIds.png).
+    Masks may be raw (stuffthingmaps) or converted by mmsegmentation (*_labelTrainIds.png).
     """
     images, masks, names = _coco_files(root, split)
     suffix = _present(masks, names[0], (RAW, CONVERTED), COCO_ORIGIN)
@@ -123,32 +123,26 @@ def coco_stuff(root: Path, split: str) -> Layout:
             "so put the raw masks of stuffthingmaps_trainval2017.zip beside them."
         )
     values = numbered(classes) | {IGNORE: IGNORE}
-    return Layout(names, images, ".jpg", png_masks(masks, suffix, values, COCO_ORIGIN), COCO_ORIGIN)
+    return Layout(names, images, png_masks(masks, suffix, values, COCO_ORIGIN), COCO_ORIGIN)
 
 
 def ade20k(root: Path, split: str) -> Layout:
     """The 150 classes of the ADE20K challenge 2016; 0 is every other object.
 
-    255 is not allowed: it occurs in converted masks, whose labels are one smaller.
+    255 is refused: it occurs in converted masks, whose labels are smaller by one.
     """
     folder = {"train": "training", "val": "validation"}.get(split, split)
     parts = (f"images/{folder}", f"ADEChallengeData2016/images/{folder}")
     images = find_folder(root, parts, "ADE20K images", ADE20K_ORIGIN)
     masks = images.parents[1] / "annotations" / folder
-    values = {0: 0} | numbered(range(1, 151))
-    return Layout(
-        list_names(images, "*.jpg", ".jpg", ADE20K_ORIGIN),
-        images,
-        ".jpg",
-        png_masks(masks, ".png", values, ADE20K_ORIGIN),
-        ADE20K_ORIGIN,
-    )
+    found = png_masks(masks, ".png", {0: 0} | numbered(range(1, 151)), ADE20K_ORIGIN)
+    return Layout(list_names(images, "*.jpg", ADE20K_ORIGIN), images, found, ADE20K_ORIGIN)
 
 
 def cityscapes(root: Path, split: str) -> Layout:
-    """The 19 evaluated classes of Cityscapes, from gtFine_labelTrainIds or raw gtFine_labelIds."""
+    """The 19 evaluated classes of Cityscapes, in gtFine_labelTrainIds or raw gtFine_labelIds."""
     images = find_folder(root, (f"leftImg8bit/{split}",), "Cityscapes images", CITYSCAPES_ORIGIN)
-    names = list_names(images, "*/*_leftImg8bit.png", "_leftImg8bit.png", CITYSCAPES_ORIGIN)
+    names = list_names(images, "*/*_leftImg8bit.png", CITYSCAPES_ORIGIN)
     masks = images.parents[1] / "gtFine" / split
     suffixes = ("_gtFine_labelTrainIds.png", "_gtFine_labelIds.png")
     suffix = _present(masks, names[0], suffixes, CITYSCAPES_ORIGIN)
@@ -157,7 +151,7 @@ def cityscapes(root: Path, split: str) -> Layout:
     else:
         values = dict.fromkeys((*range(34), IGNORE), IGNORE) | numbered(CITYSCAPES_IDS)
     found = png_masks(masks, suffix, values, CITYSCAPES_ORIGIN)
-    return Layout(names, images, "_leftImg8bit.png", found, CITYSCAPES_ORIGIN)
+    return Layout(names, images, found, CITYSCAPES_ORIGIN, "_leftImg8bit.png")
 
 
 def numbered(values: Iterable[int]) -> dict[int, int]:
@@ -166,7 +160,7 @@ def numbered(values: Iterable[int]) -> dict[int, int]:
 
 
 def png_masks(folder: Path, suffix: str, values: Mapping[int, int], origin: str) -> Masks:
-    """Reads folder/NAMEsuffix; `values` maps every value that may occur to its label."""
+    """The masks folder/NAMEsuffix; values: every allowed value -> its label."""
     table = np.full(256, -1, np.int16)
     table[list(values)] = list(values.values())
 
@@ -180,7 +174,7 @@ def png_masks(folder: Path, suffix: str, values: Mapping[int, int], origin: str)
 def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
     """table[values] as uint8 [H, W]; a `UserError` counts and names values without a label.
 
-    values: integers [H, W] of the mask `path`. table: labels; a negative one is none.
+    values: integers [H, W] of the mask `path`. table: labels, negative for a value without one.
     """
     inside = (values >= 0) & (values < len(table))
     labels = table[np.where(inside, values, 0)]
@@ -190,14 +184,13 @@ def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
         which = "value {}, which does" if len(found) == 1 else "values {}, which do"
         raise UserError(
             f"The mask {path} has the {which.format(some(found))} not belong to this test set, at "
-            f"{wrong.sum():,} pixels: it is a mask of something else or was converted in another "
-            "way."
+            f"{wrong.sum():,} pixels: it is another kind of mask, or was converted differently."
         )
     return labels.astype(np.uint8)
 
 
 def read_png(path: Path) -> np.ndarray:
-    """The values of a grey or palette image, [H, W]: palette indices, not colours."""
+    """The values [H, W] of a grey or palette image: palette indices, not colours."""
     with reading(f"the mask {path}", "Unpack it again."), open_image(path) as opened:
         form, values = opened.format, np.asarray(opened)
     if form in ("JPEG", "MPO"):
@@ -223,14 +216,15 @@ def read_list(path: Path, suffix: str) -> list[str]:
     columns = [name for name in names if len(name.split()) > 1]
     if columns:
         raise UserError(
-            f"{path} has lines of several words, the first is {columns[0]!r}: list one name per "
-            "line and nothing else."
+            f"{path} has lines of several words, such as {columns[0]!r}: list one name per line "
+            "and nothing else."
         )
     return names
 
 
-def list_names(folder: Path, pattern: str, suffix: str, origin: str) -> list[str]:
-    """Paths of the files in `folder` that match, relative to it, without suffix, sorted."""
+def list_names(folder: Path, pattern: str, origin: str) -> list[str]:
+    """Sorted paths of the files that match, relative to `folder`, without the text after *."""
+    suffix = pattern.rpartition("*")[2]
     paths = (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
     names = sorted(path.removesuffix(suffix) for path in paths)
     if not names:
@@ -239,17 +233,17 @@ def list_names(folder: Path, pattern: str, suffix: str, origin: str) -> list[str
 
 
 def _coco_files(root: Path, split: str) -> tuple[Path, Path, list[str]]:
-    """Folder of the images, folder of the masks, names of the images."""
+    """(folder of the images, folder of the masks, names of the images)."""
     folder = f"{split}2017" if split in ("train", "val") else split
     parts = (f"images/{folder}", folder)
     images = find_folder(root, parts, "COCO images", COCO_ORIGIN)
     parts = (f"annotations/{folder}", f"stuffthingmaps/{folder}")
     masks = find_folder(root, parts, "COCO-Stuff masks", COCO_ORIGIN)
-    return images, masks, list_names(images, "*.jpg", ".jpg", COCO_ORIGIN)
+    return images, masks, list_names(images, "*.jpg", COCO_ORIGIN)
 
 
 def _present(masks: Path, name: str, suffixes: Sequence[str], origin: str) -> str:
-    """The first suffix with which there is a mask of `name`."""
+    """The first of `suffixes` for which the mask of `name` exists."""
     for suffix in suffixes:
         if (masks / f"{name}{suffix}").is_file():
             return suffix
@@ -260,9 +254,9 @@ def _present(masks: Path, name: str, suffixes: Sequence[str], origin: str) -> st
 
 
 def _has_stuff(masks: Path, names: Sequence[str], count: int = 16) -> bool:
-    """Whether *_labelTrainIds.png are mmsegmentation's: 0..170 and 255, not the authors' 0..80.
+    """Whether *_labelTrainIds.png have mmsegmentation's values 0..170 and 255, not 0..80.
 
-    Hardly any image shows things alone, so the first few tell.
+    Hardly any image shows things only, so the first few images suffice.
     """
     paths = [masks / f"{name}{CONVERTED}" for name in names[:count]]
     return any(read_png(path).max() > 80 for path in paths if path.is_file())

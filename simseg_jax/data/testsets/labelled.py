@@ -1,8 +1,8 @@
 """Images with one class each: a folder of class subfolders, a TFDS data set, generated scenes.
 
-A source has `__len__`, `classes` (names as the data have them) and, per index, {"image": encoded
-bytes or uint8 array, "label": int, "name": str}. Its `content` stands for the versions of all files
-that it reads, and for their names and classes.
+A source has `__len__`, `classes` (their names in the data) and, per index, {"image": encoded bytes
+or uint8 array, "label": int, "name": str}. Its `content` is a digest of the classes and of the
+names and versions of its files.
 """
 
 import os
@@ -17,21 +17,21 @@ from PIL import Image
 from simseg_jax.data import shapes
 from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
 from simseg_jax.data.pairs import tf_example
-from simseg_jax.data.pairs.example import IMAGE_KEYS, choose_keys
+from simseg_jax.data.pairs.example import choose_keys
 from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
-from simseg_jax.data.testsets.classes import read_label_file
+from simseg_jax.data.testsets.classes import read_label_file, read_label_set
 from simseg_jax.runtime.errors import UserError, one_line, reading, some
 from simseg_jax.runtime.files import digest, stamp
 from simseg_jax.runtime.remote import is_hidden
 
 
 def labelled_source(settings):
-    """The source that `settings` (data, root, split, size) describe."""
+    """The source that `settings` (data, root, split, size) describes."""
     if settings.data == "shapes":
         return LabelledShapes(settings.size, settings.split)
     root = Path(settings.root).expanduser()
     if not settings.root or not root.is_dir():
-        raise UserError(f"There is no folder {str(root)!r}: set root to the images' folder.")
+        raise UserError(f"There is no folder {str(root)!r}: set root to the folder of the images.")
     if (root / INFO).is_file():
         return LabelledRecords(root, settings.split)
     return LabelledFolder(root / settings.split if settings.split else root)
@@ -48,15 +48,15 @@ def loader(source) -> Callable[[int], tuple[Image.Image, int]]:
 
 
 def class_prompts(classes: tuple[str, ...], names: str) -> list[tuple[str, ...]]:
-    """For every class the names to put into prompts.
+    """The names for the prompts of every class.
 
-    names: "auto" (CLIP's names for ImageNet's synsets such as n01440764, otherwise the names of the
-    data with spaces for underscores) or a text file of `class: name, name` lines.
+    names: "auto" (CLIP's names if all classes are ImageNet's synsets such as n01440764, otherwise
+    the class names with spaces for underscores) or a text file of `class: name, name` lines.
     """
     if names != "auto":
-        known = dict(read_label_file(Path(names).expanduser()))
+        known = dict(read_label_file(names, "auto"))
     else:
-        known = dict(read_label_file("imagenet"))
+        known = dict(read_label_set("imagenet"))
         if not set(classes) <= set(known):
             return [(name.replace("_", " "),) for name in classes]
     missing = [name for name in classes if name not in known]
@@ -66,7 +66,7 @@ def class_prompts(classes: tuple[str, ...], names: str) -> list[tuple[str, ...]]
 
 
 class LabelledFolder:
-    """root/CLASS/**/IMAGE, classes in alphabetical order; hidden files and folders are neither."""
+    """root/CLASS/**/IMAGE, classes in alphabetical order; hidden files and folders do not count."""
 
     def __init__(self, root: Path):
         if not root.is_dir():
@@ -106,12 +106,12 @@ class LabelledRecords:
         self.folder = folder
         shards, problems = open_shards(files, Path(), lengths)
         if not shards or problems.count:
-            # A test set with a hole would give another number.
+            # An incomplete test set would give another result.
             raise UserError(f"{folder} is not complete. {problems}. Prepare it again.")
         self.records: Any = ArrayRecordDataSource(shards)
         with reading(f"the first record of {folder}", "Prepare the data again."):
             first = tf_example.parse(self.records[0])
-        [self.image] = choose_keys(str(folder), "feature image", "", IMAGE_KEYS, first, problems)
+        [self.image] = choose_keys(str(folder), "feature image", "", first, problems)
         names = folder / "label.labels.txt"
         if "label" not in first or not names.is_file():
             raise UserError(f"{folder} has no feature `label` with its {names.name}.")
@@ -137,7 +137,7 @@ class LabelledRecords:
 
 
 class LabelledShapes:
-    """Generated scenes with a single kind of object."""
+    """Generated scenes that show a single category."""
 
     classes = shapes.CATEGORIES
 

@@ -1,4 +1,4 @@
-"""PASCAL Context: 59 classes over the images of VOC 2010, annotated in one of three layouts."""
+"""PASCAL Context: 59 classes on images of VOC 2010, with annotations in one of three layouts."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ ORIGIN = (
     "root to VOC2010"
 )
 
-MAX_PIXELS = 1 << 26  # So large a mask is a mistake in the annotations.
+MAX_PIXELS = 1 << 26  # A larger mask is a mistake in the annotations.
 
 # Category ids of the 59 classes among the 459 annotated ones, in label order (alphabetical).
 # fmt: off
@@ -39,9 +39,9 @@ CATEGORY_IDS = (
 def context(root: Path, split: str) -> Layout:
     """PASCAL Context as mmsegmentation converts it, as trainval_merged.json or as *.mat files.
 
-    ImageSets/SegmentationContext/SPLIT.txt lists the images of a split. Without that list the JSON
-    file tells its own split; else the list of VOC 2010 in ImageSets/Main serves, for all of its
-    train and val images are annotated.
+    ImageSets/SegmentationContext/SPLIT.txt lists the images of a split. Without that list, the JSON
+    file has its own splits, and for the other layouts the list of VOC 2010 in ImageSets/Main is
+    used: all of its train and val images are annotated.
     """
     parts = ("JPEGImages", "VOC2010/JPEGImages", "VOCdevkit/VOC2010/JPEGImages")
     images = find_folder(root, parts, "PASCAL Context folder", ORIGIN)
@@ -68,11 +68,11 @@ def context(root: Path, split: str) -> Layout:
             f"No list of the images of PASCAL Context's {split!r}: no file {split}.txt in "
             f"{root / 'ImageSets' / 'SegmentationContext'} or in ImageSets/Main; {ORIGIN}."
         )
-    return Layout(names, images, ".jpg", found, ORIGIN)
+    return Layout(names, images, found, ORIGIN)
 
 
 def _listed(root: Path, split: str, folders: tuple[str, ...]) -> list[str]:
-    """The names in the first list of the split that exists, or none."""
+    """The names in the first of the split's lists that exists; none if none exists."""
     for folder in folders:
         listing = root / "ImageSets" / folder / f"{split}.txt"
         if listing.is_file():
@@ -83,10 +83,10 @@ def _listed(root: Path, split: str, folders: tuple[str, ...]) -> list[str]:
 def decode_rle(rle: dict) -> np.ndarray:
     """COCO's run-length encoding {"size": [H, W], "counts": str or list} -> bool [H, W].
 
-    Runs of background and object alternate, column by column. In a string every run length is a
-    row of characters with five bits each, lowest first, the sixth bit set on all but the last;
-    from the fourth run on it is the difference to the run before the previous one.
-    Raises a ValueError if the runs do not fill the mask, or for anything but run lengths.
+    Runs of background and object alternate, column by column. In a string a run length is written
+    as characters with five bits each, lowest bits first; the sixth bit is set on all but the last
+    character. From the fourth run on, the difference to the run before the previous one is written.
+    A ValueError says that the runs do not fill the mask or are not run lengths.
     """
     height, width = rle["size"]
     counts = rle["counts"]
@@ -114,7 +114,7 @@ def _run_lengths(text: str) -> list[int]:
 
 
 def _read_json(path: Path) -> dict[str, dict]:
-    """Image name -> phase (train or val), size (height, width) and segments in drawing order."""
+    """Image name -> name, phase (train or val), size (height, width), segments in drawing order."""
     try:
         content = json.loads(path.read_bytes())
         masks = {}
@@ -159,13 +159,13 @@ def _json_masks(path: Path, masks: dict[str, dict]) -> Masks:
 
 
 def _mat_masks(root: Path) -> Masks:
-    """Reads trainval/NAME.mat, whose LabelMap holds the ids that labels.txt names."""
+    """Reads trainval/NAME.mat, whose LabelMap has the ids that labels.txt lists with names."""
     listing = root / "labels.txt"
     listing = listing if listing.is_file() else root / "trainval" / "labels.txt"
     with reading(f"the list of classes {listing}", "It must be the list of 459."):
         lines = require_file(listing, "the list of classes", ORIGIN).read_text(encoding="utf-8")
         pairs = [line.split(":") for line in lines.splitlines() if ":" in line]
-        # The names of the evaluation are written without the spaces of this list.
+        # This list writes some names with spaces, the evaluation writes them without.
         ids = {name.replace(" ", ""): int(number) for number, name in pairs}
         table = np.zeros(np.uint16(max(ids.values(), default=0)) + 1, np.int16)
     lost = [name for name in label_set("context") if name not in ids]

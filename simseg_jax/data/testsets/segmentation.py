@@ -1,11 +1,11 @@
 """Segmentation test sets: images with a label per pixel.
 
-A source has `__len__`, `names` of its images, no two alike, `class_names`, `background`, `turned`
-(files of images read so far whose masks were turned along on trust) and, per index, {"name": str,
-"image": encoded bytes or uint8 array, "mask": uint8 [H, W] of the upright image}; stamp(index) is
-another one when image or mask have changed. Labels are 0..C-1, and 255 is "ignore". If `background`
-is true, label 0 is the class "background"; if not, every label is a real class and pixels without
-one are 255.
+A source has `__len__`, `names` (of its images, all different), `class_names`, `background`, and
+`turned`: the files read so far whose masks were turned with their images on trust. Per index it has
+{"name": str, "image": encoded bytes or uint8 array, "mask": uint8 [H, W] of the upright image} and
+stamp(index), which changes with the files of image and mask. Labels are 0..C-1; 255 is "ignore". If
+`background` is true, label 0 is the class "background". Otherwise every label is a real class, and
+pixels without a class are 255.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from simseg_jax.data.testsets.pascal_context import context
 from simseg_jax.runtime.errors import UserError, require_file
 from simseg_jax.runtime.files import stamp
 
-# data key of a test set on disk -> (root, split) -> its files.
+# Data key of a test set on disk -> the function of (root, split) that finds its files.
 LAYOUTS = {
     "voc": layouts.voc,
     "voc20": layouts.voc,
@@ -33,7 +33,7 @@ LAYOUTS = {
     "cityscapes": layouts.cityscapes,
 }
 
-# Label with "no class" as 0 -> label of a test set without background.
+# Label, where 0 is "no class" -> label of a test set without background.
 WITHOUT_BACKGROUND = np.array([layouts.IGNORE, *range(254), layouts.IGNORE], np.uint8)
 
 
@@ -45,7 +45,7 @@ def segmentation_source(settings):
 
 
 class ShapesSegmentation:
-    """Generated scenes with their masks."""
+    """The generated scenes with their masks."""
 
     class_names = class_names("shapes")
     background = True
@@ -53,30 +53,25 @@ class ShapesSegmentation:
 
     def __init__(self, size: int, split: str):
         self.split = shapes.check_split(split)
-        self.names = [self._name(index) for index in range(size)]
-        # Scenes change with the program that draws them.
-        self.program = shapes.version()
+        self.names = [f"{self.split}_{index:05d}" for index in range(size)]
+        self.version = shapes.version()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def stamp(self, _index: int) -> str:
-        """The same for all scenes."""
-        return self.program
+        """The version of the code that draws the scenes."""
+        return self.version
 
     def __getitem__(self, index: int) -> dict:
         image, mask, caption = shapes.scene(int(index), self.split)
-        name = self._name(index)
-        return {"name": name, "image": image, "mask": mask, "caption": caption}
-
-    def _name(self, index: int) -> str:
-        return f"{self.split}_{index:05d}"
+        return {"name": self.names[index], "image": image, "mask": mask, "caption": caption}
 
 
 class SegmentationFolder:
-    """A test set on disk: `data` is a key of LAYOUTS.
+    """A test set on disk; data: a key of LAYOUTS.
 
-    Raises a `UserError` for a file that is missing, cannot be read or does not fit.
+    A `UserError` names a file that is missing, cannot be read or does not fit.
     """
 
     def __init__(self, data: str, root: str, split: str):
@@ -90,7 +85,7 @@ class SegmentationFolder:
         return len(self.names)
 
     def stamp(self, index: int) -> str:
-        """Of the files of image and mask."""
+        """The stamps of the files of image and mask."""
         masks = self.layout.masks.files(self.names[index])
         files = [require_file(path, "the mask", self.layout.origin) for path in masks]
         return " ".join(map(stamp, (self._image(index), *files)))
@@ -111,15 +106,15 @@ class SegmentationFolder:
 
 
 def upright_mask(mask: np.ndarray, image: bytes, path: Path) -> tuple[np.ndarray, bool]:
-    """(upright mask uint8 [H, W] of the encoded `image` of file `path`, whether on trust).
+    """(upright mask uint8 [H, W] of an encoded image, whether it was turned on trust).
 
-    A mask of the size in which the image is stored is turned with it; one of the upright size is
-    upright already. Where both sizes are the same it is turned, on trust that it belongs to the
-    stored pixels. A `UserError` refuses any other size.
+    A mask with the size of the stored image is turned like the image. A mask with the size of the
+    upright image is upright already. If both sizes are equal, the mask is turned, trusting that it
+    belongs to the stored pixels. A `UserError` refuses any other size. path: of the image.
     """
     try:
         width, height, stored = read_header(image)
-    except Exception as error:  # PIL raises whatever a damaged file leads it to.
+    except Exception as error:  # PIL raises errors of many types for damaged files.
         raise UserError(f"{path} is damaged or not an image: unpack it again.") from error
     if mask.shape == (height, width):
         same = stored < 5 or width == height

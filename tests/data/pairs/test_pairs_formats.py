@@ -4,16 +4,18 @@ import csv
 import importlib.util
 import json
 import shutil
+import tarfile
 
 import cloudpickle
 import fsspec
 import grain
 import pairs_support as support
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import SHARED
 from pairs_support import make_pairs, read_all, settings
 
-from simseg_jax.data.pairs import BadExample, Problems, open_source
+from simseg_jax.data.pairs import BadExample, Problems, open_source, tf_example
 from simseg_jax.data.pipeline import in_processes
 from simseg_jax.runtime.errors import UserError
 
@@ -41,6 +43,34 @@ def test_same_examples(form, tmp_path):
         source[40]
     copy = cloudpickle.loads(cloudpickle.dumps(source))
     assert (copy[39]["image"], copy[39]["captions"]) == EXPECTED[39]
+
+
+@pytest.mark.parametrize("form", ["csv", "tar", "parquet", "array_record"])
+def test_numbered_captions(form, tmp_path):
+    """Every format whose captions have freely chosen keys takes numbered ones, by number."""
+    numbers = (11, 0, 2, 10, 1)
+    values = {f"caption_{k}": f"text {k}" for k in numbers} | {"caption_3": ""}
+    image, name, path = PAIRS[0][1], "a.jpg", tmp_path / f"a.{form}"
+    if form == "csv":
+        (tmp_path / support.IMAGES).mkdir()
+        (tmp_path / support.IMAGES / name).write_bytes(image)
+        path.write_text(f"image,{','.join(values)}\n{name},{','.join(values.values())}\n")
+    elif form == "tar":
+        with tarfile.open(path, "w") as tar:
+            support.add_member(tar, name, image)
+            support.add_member(tar, "a.json", json.dumps({"url": "x"} | values).encode())
+    elif form == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {"image": image, **values}
+        pq.write_table(pa.table({key: [value] for key, value in columns.items()}), path)
+    else:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        writer.write(tf_example.serialize({"image": image, **values}))
+        writer.close()
+    expected = tuple(f"text {k}" for k in sorted(numbers))
+    source = open_source(settings(path), str(tmp_path / "cache"))
+    assert (source[0]["image"], source[0]["captions"]) == (image, expected)
+    assert not source.problems.notes
 
 
 @pytest.mark.parametrize("form", ["tar", "parquet"])

@@ -160,7 +160,7 @@ MIB = 1 << 20
         (1, 1, 10**6),  # many rows.
     ],
 )
-def test_small_files_do_not_unfold(tmp_path, cache, image, caption, rows):
+def test_small_files_do_not_decompress_to_much(tmp_path, cache, image, caption, rows):
     indices = pa.array([0] * rows, pa.int32())
     values = {"image": bytes(image), "caption": "a" * caption}
     columns = {
@@ -204,7 +204,7 @@ def test_names_of_columns(tmp_path, cache):
                  Caption=["b", "c\0d"])  # fmt: skip
     source = open_source(settings(path), cache)
     assert examples(source) == [(b"1", ("b",))]
-    assert source.problems.notes == {"caption: Caption taken, TEXT left out": 1}
+    assert source.problems.notes == {"caption: column Caption taken, TEXT left out": 1}
     assert source.problems.first == [f"{path}, row 1, 2: a caption with NUL characters"]
     source = open_source(settings(path, caption_key="text"), cache)
     assert examples(source) == [(b"1", ("a",))]

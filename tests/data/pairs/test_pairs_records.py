@@ -52,7 +52,7 @@ def test_the_feature_that_was_taken_is_said(tmp_path):
     path = write_records(tmp_path / "a.array_record", [tf_example.serialize(values)])
     source = open_source(settings(path))
     assert source[0]["captions"] == ("a",)
-    assert source.problems.notes == {"caption: text taken, raw left out": 1}
+    assert source.problems.notes == {"caption: feature text taken, raw left out": 1}
 
 
 def test_bad_records(tmp_path):
@@ -71,7 +71,7 @@ def test_bad_records(tmp_path):
     )
     source = open_source(settings(path))
     assert source[6] == {"image": b"1", "captions": ("a",), "name": f"{path}, record 6, k1"}
-    reasons = ("no caption", "no image", "no image", "not UTF-8", "Error parsing")
+    reasons = ("empty caption", "no image", "no image", "not UTF-8", "Error parsing")
     for index, reason in enumerate(reasons, start=1):
         with pytest.raises(BadExample, match=f"a.array_record, record {index}.*: .*{reason}"):
             source[index]

@@ -253,8 +253,8 @@ def test_the_column_that_was_taken_is_said(folder):
     source = write_table(folder, text)
     assert examples(source) == {"a.jpg": ("A dog",)}
     assert str(source.problems) == (
-        "Nothing was left out; image: IMAGE taken, path left out (1); "
-        "caption: Caption taken, title left out (1)"
+        "Nothing was left out; image: column IMAGE taken, path left out (1); "
+        "caption: column Caption taken, title left out (1)"
     )
     keys = {"image_key": "Image", "caption_key": "title"}
     assert not open_source(settings(folder / "captions.csv", **keys)).problems
@@ -303,6 +303,8 @@ def test_bytes_that_are_not_utf8_are_never_dropped(folder):
 def test_several_captions_in_a_row(folder):
     text = 'image,caption_0,caption_1\na.jpg,A dog,Two dogs\nb.jpg,"A café",\n'
     assert examples(write_table(folder, text)) == TWO
+    (folder / "captions.csv").write_text(f"image,caption_{'9' * 5000}\na.jpg,A dog\n")
+    fails("no column caption named caption, .*only image, caption_9", folder / "captions.csv")
     listed = json.dumps(["A dog", "Two dogs"]).replace('"', '""')
     text = f"image,raw\na.jpg,\"{listed}\"\nb.jpg,A café\nc.jpg,\"['x', 'y']\"\na.jpg,[]\n"
     source = write_table(folder, text)
@@ -384,7 +386,7 @@ def test_coco(folder):
     source = open_source(settings(path))
     assert len(source) == 3
     assert source.problems.first == [
-        "annotation 6: no caption of a known image",
+        "annotation 6: its image is not listed",
         "silent.jpg: image without caption",
     ]
     for text in ("[]", "7", '{"images": 7}', "{}"):
@@ -448,7 +450,7 @@ def test_images_that_share_an_id(folder):
     assert examples(source) == {"c.jpg": ("C",)}
     assert source.problems.first == [
         "image 1, b.jpg: has the id of a.jpg",
-        "annotation 0: of several images with the id 1",
+        "annotation 0: several images have its id 1",
         "a.jpg: image without caption",
     ]
 

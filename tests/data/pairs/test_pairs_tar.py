@@ -76,7 +76,8 @@ def test_keys_and_captions(tmp_path, cache):
     other = open_source(settings(path, caption_key="json.alt", image_key="seg.png"), cache)
     assert captions(other) == [("other",)]
     assert other[0]["image"] == b"not the image"
-    with pytest.raises(UserError, match="its JSON has no nix, only caption, alt; set caption_key"):
+    message = r"no JSON field caption named nix, only caption, alt: .* caption_key to json.FIELD"
+    with pytest.raises(UserError, match=message):
         open_source(settings(path, caption_key="json.nix"), cache)
     with pytest.raises(UserError, match=r"no pair; its files end in jpg, json, png, seg.png"):
         open_source(settings(path, caption_key="cls"), cache)
@@ -213,9 +214,12 @@ DOCUMENTS = {
     '{"caption": ""}': "empty caption",
     '{"caption": "None"}': "caption missing, written None",
     '{"caption": "a\\u0000b"}': "a caption with NUL characters",
-    '{"url": "x"}': "its JSON has no caption or captions, only url",
-    "[1]": "its JSON has no caption or captions",
-    "7": "its JSON has no caption or captions",
+    '{"url": "x"}': "has no JSON field caption named caption, captions, .*, only url: ",
+    "[1]": "has no JSON field caption named caption, captions, .*, only other content",
+    "7": "has no JSON field caption named caption, captions",
+    '[["a", 1]]': "has no JSON field caption named caption, captions",
+    '{"Caption": " ", "title": "a", "url": "x"}': ("a",),
+    '{"caption_1": "b", "caption_0": "a", "caption_2": null}': ("a", "b"),
     "{": "Expecting property name",
     "[" * 100_000: "recursion",
     '{"caption": "caf\udce9"}': "can't decode",
@@ -233,16 +237,17 @@ def test_documents(tmp_path, cache, document):
     assert source[1]["captions"] == ("good",)
     if isinstance(expected, tuple):
         assert source[0]["captions"] == expected
-        notes = {"caption: caption of JSON taken, captions left out": 1}
-        several = len(json.loads(document.removeprefix("\ufeff"))) > 1
+        named = [key for key in json.loads(document.removeprefix("\ufeff")) if key != "url"]
+        notes = {f"caption: JSON field {named[0]} taken, {''.join(named[1:])} left out": 1}
+        several = len(named) > 1 and "_1" not in document
         assert source.problems.notes == (notes if several else {})
         return
     with pytest.raises(BadExample, match=expected):
         source[0]
     path = write_members(tmp_path / "b.tar", odd)
-    if "its JSON" in expected:
+    if "JSON field" in expected:
         with pytest.raises(
-            UserError, match=rf"no usable pair .*{expected}.*set caption_key to json"
+            UserError, match=rf"no usable pair .*b.tar {expected}.*set caption_key to json.FIELD"
         ):
             open_source(settings(path), cache)
 
