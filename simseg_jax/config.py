@@ -91,6 +91,11 @@ class RunConfig:
         "type of matrix products; auto: bfloat16 on accelerators, else float32",
         one_of("auto", "float32", "bfloat16"),
     )
+    gradient_dtype: str = setting(
+        "products",
+        "type in which gradients of weights are summed over devices; products: that of dtype",
+        one_of("products", "float32"),
+    )
     remat: str = setting(
         "none",
         "rematerialisation: none; dots: all but products with weights; full: whole blocks",

@@ -262,7 +262,9 @@ class Setup:
 def set_up(config: RunConfig, vocabulary: int, steps: int, mesh: Mesh) -> Setup:
     """The model, optimiser and jitted step of a run; vocabulary: the tokenizer's size."""
     architecture = model_config(config, vocabulary)
-    graphdef = make_model(architecture, compute_dtype(config, mesh), config.remat)
+    gradient_dtype = jnp.dtype(jnp.float32) if config.gradient_dtype == "float32" else None
+    dtype = compute_dtype(config, mesh)
+    graphdef = make_model(architecture, dtype, config.remat, gradient_dtype)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda: init_params(architecture, key))
     optimizer, schedule = make_optimizer(config.optim, steps, shapes)

@@ -39,12 +39,20 @@ def compile_step(**settings):
 
 
 def lower_step(
-    devices=1, fsdp=1, remat="none", size=BATCH, model=MODEL, dtype=jnp.float32, **options
+    devices=1,
+    fsdp=1,
+    remat="none",
+    size=BATCH,
+    model=MODEL,
+    dtype=jnp.float32,
+    gradient_dtype=None,
+    **options,
 ):
     """The step before compilation and its arguments; the state after it holds the gradients."""
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     optimizer = optax.trace(0.0)
-    update = make_update(make_model(model, dtype, remat), optimizer, seed=0, **options)
+    graphdef = make_model(model, dtype, remat, gradient_dtype)
+    update = make_update(graphdef, optimizer, seed=0, **options)
 
     def init():
         state = initial_state(init_params(model, jax.random.key(0)), optimizer)

@@ -16,9 +16,11 @@ from simseg_jax.models.layers import (
     INIT,
     WIDTH,
     Keys,
+    Linear,
     apply_blocks,
     attention,
     check_heads,
+    dense,
     dropout,
     layer_norm,
     linear,
@@ -108,16 +110,16 @@ class Layer(nnx.Module):
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation]
 
-        def dense(width_in: int, width_out: int) -> nnx.Linear:
+        def layer(width_in: int, width_out: int) -> Linear:
             return linear(width_in, width_out, INIT, dtype, rngs)
 
-        self.query = dense(config.width, config.width)
-        self.key = dense(config.width, config.width)
-        self.value = dense(config.width, config.width)
-        self.attention_output = dense(config.width, config.width)
+        self.query = layer(config.width, config.width)
+        self.key = layer(config.width, config.width)
+        self.value = layer(config.width, config.width)
+        self.attention_output = layer(config.width, config.width)
         self.attention_norm = _layer_norm(config, dtype, rngs)
-        self.intermediate = dense(config.width, config.mlp_width)
-        self.output = dense(config.mlp_width, config.width)
+        self.intermediate = layer(config.width, config.mlp_width)
+        self.output = layer(config.mlp_width, config.width)
         self.output_norm = _layer_norm(config, dtype, rngs)
 
     def __call__(
@@ -137,7 +139,7 @@ class Layer(nnx.Module):
         parts: tuple[Any, ...] = (self.query, self.key, self.value)
         kernel = jnp.concatenate([part.kernel[...] for part in parts], axis=1)
         bias = jnp.concatenate([part.bias[...] for part in parts])
-        qkv = x @ kernel.astype(x.dtype) + bias[None, None].astype(x.dtype)
+        qkv = dense(x, kernel, bias, gradient_dtype=self.query.gradient_dtype)
         q, k, v = map(heads, jnp.split(qkv, 3, axis=2))
         out = attention(q, k, v, mask[:, None, None, :], self.dropout, keys, number)
         out = self.attention_output(out.reshape(batch, tokens, width))

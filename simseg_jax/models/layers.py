@@ -68,11 +68,6 @@ def apply_blocks(apply: Callable, blocks: nnx.List, x: jax.Array, remat: str) ->
 
     def body(x, inputs):
         state, index = inputs
-        # Where devices share a copy of the parameters, the weights of a block come together here,
-        # in the type of its products; XLA might send activations instead.
-        state = jax.tree.map(
-            lambda w: constrain_whole(w.astype(x.dtype) if w.ndim > 1 else w), state
-        )
         return apply(nnx.merge(graphdefs[0], state), x, index), None
 
     # XLA does not move work into or out of a loop's body: nothing keeps it from being repeated.
@@ -160,6 +155,44 @@ def attention(
     return jnp.swapaxes((out / total).astype(value.dtype), 1, 2)
 
 
+def dense(
+    x: Float[Array, "*B c"],
+    kernel: Float[Array, "c d"],
+    bias: Float[Array, " d"] | None = None,
+    dtype: Any = None,
+    gradient_dtype: Any = None,
+) -> Float[Array, "*B d"]:
+    """x @ kernel + bias, multiplied in the type of x; dtype: of the result, if another.
+
+    gradient_dtype: the type in which the gradients of kernel and bias leave their product, and thus
+    the one in which they are summed over devices; by default the type of x.
+    Where devices share a copy of the parameters, the kernel comes together here, in the type of x:
+    XLA might send activations instead.
+    """
+
+    def multiply(x, kernel, bias):
+        weights = constrain_whole(kernel.astype(x.dtype))
+        y = jnp.matmul(x, weights, preferred_element_type=dtype)
+        return y if bias is None else y + bias.astype(y.dtype).reshape(*[1] * (y.ndim - 1), -1)
+
+    if x.dtype == jnp.float32:
+        return multiply(x, kernel, bias)
+
+    def backward(operands, slope):
+        x, kernel, bias = operands
+        slope, sums = slope.astype(x.dtype), gradient_dtype or x.dtype
+        to_x = slope @ constrain_whole(kernel.astype(x.dtype)).T
+        rows = (y.reshape(-1, y.shape[-1]) for y in (x, slope))
+        to_kernel = jnp.einsum("nc,nd->cd", *rows, preferred_element_type=sums)
+        to_bias = slope.sum(axis=range(slope.ndim - 1), dtype=sums)
+        gradients = to_kernel.astype(kernel.dtype), to_bias.astype(kernel.dtype)
+        return to_x, gradients[0], None if bias is None else gradients[1]
+
+    apply = jax.custom_vjp(multiply)
+    apply.defvjp(lambda *operands: (multiply(*operands), operands), backward)
+    return jnp.asarray(apply(x, kernel, bias))
+
+
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """jnp.einsum(subscripts, x, y) with a float32 result, whose gradient stays in their type.
 
@@ -233,6 +266,17 @@ def make_blocks(make: Callable[[Keys], nnx.Module], depth: int, rngs: Keys) -> n
     )
 
 
+class Linear(nnx.Linear):
+    """`dense` with float32 parameters; gradient_dtype is set by the model that it is part of."""
+
+    gradient_dtype: Any = None
+
+    def __call__(self, inputs: Float[Array, "*B c"], out_sharding=None) -> Float[Array, "*B d"]:
+        bias = None if self.bias is None else self.bias[...]
+        inputs = inputs.astype(self.dtype)
+        return dense(inputs, self.kernel[...], bias, gradient_dtype=self.gradient_dtype)
+
+
 def linear(
     width_in: int,
     width_out: int,
@@ -240,9 +284,9 @@ def linear(
     dtype,
     rngs: Keys,
     bias_init=nnx.initializers.zeros,
-) -> nnx.Linear:
+) -> Linear:
     """A linear layer with float32 parameters that computes in `dtype`."""
-    return nnx.Linear(
+    return Linear(
         width_in,
         width_out,
         kernel_init=kernel_init,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
 from simseg_jax.models.bert import Bert, BertConfig
-from simseg_jax.models.layers import WIDTH, Keys, product, torch_linear_init
+from simseg_jax.models.layers import WIDTH, Keys, Linear, dense, torch_linear_init
 from simseg_jax.models.pooling import mean_pool, top_m_pool
 from simseg_jax.models.vit import ViT, ViTConfig
 from simseg_jax.runtime.ranges import FLAG, RESPONSES, number, one_of
@@ -40,29 +41,44 @@ class SimSegConfig:
     temperature: float = setting(0.07, "initial temperature", number(0.001, 0.5))
 
 
-class Projection(nnx.Module):
+class Projection(Linear):
     """Linear without bias; products in `dtype`, sums and result in float32 for the pooling."""
 
     def __init__(self, width: int, embed_dim: int, dtype, rngs: Keys):
-        init = torch_linear_init()
-        self.kernel = nnx.Param(init(rngs.params(), (width, embed_dim), jnp.float32))
-        self.dtype = dtype
+        super().__init__(
+            width,
+            embed_dim,
+            use_bias=False,
+            kernel_init=torch_linear_init(),
+            dtype=dtype,
+            rngs=rngs,  # pyright: ignore[reportArgumentType]
+        )
 
-    def __call__(self, x: Float[Array, "B N width"]) -> Float[Array, "B N D"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        return product("bnc,cd->bnd", x.astype(self.dtype), kernel)
+    def __call__(self, inputs: Float[Array, "B N width"], out_sharding=None) -> jax.Array:
+        inputs = inputs.astype(self.dtype)
+        return dense(inputs, self.kernel[...], None, jnp.float32, self.gradient_dtype)
 
 
 class SimSeg(nnx.Module):
     """Image and text encoders that meet in one embedding space."""
 
-    def __init__(self, config: SimSegConfig, dtype, rngs: Keys, remat: str = "none"):
+    def __init__(
+        self,
+        config: SimSegConfig,
+        dtype,
+        rngs: Keys,
+        remat: str = "none",
+        gradient_dtype: Any = None,
+    ):
         self.config = config
         self.image_encoder = ViT(config.image, dtype, rngs, remat)
         self.text_encoder = Bert(config.text, dtype, rngs, remat)
         self.image_projection = Projection(config.image.width, config.embed_dim, dtype, rngs)
         self.text_projection = Projection(config.text.width, config.embed_dim, dtype, rngs)
         self.temperature = nnx.Param(jnp.float32(config.temperature))
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Linear):
+                module.gradient_dtype = gradient_dtype
 
     def normalize(self, images: UInt8[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
         """uint8 [..., 3] -> float32 with the mean and deviation that the encoder expects."""
@@ -127,12 +143,17 @@ def l2_normalize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 
 @functools.cache
-def make_model(config: SimSegConfig, dtype=jnp.float32, remat: str = "none") -> nnx.GraphDef:
+def make_model(
+    config: SimSegConfig, dtype=jnp.float32, remat: str = "none", gradient_dtype: Any = None
+) -> nnx.GraphDef:
     """The model's structure without parameters; `bind(graphdef, params)` makes it callable.
 
-    remat: what the gradient keeps of every block, as `layers.apply_blocks`.
+    dtype: of matrix products. remat: what the gradient keeps of every block, as
+    `layers.apply_blocks`. gradient_dtype: of gradients of weights, as `layers.dense`.
     """
-    abstract = nnx.eval_shape(lambda: SimSeg(config, dtype, Keys(jax.random.key(0)), remat))
+    abstract = nnx.eval_shape(
+        lambda: SimSeg(config, dtype, Keys(jax.random.key(0)), remat, gradient_dtype)
+    )
     graphdef, _ = nnx.split(abstract, nnx.Param)
     return graphdef
 

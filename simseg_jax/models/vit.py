@@ -165,9 +165,11 @@ class ViT(nnx.Module):
         p = self.patch_embed.patch_size
         grid = (images.shape[1] // p, images.shape[2] // p)
         x = self.patch_embed(images.astype(self.dtype))
-        cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
-        positions = resize_position_embedding(self.pos_embed[...], grid).astype(x.dtype)
-        x = constrain_batch(jnp.concatenate([cls, x], axis=1) + positions)
+        # In float32, in which the gradients of both parameters are summed over the batch then.
+        cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[2]))
+        positions = resize_position_embedding(self.pos_embed[...], grid)
+        x = jnp.concatenate([cls, x.astype(jnp.float32)], axis=1) + positions
+        x = constrain_batch(x.astype(self.dtype))
         x = self.norm_pre(x) if self.norm_pre else x
         x = apply_blocks(lambda block, x, _: block(x), self.blocks, x, self.remat)
         return self.norm(x)

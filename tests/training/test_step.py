@@ -92,15 +92,15 @@ def test_frozen_parameters_cost_no_backward_pass(plain, micro_batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batch", [0, 2])
-def test_bfloat16_on_eight_devices_is_as_good_as_on_one(plain, micro_batch):
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 2}, {"gradient_dtype": jnp.float32}])
+def test_bfloat16_on_eight_devices_is_as_good_as_on_one(plain, options):
     """Its own error, against float32, is the measure: sums over devices must not add to it.
 
-    Without the gradient cache XLA sums gradients over devices in bfloat16, with it in float32.
+    By default XLA sums gradients over devices in bfloat16; the gradient cache sums in float32.
     """
     exact, exact_metrics = plain
     one, _ = gradients(dtype=jnp.bfloat16)
-    eight, metrics = gradients(dtype=jnp.bfloat16, devices=8, micro_batch=micro_batch)
+    eight, metrics = gradients(dtype=jnp.bfloat16, devices=8, **options)
 
     def distance(a, b):
         difference = jax.tree.map(lambda x, y: np.subtract(x, y, dtype=np.float32), a, b)
@@ -121,6 +121,25 @@ def test_only_similarities_are_multiplied_in_float32():
     single = [pair for pair in products if any(shape.endswith("f32") for shape in pair)]
     logits, embeddings = f"1x{BATCH}x{BATCH}xf32", f"1x{BATCH}x{MODEL.embed_dim}xf32"
     assert sorted(single) == [(embeddings, embeddings)] + [(logits, embeddings)] * 2
+
+
+@pytest.mark.parametrize("gradient_dtype", [None, jnp.float32])
+def test_gradients_of_weights_leave_their_product_in_the_chosen_type(gradient_dtype):
+    """XLA sums over devices right behind the product, before any conversion."""
+    step, _ = lower_step(dtype=jnp.bfloat16, gradient_dtype=gradient_dtype)
+    chosen = "bf16" if gradient_dtype is None else "f32"
+    text = step.as_text()
+    # Of MLPs and projections, [inputs, outputs] or transposed; of 2 blocks where there are two.
+    for kernel, count in (((32, 64), 2), ((128, 256), 2), ((32, 16), 1), ((128, 16), 1)):
+        found = [
+            kind
+            for sizes in (kernel, kernel[::-1])
+            for kind in re.findall(
+                rf"dot_general .* -> tensor<{sizes[0]}x{sizes[1]}x([a-z]+\d+)>", text
+            )
+        ]
+        assert len(found) >= count
+        assert set(found) == {chosen}
 
 
 @pytest.mark.slow
