@@ -89,5 +89,5 @@ def test_errors(monkeypatch, capsys, workdir):
     assert "no test set 'voc' in evals, only: seg/shapes" in error("--test_set=voc", "--table=crf")
     assert "the nearest is 'sigma_weight'" in error("--set=sigmaweight=1")
     assert "Cannot read --set=top_k" in error("--set=top_k")
-    assert "top_k=1 must be 0, for what" in error("--set=top_k=1,2")
+    assert "top_k=1 must be 0, for the test set" in error("--set=top_k=1,2")
     assert not np.any([p.name.startswith("sweep") for p in workdir.iterdir()])

@@ -1,4 +1,4 @@
-"""All evaluators of a configuration, by the prefix of their numbers, such as "seg/voc"."""
+"""The evaluators of a configuration, each under a prefix for its results, such as "seg/voc"."""
 
 import dataclasses
 import functools
@@ -15,14 +15,15 @@ from simseg_jax.zeroshot.settings import SegmentationConfig
 
 @dataclasses.dataclass(frozen=True)
 class EvalsConfig:
-    """The test sets of a run, each under a name of its own."""
+    """The test sets of a run, by name."""
 
     seg: dict[str, SegmentationConfig] = entries(SegmentationConfig)
     retrieval: dict[str, RetrievalConfig] = entries(RetrievalConfig)
     classification: dict[str, ClassificationConfig] = entries(ClassificationConfig)
 
 
-# Each has `headline`, `count`, and run(params, progress), which yields names and numbers.
+# Evaluators by kind. Each has `headline` (the name of its main result), `count` (of images) and
+# run(params, progress), which yields (name, number).
 KINDS: dict[str, Any] = {
     "seg": SegmentationEvaluator,
     "retrieval": RetrievalEvaluator,
@@ -31,7 +32,7 @@ KINDS: dict[str, Any] = {
 
 
 def entries_of(evals: EvalsConfig) -> dict[str, Any]:
-    """Every entry of `evals` by its prefix."""
+    """Prefix -> settings of every test set."""
     return {
         f"{kind}/{name}": settings
         for kind in KINDS
@@ -40,20 +41,21 @@ def entries_of(evals: EvalsConfig) -> dict[str, Any]:
 
 
 def summary(results: Mapping[str, float]) -> dict[str, float]:
-    """The one number per test set that sums it up."""
+    """The main result of every test set."""
     names = tuple(f"/{kind.headline}" for kind in KINDS.values())
     return {key: value for key, value in results.items() if key.endswith(names)}
 
 
 def headlines(results: Mapping[str, float]) -> list[str]:
-    """The numbers of `summary` as text."""
+    """The results of `summary` as text."""
     return [f"{key} {value:.4f}" for key, value in summary(results).items()]
 
 
 def make_evaluators(model: Model, test_sets: Mapping[str, Any], cache: str = "") -> dict[str, Any]:
-    """test_sets: settings by prefix, as of `entries_of`. Missing data are found now.
+    """Prefix -> evaluator. Raises a `UserError` now if data are missing.
 
-    cache: folder for indexes and copies of image-caption pairs, as `config.data.cache`.
+    test_sets: prefix -> settings, see `entries_of`. cache: folder for indexes and copies of
+    image-caption pairs, see `config.data.cache`.
     """
     kinds = {**KINDS, "retrieval": functools.partial(RetrievalEvaluator, cache=cache)}
     return {

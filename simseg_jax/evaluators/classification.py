@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose prompts are nearest to the image (table 8)."""
+"""Zero-shot classification: the class whose embedding is nearest to the image (paper, table 8)."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +29,9 @@ class ClassificationConfig(EmbeddingConfig):
     root: str = setting("", "folder of the data", TEXT)
     split: str = setting("", "subfolder, or split of the TFDS or generated data", TEXT)
     names: str = setting(
-        "auto", "auto: CLIP's for ImageNet, else the folders'; file of `class: name, name`", TEXT
+        "auto",
+        "auto: CLIP's names for ImageNet, else the folders'; or a file of `class: name, name`",
+        TEXT,
     )
     prompts: str = setting(
         "imagenet", "templates: imagenet (the 80 of CLIP), plain, shapes", one_of(*TEMPLATES)
@@ -38,7 +40,7 @@ class ClassificationConfig(EmbeddingConfig):
 
 
 class ClassificationEvaluator:
-    """Images with one class each; settings: an entry of `config.evals.classification`."""
+    """Top-1 and top-5 accuracy on images with one class each."""
 
     headline = "top1"
 
@@ -53,7 +55,7 @@ class ClassificationEvaluator:
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[tuple]:
         """Yields ("top1", fraction) and ("top5", fraction)."""
-        # Spread over the set, whose images may come class by class.
+        # A limited number is spread evenly, because the images may be sorted by class.
         indices = np.linspace(0, len(self.source) - 1, self.count).round().astype(int)
         load = loader(self.source)
         images, labels = self.embed_images(params, indices.tolist(), load, progress)

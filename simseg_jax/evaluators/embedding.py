@@ -1,6 +1,7 @@
-"""Images -> one vector each: the shared part of retrieval, classification and linear probing."""
+"""One vector per image: the shared part of retrieval, classification and linear probing."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,20 +24,20 @@ from simseg_jax.zeroshot.model import Model
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """How images are brought to the size that the encoder sees, and pooled."""
+    """How images are resized, cropped and pooled."""
 
     resize: int = setting(324, "side in pixels to which images are resized", SIDE)
-    crop: int = setting(288, "side of the central square that the model sees", SIDE)
+    crop: int = setting(288, "side in pixels of the central square that the model sees", SIDE)
     aspect: str = setting(
         "squash",
-        "squash: to a square of resize pixels, as the authors; keep: the shorter side to resize",
+        "squash: resize to a square, as the authors do; keep: resize the shorter side",
         one_of("squash", "keep"),
     )
     m_image: int = setting(5, "M^I: responses per channel over patches", RESPONSES)
     threads: int = setting(0, "threads that decode; 0: one per core, at most 32", THREADS)
 
     def check_patches(self, patch_size: int, prefix: str = "") -> None:
-        """Raises a `UserError` unless the crop is a whole number of patches and in the image."""
+        """Raises a `UserError` unless the crop is a multiple of the patch size and fits."""
         if self.crop % patch_size or self.crop > self.resize:
             raise UserError(
                 f"{prefix}crop={self.crop} must be a multiple of the patch size, which is "
@@ -46,10 +47,10 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig(ImageConfig):
-    """How many images are embedded, and what of their texts."""
+    """How images and their texts are embedded, and how many."""
 
-    m_text: int = setting(1, "M^T: responses per channel over words, padding masked", RESPONSES)
-    limit: int = setting(0, "use so many images; 0: all", whole(0))
+    m_text: int = setting(1, "M^T: responses per channel over words, without padding", RESPONSES)
+    limit: int = setting(0, "number of images; 0: all", whole(0))
     batch_size: int = setting(32, "images per batch over all devices of a process", BATCH)
 
 
@@ -57,7 +58,8 @@ def resize_and_crop(image: Image.Image, size: int, side: int, aspect: str = "squ
     """The central square of a resized image: uint8 [side, side, 3].
 
     aspect: "squash" resizes to size x size pixels, as the authors do; "keep" resizes the shorter
-    side to `size`. Bilinear, antialiased, and rounded as torchvision's Resize and CenterCrop.
+    side to `size`. Bilinear and antialiased; sizes are rounded as by torchvision's Resize and
+    CenterCrop.
     """
     width, height = image.size
     if aspect == "squash":
@@ -72,19 +74,15 @@ def resize_and_crop(image: Image.Image, size: int, side: int, aspect: str = "squ
 
 
 class ImageEmbedder:
-    """Runs many images through the image encoder.
+    """Runs many images through the image encoder; results are the same for any batch or devices.
 
-    batch_size: images at a time. feature: what stands for an image: "embedding", of unit length,
-    or of the encoder's tokens after the final norm "cls" or "mean", of the patches. Results do not
-    depend on batch size, devices or processes.
+    batch_size: images at a time. feature: the vector of an image: "embedding" (pooled, projected,
+    of unit length), or from the encoder's tokens after the final norm "cls" (the CLS token) or
+    "mean" (the mean of the patches).
     """
 
     def __init__(
-        self,
-        model: Model,
-        settings: ImageConfig,
-        batch_size: int,
-        feature: str = "embedding",
+        self, model: Model, settings: ImageConfig, batch_size: int, feature: str = "embedding"
     ):
         self.mesh, self.settings, graphdef = model.local_mesh, settings, model.graphdef
         self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
@@ -108,34 +106,31 @@ class ImageEmbedder:
         load: Callable[[int], tuple[Image.Image, Any]],
         progress: Callable[[Iterable], Iterable] = iter,
     ) -> tuple[np.ndarray, list]:
-        """(vectors float32 [len(indices), D], what `load` keeps of each image), on every process.
+        """(vectors float32 [len(indices), D], one label per image), the same on every process.
 
-        load(index) -> (image, something to keep that JSON can hold).
+        load(index) -> (image, its label: anything that JSON can hold).
         """
         share = indices[jax.process_index() :: jax.process_count()]
         params = local_params(params, self.mesh)
-
-        kept: dict[int, Any] = {}
+        labels: dict[int, Any] = {}
 
         def prepare(index: int) -> np.ndarray:
-            image, kept[index] = load(index)
+            image, labels[index] = load(index)
             seen = self.settings
             return resize_and_crop(image, seen.resize, seen.crop, seen.aspect)
 
-        parts, running = [], None
         with ThreadPoolExecutor(self.threads) as pool, jax.set_mesh(self.mesh):
             loaded = ahead(pool, prepare, progress(share), 2 * self.batch_size)
-            for batch in self._batches(loaded):
-                ahead_of_it, running = running, self._start(params, batch)
-                if ahead_of_it is not None:
-                    # While the device is busy with the next batch.
-                    parts.append(np.asarray(ahead_of_it))
-            if running is not None:
-                parts.append(np.asarray(running))
+            batches = iter(lambda: list(itertools.islice(loaded, self.batch_size)), [])
+            started = (self._start(params, batch) for batch in batches)
+            # A result is fetched while the device is busy with the next batch.
+            pairs = itertools.pairwise(itertools.chain(started, [None]))
+            parts = [np.asarray(vectors) for vectors, _next in pairs]
+        # Without the rows that fill up the last batch. A process may have no images at all.
         own = np.concatenate(parts)[: len(share)] if parts else None
         everything = dict(
             item
-            for part in gather_bytes(json.dumps(list(kept.items())).encode())
+            for part in gather_bytes(json.dumps(list(labels.items())).encode())
             for item in json.loads(part)
         )
         return _gathered(own, len(indices)), [everything[index] for index in indices]
@@ -145,28 +140,15 @@ class ImageEmbedder:
         images[: len(batch)] = batch
         return self.embed(params, to_global_batch(images, self.mesh))
 
-    def _batches(self, loaded: Iterable[np.ndarray]):
-        batch: list[np.ndarray] = []
-        for image in loaded:
-            batch.append(image)
-            if len(batch) == self.batch_size:
-                yield batch
-                batch = []
-        if batch:
-            # The last one is padded by `_start`; its surplus is cut off at the end.
-            yield batch
-
 
 def _gathered(own: np.ndarray | None, count: int) -> np.ndarray:
-    """The rows of all processes, which took every n-th index each, in the order of the indices."""
+    """The vectors of all `count` images in order; of n processes each has every n-th one."""
     if jax.process_count() == 1:
         assert own is not None
         return own
-    width = int(
-        multihost_utils.process_allgather(np.array(own.shape[1] if own is not None else 0)).max()
-    )
-    rows = -(-count // jax.process_count())
-    padded = np.zeros((rows, width), np.float32)
-    if own is not None:
-        padded[: len(own)] = own
+    own = np.zeros((0, 0), np.float32) if own is None else own
+    # A process without images learns the width from the others.
+    width = int(multihost_utils.process_allgather(np.array(own.shape[1])).max())
+    padded = np.zeros((-(-count // jax.process_count()), width), np.float32)
+    padded[: len(own), : own.shape[1]] = own
     return multihost_utils.process_allgather(padded).swapaxes(0, 1).reshape(-1, width)[:count]

@@ -1,4 +1,4 @@
-"""Metrics in plain NumPy."""
+"""Metrics of segmentation, retrieval and classification in NumPy."""
 
 import numpy as np
 from jaxtyping import Float, Int, Integer
@@ -7,9 +7,10 @@ from jaxtyping import Float, Int, Integer
 def confusion_matrix(
     prediction: Integer[np.ndarray, "H W"], truth: Integer[np.ndarray, "H W"], classes: int
 ) -> Int[np.ndarray, "{classes} {classes}"]:
-    """Pixel counts int64 [classes, classes], rows truth, columns prediction; truth 255 is ignored.
+    """Pixel counts int64 [classes, classes]: rows are the truth, columns the prediction.
 
-    Summable over images. Other labels outside [0, classes) are an error in the data.
+    Pixels with truth 255 are ignored; a `ValueError` for any other label outside [0, classes). The
+    matrices of several images can be added.
     """
     valid = truth != 255
     truth, prediction = truth[valid].astype(np.int64), prediction[valid].astype(np.int64)
@@ -21,7 +22,7 @@ def confusion_matrix(
 
 
 def class_iou(confusion: Int[np.ndarray, "C C"]) -> Float[np.ndarray, " C"]:
-    """Intersection over union per class, float64; NaN for classes neither present nor predicted."""
+    """IoU of every class, float64; NaN for a class that is neither present nor predicted."""
     intersection = np.diagonal(confusion).astype(np.float64)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - intersection
     with np.errstate(invalid="ignore"):
@@ -29,7 +30,7 @@ def class_iou(confusion: Int[np.ndarray, "C C"]) -> Float[np.ndarray, " C"]:
 
 
 def mean_iou(ious: Float[np.ndarray, " C"]) -> float:
-    """Mean of the class IoUs that are defined, a fraction; NaN if none is."""
+    """Mean of the class IoUs that are not NaN, a fraction; NaN if all are."""
     defined = ious[np.isfinite(ious)]
     return float(defined.mean()) if len(defined) else float("nan")
 
@@ -39,18 +40,16 @@ def recall_at(
     owners: Int[np.ndarray, " M"],
     k: int,
 ) -> tuple[float, float]:
-    """R@k of image-to-text and text-to-image retrieval, fractions.
+    """(R@k of image-to-text, R@k of text-to-image retrieval), fractions.
 
-    nearest: of `evaluators.ranking.nearest`, K and L at least k. owners: the image of every text.
-    An image counts as right if one of its texts is among the first k.
+    nearest: from `evaluators.ranking.nearest`, with K and L at least k. owners: the image of every
+    text. An image is a hit if one of its texts is among the first k.
     """
     of_images, of_texts = nearest
-    known = of_images[:, :k]
-    right = (owners[known] == np.arange(len(known))[:, None]) & (known >= 0)
-    return (
-        float(right.any(axis=1).mean()),
-        float((of_texts[:, :k] == owners[:, None]).any(axis=1).mean()),
-    )
+    texts = of_images[:, :k]
+    image_hits = (owners[texts] == np.arange(len(texts))[:, None]) & (texts >= 0)
+    text_hits = of_texts[:, :k] == owners[:, None]
+    return float(image_hits.any(axis=1).mean()), float(text_hits.any(axis=1).mean())
 
 
 def top_accuracy(

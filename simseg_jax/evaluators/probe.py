@@ -36,13 +36,14 @@ class ProbeConfig(ImageConfig):
     seed: int = setting(0, "seeds the classifier and the order of the images", SEED)
     data: str = inherited(ClassificationConfig, "data", "folder")
     root: str = inherited(ClassificationConfig, "root", "")
-    train: str = setting("train", "split to train on", TEXT)
-    val: str = setting("val", "split to measure on", TEXT)
+    train: str = setting("train", "split for training", TEXT)
+    val: str = setting("val", "split for evaluation", TEXT)
     size: int = setting(2000, "shapes: number of training scenes", SCENES)
     val_size: int = setting(500, "shapes: number of validation scenes", SCENES)
     feature: str = setting(
         "cls",
-        "cls: CLS, as the authors; mean: of the patches; embedding: top-M, projected, unit length",
+        "cls: CLS token, as the authors; mean: mean of the patches; embedding: top-M pooled, "
+        "projected, of unit length",
         one_of("embedding", "cls", "mean"),
     )
     resize: int = inherited(ImageConfig, "resize", 256)
@@ -50,20 +51,22 @@ class ProbeConfig(ImageConfig):
     images: int = setting(
         32, "images per batch of the encoder over all devices of a process", BATCH
     )
-    standardize: bool = setting(False, "features minus their mean, over their deviation", FLAG)
+    standardize: bool = setting(
+        False, "subtract the features' mean and divide by their standard deviation", FLAG
+    )
     epochs: int = setting(90, "passes over the features", whole(1, 10**6))
     warmup_epochs: int = setting(
-        10, "of them with a learning rate that rises from 0", whole(0, 10**6)
+        10, "epochs in which the learning rate rises from 0", whole(0, 10**6)
     )
-    batch_size: int = setting(16384, "features per step; never more than there are", whole(1))
+    batch_size: int = setting(16384, "features per step, at most all", whole(1))
     base_lr: float = setting(
-        0.1, "peak learning rate for 256 features per step; grows with the batch", LEARNING_RATE
+        0.1, "peak learning rate for 256 features per step, scaled with the batch", LEARNING_RATE
     )
-    momentum: float = setting(0.9, "of LARS", BELOW_ONE)
-    weight_decay: float = setting(0.0, "of LARS", DECAY)
+    momentum: float = setting(0.9, "momentum of LARS", BELOW_ONE)
+    weight_decay: float = setting(0.0, "weight decay of LARS", DECAY)
 
     def check(self, prefix: str = "") -> None:
-        """Raises a `UserError` if the fields do not fit each other."""
+        """Raises a `UserError` if fields contradict each other; prefix: precedes their names."""
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"{prefix}warmup_epochs={self.warmup_epochs} must be less than "
@@ -74,9 +77,10 @@ class ProbeConfig(ImageConfig):
 def probe(
     settings: ProbeConfig, train: dict[str, np.ndarray], features: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Scores float32 [N, classes] of `features` by a classifier trained on `train`.
+    """Scores float32 [N, classes] of `features` from a linear classifier trained on `train`.
 
-    The batch is split over all devices. All of the features are in the memory of every host.
+    train: "features" [M, D] and "labels" [M]; every host holds all of them in memory. A batch is
+    split over all devices.
     """
     mesh = make_mesh()
     known, labels = train["features"], train["labels"]
@@ -84,7 +88,7 @@ def probe(
         mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-6
         known, features = (known - mean) / deviation, (features - mean) / deviation
     count = len(known)
-    # A whole number for every device.
+    # Rounded down to the same number on every device.
     batch = min(settings.batch_size, count) // mesh.size * mesh.size
     if not batch:
         raise UserError(f"{count} training images are fewer than the {mesh.size} devices.")
@@ -93,7 +97,7 @@ def probe(
     schedule = cosine_schedule(settings.base_lr * batch / 256, steps, warmup, 0.0)
     optimizer = lars(schedule, momentum=settings.momentum, weight_decay=settings.weight_decay)
     width, keys = known.shape[1], jax.random.split(jax.random.key(settings.seed))
-    # As PyTorch's Linear: LARS moves weights in proportion to their length.
+    # PyTorch's initialisation matters: LARS scales updates by the norm of the weights.
     params = {
         "kernel": torch_linear_init()(keys[0], (width, classes)),
         "bias": torch_bias_init(width)(keys[1], (classes,)),
@@ -106,7 +110,8 @@ def probe(
         donate_argnums=(0, 1),
     )
     rng = np.random.default_rng(settings.seed)
-    begin, own = jax.process_index() * batch // jax.process_count(), batch // jax.process_count()
+    own = batch // jax.process_count()  # Rows of the batch that this process hands over.
+    begin = jax.process_index() * own
     with tqdm(total=steps, unit="step", disable=jax.process_index() > 0) as bar:
         loss = np.nan
         for _ in range(settings.epochs):
@@ -122,7 +127,7 @@ def probe(
 
 
 def probe_step(optimizer: optax.GradientTransformation, params, state, batch) -> tuple[Any, ...]:
-    """(parameters, optimiser state, loss) after one step of softmax cross entropy."""
+    """One step on the softmax cross-entropy: (parameters, optimiser state, loss)."""
 
     def loss(params):
         logits = batch["x"] @ params["kernel"] + params["bias"][None]

@@ -1,4 +1,4 @@
-"""Records of evaluated images on disk: a killed job continues where it stopped."""
+"""Records of evaluated images on disk, from which a killed job continues."""
 
 import json
 from collections import Counter
@@ -14,16 +14,17 @@ from simseg_jax.runtime.files import digest, naming
 from simseg_jax.runtime.settings import first_difference
 from simseg_jax.runtime.sharding import gather_bytes
 
-FORMAT = 2  # Of the lines. Records in another format are computed again.
-# Settings that do not change the record of an image.
+FORMAT = 2  # Version of the lines. Records in another format are computed again.
+# Settings that do not affect the record of an image.
 IMMATERIAL = ("limit", "batch_size", "threads")
 
 
 class Record(NamedTuple):
-    """One image under each of the settings.
+    """The result for one image under each of the settings.
 
-    name, stamp: which image, and which version of its files. counts: int [n, 3], rows (true label,
-    predicted label, pixels). scores: image-text scores [C], NaN where a class is not scored.
+    name: of the image. stamp: identifies the version of its files. counts: per setting int [n, 3]
+    with rows (true label, predicted label, pixels). scores: per setting image-text scores [C], NaN
+    for a class that is not scored.
     """
 
     name: str
@@ -38,14 +39,16 @@ class Record(NamedTuple):
 
     @classmethod
     def from_list(cls, values: list) -> "Record":
-        """The record that `to_list` made into `values`."""
+        """The inverse of `to_list`."""
         name, stamp, counts, scores = values
         arrays = [np.array(c, np.int64).reshape(-1, 3) for c in counts]
         return cls(name, stamp, arrays, [np.array(s, np.float64) for s in scores])
 
 
 def total_confusion(records: Iterable[Record], classes: int, number: int = 0) -> np.ndarray:
-    """Pixels int64 [C, C] of all records, rows truth, columns prediction."""
+    """Pixels int64 [C, C] of all records under one setting: rows are the truth, columns the
+    prediction. number: of the setting.
+    """
     confusion = np.zeros((classes, classes), np.int64)
     for record in records:
         truth, prediction, pixels = record.counts[number].T
@@ -54,19 +57,19 @@ def total_confusion(records: Iterable[Record], classes: int, number: int = 0) ->
 
 
 class Kept(NamedTuple):
-    """The content of a `RecordStore`: records by name and stamp, unusable lines by reason."""
+    """The content of a `RecordStore`: (name, stamp) -> record; reason -> unusable lines."""
 
     records: dict[tuple[str, str], Record]
     unusable: Counter[str]
 
     def of(self, images: Iterable[tuple[str, str]]) -> dict[str, Record]:
-        """The records found for images (name, stamp), by name."""
+        """Name -> record, for those of the images (name, stamp) that have one."""
         return {image[0]: self.records[image] for image in images if image in self.records}
 
     def describe(self, done: int, remaining: Sequence[str], listed: Sequence[str]) -> str:
-        """A sentence: how many images have records, and why the `remaining` ones have none.
+        """A sentence that says how many images have records, and why the `remaining` have none.
 
-        listed: all names of the test set, also those beyond the limit.
+        listed: all names of the test set, including those beyond the limit.
         """
         known = {name for name, _ in self.records}
         changed = sum(name in known for name in remaining)
@@ -79,16 +82,17 @@ class Kept(NamedTuple):
 
 
 class RecordStore:
-    """A folder of JSON lines, one file per process; headers identify the evaluation.
+    """A folder of JSON lines, one file per process; a header line identifies the evaluation.
 
-    identity: checkpoint, settings and whatever else must agree: a `UserError` refuses a store with
-    another one. inputs: identifies what is read besides the images; records with other inputs are
-    not used. Every line carries a digest of itself and its header, so that damage is noticed.
+    identity: the checkpoint, the settings and whatever else must agree; a store with another
+    identity is refused with a `UserError`. inputs: identifies what is read besides the images;
+    records with other inputs are not used. Every line carries a digest of its content and header,
+    which reveals damage.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], inputs: str = ""):
         self.folder = folder
-        # As JSON returns it: tuples become lists.
+        # Through JSON, which turns tuples into lists, to compare equal with what is read.
         self.identity = json.loads(json.dumps({"format": FORMAT, **identity, "inputs": inputs}))
         self.key = digest(self.identity)
 
@@ -109,14 +113,14 @@ class RecordStore:
         return kept
 
     def extend(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Appends records to the file of this process as they come, and passes them on."""
+        """Appends records to this process's file as they arrive, and yields them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"records-{jax.process_index():05d}.jsonl"
         with naming(path), path.open("a", encoding="utf-8") as file:
             if file.tell():
-                file.write("\n")  # The last line may be cut off.
+                file.write("\n")  # A kill may have cut off the last line.
             file.write(json.dumps({**self.identity, "seal": self.key}) + "\n")
-            file.flush()  # A full disk is found before the work.
+            file.flush()  # A full disk is noticed before the work begins.
             for record in records:
                 values = record.to_list()
                 file.write(json.dumps([*values, self._seal(values)]) + "\n")
@@ -127,7 +131,7 @@ class RecordStore:
         return digest([self.key, *values])
 
     def _check(self, path: Path, header: dict) -> str:
-        """Why the records below a header of `path` would be unusable."""
+        """The reason to count if lines below this header of `path` cannot be used."""
         if header.get("format") != FORMAT:
             return "of an earlier version" if "settings" in header else "damaged"
         if header.pop("seal", None) != digest(header):
@@ -145,7 +149,7 @@ class RecordStore:
 
 
 def _parse(line: bytes) -> list | dict | None:
-    """A line of a store, or None for one that is damaged, perhaps cut off by a kill."""
+    """The content of a line; None if it is damaged, perhaps cut off by a kill."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
@@ -154,7 +158,7 @@ def _parse(line: bytes) -> list | dict | None:
 
 
 def gather(records: Iterable[Record]) -> dict[str, Record]:
-    """The records of all processes by name, sorted. All processes must call this together."""
+    """Name -> record of all processes, sorted by name. All processes must call this together."""
     own = json.dumps([record.to_list() for record in records])
     parts = [json.loads(part) for part in gather_bytes(own.encode())]
     merged = {r.name: r for part in parts for r in map(Record.from_list, part)}

@@ -1,4 +1,4 @@
-"""Image-text retrieval: R@1, R@5, R@10 both ways and their sum (tables 6 and 7 of the paper)."""
+"""Image-text retrieval: R@1, R@5, R@10 in both directions and RSUM (paper, tables 6 and 7)."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +24,7 @@ KS = (1, 5, 10)
 
 
 class Ranked(NamedTuple):
-    """The nearest of everything: see `ranking.nearest`. owners: the image of every text."""
+    """nearest: from `ranking.nearest`; owners: the image of every text; texts: the captions."""
 
     nearest: tuple[np.ndarray, np.ndarray]
     owners: np.ndarray
@@ -33,16 +33,16 @@ class Ranked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalConfig(PairsConfig, EmbeddingConfig):
-    """One entry of `evals.retrieval`: images and captions that search each other."""
+    """One entry of `evals.retrieval`: images and their captions."""
 
-    captions: int = setting(5, "captions used of every image; 0: all", whole(0))
+    captions: int = setting(5, "number of captions per image, the first ones; 0: all", whole(0))
 
 
 class RetrievalEvaluator:
-    """A set of images with several captions each.
+    """Every caption is searched among all images and every image among all captions.
 
-    Every caption searches all images, every image all captions; exact, ties by position. cache:
-    folder for indexes and copies of the data, as `config.data.cache`.
+    The search is exact; the first of ties wins. cache: folder for indexes and copies of the data,
+    see `config.data.cache`.
     """
 
     headline = "rsum"
@@ -57,37 +57,36 @@ class RetrievalEvaluator:
         self.embed_texts = text_embedder(model)
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Iterator[tuple]:
-        """Yields ("i2t/r@1", fraction), ..., ("rsum", sum of the six in per cent)."""
+        """Yields ("i2t/r@1", fraction), ..., ("rsum", sum of the six recalls in percent)."""
         yield from scores(self.rank(params, progress))
 
     def rank(self, params, progress: Callable[[Iterable], Iterable] = iter) -> Ranked:
-        """What `run` counts, for pictures as well."""
+        """The nearest captions and images; `scores` computes the results from them."""
 
         def load(index: int):
-            example = self._example(index)
+            try:
+                example = self.source[index]
+            except BadExample as error:
+                raise UserError(
+                    f"{error} Remove it from the test set or replace the file."
+                ) from error
             image = decode_image(example["image"], str(example["name"]))
             return image, example["captions"][: self.settings.captions or None]
 
         images, used = self.embed_images(params, range(self.count), load, progress)
-        owners = np.repeat(np.arange(self.count), [len(several) for several in used])
-        texts = [caption for several in used for caption in several]
+        owners = np.repeat(np.arange(self.count), [len(captions) for captions in used])
+        texts = [caption for captions in used for caption in captions]
         ids, mask = self.encoder.batch(texts)
         local = local_params(params, self.mesh)
         with jax.set_mesh(self.mesh):
             embedded = self.embed_texts(local, ids, mask, self.settings.m_text)
         return Ranked(nearest(images, np.asarray(embedded), max(KS)), owners, texts)
 
-    def _example(self, index: int) -> dict:
-        try:
-            return self.source[index]
-        except BadExample as error:
-            raise UserError(f"{error} Remove it from the test set or replace the file.") from error
-
 
 def scores(ranked: Ranked) -> Iterator[tuple[str, float]]:
-    """The numbers of `RetrievalEvaluator.run`."""
+    """The results of `RetrievalEvaluator.run`."""
     recalls = {k: recall_at(ranked.nearest, ranked.owners, k) for k in KS}
-    for way, name in enumerate(("i2t", "t2i")):
+    for direction, name in enumerate(("i2t", "t2i")):
         for k in KS:
-            yield f"{name}/r@{k}", recalls[k][way]
+            yield f"{name}/r@{k}", recalls[k][direction]
     yield "rsum", 100 * sum(sum(both) for both in recalls.values())

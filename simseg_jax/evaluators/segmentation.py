@@ -1,4 +1,4 @@
-"""Zero-shot segmentation of a test set: a record per image, and mean IoU over all of them."""
+"""Zero-shot segmentation of a test set: a record per image, and mean IoU over all images."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +25,9 @@ from simseg_jax.zeroshot.settings import SegmentationConfig
 class SegmentationEvaluator:
     """A test set under one or several settings, which may differ in what follows the encoder.
 
-    Labels count from 1; label 0 is the class background or, for test sets without it, "no class".
-    Results do not depend on batch size, devices, processes. images: (name, stamp) of each. inputs:
-    stands for the class names and their tokenised prompts.
+    Labels of classes count from 1. Label 0 is the background, or "no class" in test sets without a
+    background. Results do not depend on batch size, devices or processes. images: (name, stamp) of
+    each image. inputs: a digest of the class names and their tokenised prompts.
     """
 
     headline = "miou"
@@ -41,7 +41,7 @@ class SegmentationEvaluator:
         self.background = self.source.background
         if not self.background:
             names, self.class_names = (("background",), *names), ("none", *self.class_names)
-        # Taken before the files are read: a change in between is seen as one the next time.
+        # Stamps are taken before the files are read: the next job notices a change in between.
         count = settings.limit or None
         self.images = [(n, self.source.stamp(i)) for i, n in enumerate(self.source.names[:count])]
         self.count = len(self.images)
@@ -51,14 +51,14 @@ class SegmentationEvaluator:
         self.engine = Engine(model, several, names, self.background)
         prompts = [array.tolist() for array in self.engine.prompts]
         self.inputs = digest([self.class_names, prompts])
-        # The parameters last used and their class embeddings.
-        self._embedded: tuple = (None, None)
-        self._said = False  # Which masks were turned.
+        self._embedded: tuple = (None, None)  # The latest parameters and their class embeddings.
+        self._said = False  # Whether the message about turned masks was printed.
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter):
         """Yields ("miou", fraction) and ("iou/<class>", fraction) for classes that occur.
 
-        Of the first settings; progress wraps the iterator over images, to show a bar.
+        The results are those of the first settings. progress: wraps the iterator over images, to
+        show a bar.
         """
         confusion = self.confusion(self.records(params, progress=progress))
         if jax.process_count() > 1:
@@ -66,21 +66,18 @@ class SegmentationEvaluator:
         yield from self.scores(confusion)
 
     def confusion(self, records: Iterable[Record], number: int = 0) -> np.ndarray:
-        """Pixels int64 [C, C] of all records under the settings of that number.
-
-        Rows are the truth, columns the prediction.
-        """
+        """Pixels int64 [C, C] of all records, see `records.total_confusion`."""
         return total_confusion(records, len(self.class_names), number)
 
     def ious(self, confusion: np.ndarray) -> np.ndarray:
-        """IoU of every class [C], NaN for those that do not occur and for label 0 as "no class"."""
+        """IoU of every class [C]; NaN for classes that do not occur and for "no class"."""
         ious = class_iou(confusion)
         if not self.background:
             ious[0] = np.nan
         return ious
 
     def scores(self, confusion: np.ndarray) -> Iterator[tuple[str, float]]:
-        """The numbers of `run` from a confusion matrix."""
+        """The results of `run` from a confusion matrix."""
         ious = self.ious(confusion)
         yield "miou", mean_iou(ious)
         for name, iou in zip(self.class_names, ious, strict=True):
@@ -93,10 +90,9 @@ class SegmentationEvaluator:
         indices: Sequence[int] | None = None,
         progress: Callable[[Iterable], Iterable] = iter,
     ) -> Iterator[Record]:
-        """One record per image of this process's share of `indices` (all of them by default)."""
-        share = (range(self.count) if indices is None else indices)[
-            jax.process_index() :: jax.process_count()
-        ]
+        """One record per image in this process's share of `indices` (by default all images)."""
+        indices = range(self.count) if indices is None else indices
+        share = indices[jax.process_index() :: jax.process_count()]
         with ThreadPoolExecutor(self.engine.threads) as pool:
 
             def finished() -> Iterator[tuple]:
@@ -114,7 +110,7 @@ class SegmentationEvaluator:
             )
 
     def predictions(self, params, indices: Sequence[int]) -> Iterator[tuple]:
-        """For pictures: (example, labels [H, W] under all settings, response of the first)."""
+        """For pictures: (example, labels [H, W] per setting, response to the first setting)."""
         for examples, masks, responses in self._run(params, indices, in_order=True):
             for i, example in enumerate(examples):
                 shape = example["mask"].shape
@@ -124,7 +120,7 @@ class SegmentationEvaluator:
     def _run(self, params, indices: Iterable[int], in_order: bool = False):
         local = local_params(params, self.engine.mesh)
         if self._embedded[0] is not params:
-            # Thousands of prompts: pictures take the embeddings of the evaluation before them.
+            # Embedding thousands of prompts takes time; pictures reuse the evaluation's embeddings.
             self._embedded = params, self.engine.embed(local)
         jobs = (lambda index=index: self._load(index) for index in indices)
         return self.engine.run(local, jobs, self._embedded[1], in_order)
@@ -151,9 +147,9 @@ class SegmentationEvaluator:
         return Record(name, stamp, counts, scores)
 
     def _require_labels(self) -> None:
-        """Mean IoU without a single labelled pixel would be NaN. Mostly reads one mask."""
+        """Refuses a test set without a labelled pixel. It usually reads just one mask."""
         if not any((self.source[index]["mask"] != 255).any() for index in range(self.count)):
             raise UserError(
                 f"The test set {self.settings.data} in {self.settings.root!r} has no labelled "
-                "pixel: its masks are 255, which means ignore, everywhere."
+                "pixel: its masks are 255 (ignored) everywhere."
             )

@@ -1,9 +1,9 @@
-"""Fully connected CRF (Kraehenbuehl and Koltun, 2011) on NumPy and SciPy, equal to pydensecrf.
+"""Fully connected CRF (Kraehenbuehl and Koltun, 2011) in NumPy and SciPy, equal to pydensecrf.
 
-Unary energy -log(p + 1e-8) plus Potts terms under a Gaussian kernel of the positions and a
-bilateral one of positions and colours; inference is a fixed number of mean-field updates. The
-reference, pydensecrf, can do the same here (extra `crf`: it needs a C++ compiler). `densecrf_jax`
-is the batched version for accelerators.
+The energy is the unary term -log(p + 1e-8) plus two Potts terms: one with a Gaussian kernel on
+pixel positions, one with a bilateral kernel on positions and colours. Inference is a fixed number
+of mean-field updates. The reference pydensecrf can be used instead (extra `crf`, which needs a C++
+compiler). `densecrf_jax` is the batched version for accelerators.
 """
 
 import dataclasses
@@ -18,25 +18,25 @@ from simseg_jax.runtime.ranges import number, one_of, whole
 from simseg_jax.runtime.settings import setting
 
 EPSILON = np.float32(1e-8)
-
-
 DEVIATION = number(0.01, 1000)
 COMPATIBILITY = number(0, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
 class CRF:
-    """Where a dense CRF runs, its kernels and iterations; the default is the paper protocol's."""
+    """Kernels, iterations and back end of a dense CRF; the default is the paper protocol's."""
 
-    gaussian_sxy: float = setting(3.0, "deviation of the position kernel in pixels", DEVIATION)
-    gaussian_compat: float = setting(3.0, "weight of that kernel", COMPATIBILITY)
-    bilateral_sxy: float = setting(40.0, "position deviation of the bilateral kernel", DEVIATION)
-    bilateral_srgb: float = setting(13.0, "its colour deviation in levels 0..255", DEVIATION)
-    bilateral_compat: float = setting(10.0, "weight of that kernel", COMPATIBILITY)
+    gaussian_sxy: float = setting(3.0, "deviation of the Gaussian kernel in pixels", DEVIATION)
+    gaussian_compat: float = setting(3.0, "weight of the Gaussian kernel", COMPATIBILITY)
+    bilateral_sxy: float = setting(40.0, "bilateral kernel: deviation in pixels", DEVIATION)
+    bilateral_srgb: float = setting(
+        13.0, "bilateral kernel: deviation in colour levels 0..255", DEVIATION
+    )
+    bilateral_compat: float = setting(10.0, "weight of the bilateral kernel", COMPATIBILITY)
     iterations: int = setting(3, "mean-field updates", whole(1, 1000))
     backend: str = setting(
         "auto",
-        "numpy (threads of the host), jax (device), auto: jax on GPUs only",
+        "numpy: host threads; jax: device; auto: jax on GPUs, otherwise numpy",
         one_of("auto", "numpy", "jax"),
     )
 
@@ -55,7 +55,8 @@ def crf_masks(
     masks = np.empty(foreground.shape, bool)
     for mask, p in zip(masks, foreground, strict=True):
         p = p.reshape(-1).astype(np.float32, copy=False)
-        # Since q_bg = 1 - q_fg, both updates are one in the log-odds; their tanh is q_fg - q_bg.
+        # Since q_bg = 1 - q_fg, one number per pixel suffices: the log-odds log(q_fg / q_bg). The
+        # messages of both labels differ by the filtered q_fg - q_bg, which is tanh(odds / 2).
         unary = np.log(p + EPSILON) - np.log((1 - p) + EPSILON)
         odds = unary
         for _ in range(crf.iterations):
@@ -82,7 +83,7 @@ def crf_probabilities(
 def pydensecrf_masks(
     image: UInt8[np.ndarray, "H W 3"], foreground: Float[np.ndarray, "K H W"], crf: CRF = PAPER
 ) -> Bool[np.ndarray, "K H W"]:
-    """`crf_masks` through pydensecrf, with its lattices built once per class like the original."""
+    """`crf_masks` by pydensecrf. Like the original it builds the lattices anew for every class."""
     pairs = (np.stack([1 - p, p]) for p in foreground)
     masks = [pydensecrf_probabilities(image, pair, crf).argmax(axis=0) for pair in pairs]
     return np.array(masks, dtype=bool).reshape(foreground.shape)
@@ -91,7 +92,7 @@ def pydensecrf_masks(
 def pydensecrf_probabilities(
     image: UInt8[np.ndarray, "H W 3"], labels: Float[np.ndarray, "L H W"], crf: CRF = PAPER
 ) -> Float[np.ndarray, "L H W"]:
-    """`crf_probabilities` through pydensecrf."""
+    """`crf_probabilities` by pydensecrf."""
     dcrf = import_pydensecrf()
     count, height, width = labels.shape
     field = dcrf.DenseCRF2D(width, height, count)
@@ -120,7 +121,7 @@ def import_pydensecrf():
 
 
 def _message(image: np.ndarray, crf: CRF) -> Callable[[np.ndarray], np.ndarray]:
-    """The weighted sum of both kernels as a function of float32 [H * W]."""
+    """The filter of float32 [H * W] with the weighted sum of both kernels."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"The image must be uint8 [H, W, 3], not {image.dtype} {image.shape}.")
     size = image.shape[:2]

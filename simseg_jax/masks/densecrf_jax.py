@@ -1,6 +1,6 @@
-"""The dense CRF of `densecrf` for a batch on an accelerator, as one traceable function.
+"""The dense CRF of `densecrf` for a batch of images on an accelerator, as traceable functions.
 
-The lattice of an image is built once and shared by its classes.
+The lattice of an image is built once for all of its masks.
 """
 
 import jax
@@ -14,9 +14,9 @@ from simseg_jax.runtime.errors import UserError
 
 
 def lattice_size(height: int, width: int) -> int:
-    """Vertices per image to begin with: twice the mean of photographs of 288x288 pixels.
+    """Vertices per image to allocate at first: twice the mean of photographs of 288x288 pixels.
 
-    Room is pooled over the batch. Noise needs ten times as much; see `BatchLattice.count`.
+    The images of a batch share their room. Noise needs ten times as much: see `BatchLattice.count`.
     """
     return height * width * 3 // 8
 
@@ -29,18 +29,18 @@ def crf_masks(
     crf: CRF = PAPER,
     needed: Bool[Array, " K"] | None = None,
 ) -> tuple[Bool[Array, "B K H W"], Int[Array, ""]]:
-    """Masks bool [B, K, H, W] of two-label problems, and the vertices needed per image.
+    """(masks bool [B, K, H, W] of two-label problems, vertices that were needed per image).
 
-    images: uint8 [B, H, W, 3]; foreground: probabilities float32 [B, K, H, W]; positions: of
-    `batch_positions`; vertices: room per image on average over the batch. The masks are right only
-    if no more than that were needed. needed: bool [K], leave the other masks empty.
+    images: uint8 [B, H, W, 3]; foreground: probabilities float32 [B, K, H, W]; positions: from
+    `batch_positions`; vertices: room to allocate per image, as a mean over the batch. The masks are
+    correct only if no more vertices were needed. needed: bool [K]; other masks stay empty.
     """
     message, used = _message(images, positions, vertices, crf)
     batch, count, height, width = foreground.shape
 
     def refine(k, masks):
         p = jax.lax.dynamic_index_in_dim(foreground, k, axis=1, keepdims=False).reshape(-1)
-        # The barrier keeps XLA from adding the constants of (1 - p) + 1e-8 up to 1.
+        # The barrier keeps XLA from reordering (1 - p) + 1e-8 to (1 + 1e-8) - p, which is 1 - p.
         unary = jnp.log(p + EPSILON) - jnp.log(jax.lax.optimization_barrier(1 - p) + EPSILON)
 
         def update(_, odds):
@@ -66,9 +66,10 @@ def crf_probabilities(
     vertices: int,
     crf: CRF = PAPER,
 ) -> tuple[Float[Array, "B L H W"], Int[Array, ""]]:
-    """Label distributions float32 [B, L, H, W] after inference, and the vertices needed per image.
+    """(label distributions float32 [B, L, H, W] after inference, vertices needed per image).
 
-    labels: probabilities of L exclusive labels, float32 [B, L, H, W]; the rest as in `crf_masks`.
+    labels: probabilities of L exclusive labels, float32 [B, L, H, W]. Other arguments and the limit
+    on vertices: as in `crf_masks`.
     """
     message, used = _message(images, positions, vertices, crf)
     batch, count, height, width = labels.shape
@@ -82,16 +83,16 @@ def crf_probabilities(
 
 
 def _message(images: jax.Array, positions: BatchLattice, vertices: int, crf: CRF):
-    """The weighted sum of both kernels as a function of [B * H * W], and vertices per image."""
+    """(filter of [B * H * W] with the weighted sum of both kernels, vertices needed per image)."""
     batch, height, width, _ = images.shape
     space = embedding(height, width, crf.bilateral_sxy, crf.bilateral_srgb)
     if space.keys >= 2**31:
         raise UserError(
             f"The lattice of {width}x{height} pixels with bilateral_sxy={crf.bilateral_sxy:g} and "
-            f"bilateral_srgb={crf.bilateral_srgb:g} is too fine to number with 32 bits: raise one "
-            "of them or use the NumPy back end."
+            f"bilateral_srgb={crf.bilateral_srgb:g} is too fine to number its vertices with 32 "
+            "bits: raise one of them or set crf.backend to numpy."
         )
-    slots = 1 << (4 * vertices - 1).bit_length()
+    slots = 1 << (4 * vertices - 1).bit_length()  # The power of two from 4 * vertices on.
     bilateral = build_lattice(space, images, batch * vertices, slots)
     near, alike = positions.norm(), bilateral.norm()
 
@@ -99,5 +100,5 @@ def _message(images: jax.Array, positions: BatchLattice, vertices: int, crf: CRF
         gaussian = crf.gaussian_compat * near * positions.filter(x * near)
         return gaussian + crf.bilateral_compat * alike * bilateral.filter(x * alike)
 
-    # Rounded up, and large when the table overflowed.
+    # The mean per image, rounded up; it is huge if the hash table overflowed.
     return message, (bilateral.count - 1) // batch + 1

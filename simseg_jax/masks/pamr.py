@@ -1,7 +1,8 @@
 """Pixel-adaptive mask refinement: PAMR (Araslanov & Roth, CVPR 2020), as TCL (CVPR 2023) uses it.
 
-Every pixel's mask value becomes, ten times over, a mean of its neighbours' values; neighbours of
-similar colour weigh more. Local, parameter-free and all on the device, unlike the dense CRF.
+In each of ten steps the mask value of a pixel becomes a weighted mean of its neighbours' values.
+Neighbours of similar colour have larger weights. Unlike the dense CRF, PAMR is local and runs
+entirely on the device.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from simseg_jax.runtime.ranges import several, whole
 from simseg_jax.runtime.settings import setting
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
-# Differences count relative to a tenth of the local standard deviation; EPS guards flat regions.
+# Colour differences are divided by a tenth of the local standard deviation, plus EPS in case that
+# the region is flat.
 SHARPNESS, EPS = 0.1, 1e-8
 
 
@@ -39,12 +41,12 @@ def pamr(
     iterations: int = 10,
     dilations: tuple[int, ...] = DILATIONS,
 ) -> Float[Array, "B K H W"]:
-    """Refined soft masks float32 [B, K, H, W] of the same images and soft masks.
+    """Refined soft masks float32 [B, K, H, W].
 
-    images: [B, H, W, 3], uint8 or float. TCL feeds ImageNet-normalised values; any other range
-    gives the same result, since a channel's scale and offset cancel in the affinity (up to EPS,
-    far below one grey level). masks: [B, K, H, W]; values in [0, 1] stay there up to rounding.
-    K masks share one affinity [B, 8 * len(dilations), H, W], the largest array here.
+    images: [B, H, W, 3], uint8 or float. TCL passes ImageNet-normalised values. Any other range
+    gives the same result, because a channel's scale and offset cancel in the affinity (except for
+    EPS, which is far below one grey level). masks: [B, K, H, W]; values in [0, 1] stay there up to
+    rounding. The K masks share one affinity [B, 8 * len(dilations), H, W], the largest array here.
     """
     weights = affinity(images, dilations)
 
@@ -62,24 +64,24 @@ def affinity(
 ) -> Float[Array, "B 8*{len(dilations)} H W"]:
     """Weights of every pixel's neighbours, [B, H, W, 3] -> [B, 8 * len(dilations), H, W], sum 1.
 
-    Softmax over the neighbours of -|difference| / (0.1 * deviation), averaged over the colour
-    channels. The unbiased standard deviation is that of the 3x3 windows of all dilations together,
-    so the pixel itself counts once per dilation.
+    The weights are the softmax over the neighbours of -|difference| / (0.1 * deviation), averaged
+    over the colour channels. The deviation is the unbiased one of all 3x3 windows together, one
+    window per dilation; the pixel itself therefore counts once per dilation.
     """
     channels = jnp.moveaxis(images.astype(jnp.float32), -1, 1)
     total, squares = jnp.zeros_like(channels), jnp.zeros_like(channels)
     for view in neighbours(channels, dilations):
         total += view - channels
         squares += (view - channels) ** 2
-    # One pass is accurate enough: sums of differences to the pixel, which is itself a ninth of the
-    # sample, so that the subtraction leaves at least a ninth of `squares`.
+    # The one-pass formula is accurate enough here: differences are taken to the pixel, which is a
+    # ninth of the sample, so that the subtraction leaves at least a ninth of `squares`.
     count = 9 * len(dilations)
     deviation = jnp.sqrt((squares - total**2 / count) / (count - 1))
     scale = 1 / (EPS + SHARPNESS * deviation)
     logits = []
     for view in neighbours(channels, dilations):
         far = jnp.abs(view - channels) * scale
-        # Not jnp.mean: XLA on CPU does not fuse that reduction, which is six times slower.
+        # Not jnp.mean, which is six times slower: XLA on CPUs does not fuse that reduction.
         logits.append((far[:, 0] + far[:, 1] + far[:, 2]) / -3)
     return jax.nn.softmax(jnp.stack(logits, axis=1), axis=1)
 
@@ -87,7 +89,7 @@ def affinity(
 def neighbours(
     x: Float[Array, "*B H W"], dilations: Sequence[int]
 ) -> Iterator[Float[Array, "*B H W"]]:
-    """The 8 neighbours at each distance, as shifted views of [..., H, W]; borders repeat."""
+    """The 8 neighbours at each distance as shifted [..., H, W]; pixels at the border repeat."""
     height, width = x.shape[-2:]
     reach = max(dilations)
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(reach, reach)] * 2, mode="edge")

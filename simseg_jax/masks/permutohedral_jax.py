@@ -1,9 +1,10 @@
 """The lattices of a batch of images, built and applied on an accelerator (see `permutohedral`).
 
-All images share one pool of vertices of a fixed capacity. The number of vertices that were needed
-is part of the result: whoever uses a lattice must check `count <= capacity` on the host and build
-again with more where it is not. Gathers and scatters are flat and one-dimensional, which XLA
-compiles to far faster code than rows.
+XLA needs fixed shapes, so all images share one pool of vertices of fixed capacity. `count` is the
+number of vertices that were needed. The caller must check `count <= capacity` on the host, and
+otherwise build the lattice again with more room. Every image has its own hash table from keys to
+vertices. Gathers and scatters are one-dimensional, because XLA compiles them to far faster code
+than those of rows.
 """
 
 from typing import NamedTuple
@@ -15,26 +16,28 @@ import numpy as np
 from simseg_jax.masks.permutohedral import Embedding, blur_gain, position_lattice
 
 BOUNDS = "promise_in_bounds"
-# Rounds of probing before a table counts as too full: reached far beyond the load it is made for.
+# After so many rounds of probing a hash table counts as too full. At its intended load (a quarter)
+# far fewer are needed.
 MAX_PROBES = 64
 
 
 class BatchLattice(NamedTuple):
-    """B * N pixels on up to `capacity` vertices."""
+    """The vertices of B images of N pixels, at most `capacity` of them."""
 
     columns: jax.Array  # int32 [d + 1, B * N], the vertices of every pixel
-    weights: jax.Array  # float32 [d + 1, B * N], barycentric
-    before: jax.Array  # int32 [d + 1, capacity], neighbours along every direction;
-    after: jax.Array  # `capacity` where there is none
+    weights: jax.Array  # float32 [d + 1, B * N], their barycentric weights
+    before: jax.Array  # int32 [d + 1, capacity], neighbours in every direction;
+    after: jax.Array  # `capacity` stands for none
     count: jax.Array  # int32 [], vertices needed
 
     @property
     def capacity(self) -> int:
-        """Vertices there is room for."""
+        """The number of vertices that there is room for."""
         return self.before.shape[1]
 
     def filter(self, values: jax.Array) -> jax.Array:
         """Splat, blur and slice of float32 [B * N], without normalisation."""
+        # A missing neighbour is the extra last vertex, whose value is always zero.
         none = jnp.zeros(1, jnp.float32)
         lattice = jnp.zeros(self.capacity + 1, jnp.float32)
         spread = (values[None] * self.weights).reshape(-1)
@@ -48,17 +51,17 @@ class BatchLattice(NamedTuple):
         return total * blur_gain(len(self.columns))
 
     def norm(self) -> jax.Array:
-        """1 / sqrt of the filtered ones, float32 [B * N]: multiplies before and after `filter`."""
+        """float32 [B * N], 1 / sqrt of filtered ones: the factor before and after `filter`."""
         return jax.lax.rsqrt(self.filter(jnp.ones(self.columns.shape[1])) + 1e-20)
 
 
 def batch_positions(height: int, width: int, sxy: float, batch: int) -> BatchLattice:
-    """The lattice of pixel positions, built on the host, repeated for `batch` images."""
+    """The lattice of pixel positions, built on the host and repeated for `batch` images."""
     lattice = position_lattice(height, width, sxy)
     shift = lattice.vertices * np.arange(batch, dtype=np.int32)[:, None]
 
     def tiled(vertices: np.ndarray) -> np.ndarray:
-        # Missing neighbours of every image point behind all vertices.
+        # A missing neighbour points behind the vertices of all images.
         moved = np.where(vertices < lattice.vertices, vertices + shift, lattice.vertices * batch)
         return moved.reshape(-1)
 
@@ -72,28 +75,32 @@ def batch_positions(height: int, width: int, sxy: float, batch: int) -> BatchLat
 def build_lattice(space: Embedding, images: jax.Array, capacity: int, slots: int) -> BatchLattice:
     """The bilateral lattice of uint8 [B, H, W, 3]; traceable.
 
-    capacity: vertices for the whole batch. slots: size of the hash table of each image, a power of
-    two, best four times its vertices.
+    capacity: vertices for the whole batch. slots: size of each image's hash table, a power of two,
+    ideally four times its vertices.
     """
     keys, weights = _simplices(_elevations(space, images), space)
     batch = images.shape[0]
-    # Entry -> where the table of its image begins.
+    # The tables of all images lie in one array. For every entry (a pixel and one of its d + 1
+    # vertices) begin is where the table of its image starts.
     begin = jnp.repeat(jnp.arange(batch, dtype=jnp.int32) * slots, keys.shape[1] // batch)
     begin = jnp.tile(begin, len(keys))
     table, slot, complete = _insert(keys.reshape(-1), begin, batch, slots)
+    # Used slots are vertices, numbered in their order. There is no room for numbers from `capacity`
+    # on: the lattice is wrong then, but all indices stay within bounds.
     used = table >= 0
     number = jnp.cumsum(used.astype(jnp.int32)) - 1
     count = jnp.where(complete, number[-1] + 1, jnp.iinfo(jnp.int32).max)
     room = jnp.minimum(number, capacity - 1)
     columns = room.at[begin + slot].get(mode=BOUNDS).reshape(keys.shape)
     columns, weights = (_without_filling(x, space, batch) for x in (columns, weights))
-    # Vertex -> its key and the table it stands in.
+    # The inverse, from vertex to slot: the key of every vertex, and where its table starts.
     target = jnp.where(used & (number < capacity), number, capacity)
     vertices = jnp.full(capacity + 1, -1, jnp.int32).at[target].set(table, mode=BOUNDS)[:-1]
     place = jnp.arange(batch * slots, dtype=jnp.int32)
     begin = jnp.zeros(capacity + 1, jnp.int32).at[target].set(place - place % slots, mode=BOUNDS)
     number = jnp.where(number < capacity, number, capacity)
     before = _neighbours(vertices, begin[:-1], table, number, capacity, slots, space)
+    # The vertex after b is the one that b comes before.
     me = jnp.arange(capacity, dtype=jnp.int32)
     after = [
         jnp.full(capacity + 1, capacity, jnp.int32).at[b].set(me, mode=BOUNDS)[:-1] for b in before
@@ -102,7 +109,10 @@ def build_lattice(space: Embedding, images: jax.Array, capacity: int, slots: int
 
 
 def _elevations(space: Embedding, images: jax.Array) -> jax.Array:
-    """float32 [d + 1, B * N], as on the host with a pixel of zero features per image if N % 4."""
+    """The pixels on the hyperplane, float32 [d + 1, B * N].
+
+    If four does not divide N, every image has one more pixel of zero features, as on the host.
+    """
     batch, *size, _ = images.shape
 
     def look(tables, i: int) -> jax.Array:
@@ -123,12 +133,16 @@ def _elevations(space: Embedding, images: jax.Array) -> jax.Array:
 
 
 def _without_filling(x: jax.Array, space: Embedding, batch: int) -> jax.Array:
+    """[d + 1, B * N] without the pixels that `_elevations` added."""
     pixels = space.shape[0] * space.shape[1]
     return x.reshape(len(x), batch, -1)[:, :, :pixels].reshape(len(x), -1)
 
 
 def _simplices(elevations: jax.Array, space: Embedding) -> tuple[jax.Array, jax.Array]:
-    """Keys int32 and barycentric weights [d + 1, B * N] of the vertices around every pixel."""
+    """Keys int32 and barycentric weights [d + 1, B * N] of the vertices of every pixel's simplex.
+
+    `permutohedral._simplices` explains the steps.
+    """
     dims = space.dims
     size = np.float32(dims + 1)
     cell = jnp.round(elevations * (1 / size))
@@ -144,7 +158,7 @@ def _simplices(elevations: jax.Array, space: Embedding) -> tuple[jax.Array, jax.
     wrap = (rank < 0).astype(jnp.int32) - (rank > dims).astype(jnp.int32)
     rank, cell = rank + wrap * (dims + 1), cell + wrap
     inside = rest * (1 / size) - wrap.astype(jnp.float32)
-    # By descending rank, that is in ascending order.
+    # Sorted in ascending order, which is by descending rank.
     inside = [
         sum(jnp.where(rank[i] == r, inside[i], 0) for i in range(dims + 1))
         for r in reversed(range(dims + 1))
@@ -165,7 +179,10 @@ def _simplices(elevations: jax.Array, space: Embedding) -> tuple[jax.Array, jax.
 
 
 def _hash(keys: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """First slot and odd step of the probing sequence of every key."""
+    """First slot and step of the probing sequence of every key.
+
+    The step is odd, so that the sequence visits all slots of a table whose size is a power of two.
+    """
     shift = np.uint32(33 - slots.bit_length())
     mixed = keys.astype(jnp.uint32) * np.uint32(0x9E3779B1)
     again = (keys.astype(jnp.uint32) ^ (mixed >> np.uint32(15))) * np.uint32(0x85EBCA6B)
@@ -173,19 +190,26 @@ def _hash(keys: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _insert(keys: jax.Array, begin: jax.Array, batch: int, slots: int):
-    """A hash table by parallel rounds: (table, slot of every entry, whether all found one).
+    """Inserts all keys into hash tables: (tables, slot of every entry, whether all found one).
 
-    Open addressing with double hashing, for all entries at once. In each round every entry looks at
-    its slot. If the slot is empty, its key competes for it; many may do so, and the maximum
-    decides, which needs no lock and does not depend on the order. An entry whose slot holds its key
-    is done; equal keys end in the same slot, so that pixels share vertices. The others step on.
+    This is open addressing with double hashing: a key is tried at its first slot, then again and
+    again one step further, until it meets an empty slot or itself. Here all entries proceed
+    together, in rounds:
+
+    1. Every entry looks at its current slot. If that is empty (-1), the entry writes its key there.
+    2. Several keys may be written to one slot. The scatter keeps the maximum, which needs no locks
+       and does not depend on the order.
+    3. An entry whose slot now holds its key is done. The others move one step further.
+
+    A slot never changes once it holds a key. Entries with equal keys take the same path and end in
+    the same slot, so that pixels share their vertices.
     """
     first, step = _hash(keys, slots)
 
     def probe(state):
         table, slot, _, rounds = state
         held = table.at[begin + slot].get(mode=BOUNDS)
-        # Of the keys that meet in an empty slot the largest stays.
+        # -1 changes nothing. Of the keys that meet in an empty slot the largest stays.
         table = table.at[begin + slot].max(jnp.where(held < 0, keys, -1), mode=BOUNDS)
         placed = table.at[begin + slot].get(mode=BOUNDS) == keys
         slot = jnp.where(placed, slot, (slot + step) & (slots - 1))
@@ -200,16 +224,20 @@ def _insert(keys: jax.Array, begin: jax.Array, batch: int, slots: int):
 
 
 def _neighbours(vertices, begin, table, number, capacity: int, slots: int, space: Embedding):
-    """The vertex before each vertex along every direction, `capacity` if there is none.
+    """The vertex before each vertex, for every direction; `capacity` if there is none.
 
-    The key of the neighbour is computed (see `permutohedral`), then looked up along the same
-    probing sequence, until its slot holds the key, or is empty: then there is no such vertex.
+    The key of the neighbour is computed as in `permutohedral._neighbours`. It is then looked up
+    along its probing sequence until a slot holds it, or is empty, which means that there is no such
+    vertex.
+
+    vertices: keys of the vertices, -1 for unused ones. begin: where their tables start. table,
+    number: key and vertex of every slot.
     """
     dims, span, ones = space.dims, space.span, sum(space.strides)
     lower = jnp.where(vertices // span > 0, vertices - span, vertices - ones + dims * span)
     found = []
     for stride in (*space.strides, 0):
-        wanted = jnp.where(vertices < 0, -2, lower + stride)
+        wanted = jnp.where(vertices < 0, -2, lower + stride)  # No slot holds -2.
         first, step = _hash(wanted, slots)
 
         def probe(state, wanted=wanted, step=step):

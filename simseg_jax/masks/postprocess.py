@@ -1,4 +1,4 @@
-"""Masks at the size of patches, of the model's input and of the image: upsampling, closing."""
+"""Upsampling, closing and resizing of masks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +17,13 @@ def upsample(
 
 
 def closing(masks: Bool[Array, "*B H W"], side: int = 7) -> Bool[Array, "*B H W"]:
-    """One dilation, then one erosion of boolean [..., H, W] by a square of `side` pixels.
+    """Dilation, then erosion of bool [..., H, W] with a square of `side` pixels.
 
-    Pixels outside the image count for neither, as in OpenCV.
+    Pixels outside of the image are ignored by both, as in OpenCV.
     """
 
     def along(masks: jax.Array, axis: int, initial: bool, operation: Callable) -> jax.Array:
-        # A square is a row of columns: two short windows instead of side x side comparisons.
+        # Rows, then columns: 2 * side comparisons per pixel instead of side * side.
         window = tuple(side if i == axis else 1 for i in range(masks.ndim))
         strides = (1,) * masks.ndim
         return jax.lax.reduce_window(masks, initial, operation, window, strides, "SAME")
@@ -35,9 +35,9 @@ def closing(masks: Bool[Array, "*B H W"], side: int = 7) -> Bool[Array, "*B H W"
 
 
 def label_type(classes) -> Any:
-    """The unsigned integer type that holds labels of so many classes, at most 65,536.
+    """The unsigned integer type for the labels of this many classes, at most 65,536.
 
-    classes: an int, or a dimension of an exported program.
+    classes: an int, or a symbolic dimension of an exported program.
     """
     return np.uint8 if classes <= 256 else np.uint16
 
@@ -45,10 +45,10 @@ def label_type(classes) -> Any:
 def resize_nearest(
     mask: Shaped[np.ndarray, "h w"], height: int, width: int
 ) -> Shaped[np.ndarray, "{height} {width}"]:
-    """[h, w] -> [height, width] as OpenCV's INTER_NEAREST, at every pixel.
+    """[h, w] -> [height, width], at every pixel equal to OpenCV's INTER_NEAREST.
 
-    OpenCV takes the source index floor(i * (1 / (new / old))). Rounded twice, that is not
-    floor(i * old / new): at 288 pixels they differ for 97 of the new sizes from 100 to 1024.
+    OpenCV takes the source index floor(i * (1 / (new / old))). Because of its two roundings this
+    differs from floor(i * old / new): from 288 pixels for 97 of the sizes from 100 to 1024.
     """
     rows, columns = (
         np.minimum(np.floor(np.arange(new) * (1 / (new / old))).astype(np.intp), old - 1)

@@ -1,7 +1,7 @@
-"""From similarity maps in [0, 1] to masks: p > 0.5 as it is, or after dense CRF or PAMR.
+"""From similarity maps in [0, 1] to masks: p > 0.5, either directly or after dense CRF or PAMR.
 
-`Refiner` works on batches, on the device or, with the back ends that are NumPy or C++, on threads
-of the host. `refine_image` is one traceable function for programs that leave this process.
+`Refiner` works on batches: on the device, or on host threads if the CRF runs in NumPy or C++.
+`refine_image` is a traceable function of one image, for exported programs.
 """
 
 import functools
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from simseg_jax.masks.densecrf import CRF, crf_masks, import_pydensecrf, pydensecrf_masks
@@ -27,7 +26,7 @@ from simseg_jax.runtime.sharding import BATCH, make_mesh, replicated
 
 @runtime_checkable
 class Refinement(Protocol):
-    """The settings of this file: the part of `SegmentationConfig` that it reads."""
+    """The part of `SegmentationConfig` that this file reads."""
 
     @property
     def refine(self) -> str: ...
@@ -38,10 +37,9 @@ class Refinement(Protocol):
 
 
 class Refiner:
-    """Masks bool [B, K, S, S] of batches of images; start() returns before the work is done.
+    """Masks bool [B, K, S, S] of batches of images: `start` does not wait for them, `finish` does.
 
-    size: S, the side of the images. mesh: each device refines its own images. pool: threads for
-    what leaves the device.
+    size: S, the side of the images. mesh: each device refines its own images. pool: host threads.
     """
 
     def __init__(self, settings: Refinement, size: int, mesh: Mesh, pool: Executor):
@@ -57,8 +55,8 @@ class Refiner:
         maps: Float[Array, "B K g g"],
         needed: Bool[Array, "B K"],
     ) -> Any:
-        """images: uint8 [B, S, S, 3]; maps: [B, K, g, g]; needed: bool [B, K], the other masks
-        will not be looked at.
+        """images: uint8 [B, S, S, 3]; maps: [B, K, g, g]; needed: bool [B, K], the masks that will
+        be used.
         """
         if self.on_host:
             return images, maps, needed
@@ -67,14 +65,14 @@ class Refiner:
         return arguments, self.refine_jit(*arguments, vertices=self.vertices)
 
     def finish(self, started: Any) -> jax.Array | np.ndarray:
-        """The masks of what `start` returned."""
+        """The masks; started: what `start` returned."""
         if self.on_host:
             images, maps, needed = map(np.asarray, started)
             return refine_on_host(self.settings, images, maps, needed, self.pool)
         arguments, (masks, used) = started
         while int(used) > self.vertices:
-            # Rare images have more colours than there is room for. A full hash table only says
-            # that it was too small.
+            # A rare image, whose colours need more vertices than there is room for: refine again
+            # with more. After an overflow of the hash table the number needed is unknown.
             most = 6 * self.size**2
             self.vertices = int(used) if int(used) <= most else min(2 * self.vertices, most)
             masks, used = self.refine_jit(*arguments, vertices=self.vertices)
@@ -82,7 +80,7 @@ class Refiner:
 
 
 def on_host(settings: Refinement, mesh: Mesh) -> bool:
-    """Whether the refinement leaves the devices of the mesh."""
+    """Whether host threads refine the masks, not the devices of the mesh."""
     if settings.refine == "pydensecrf":
         import_pydensecrf()
         return True
@@ -93,7 +91,7 @@ def on_host(settings: Refinement, mesh: Mesh) -> bool:
 
 
 def denormalized_uint8(images: UInt8[np.ndarray, "*B 3"]) -> UInt8[np.ndarray, "*B 3"]:
-    """What the original hands to its CRF: normalise, undo it, truncate, all in float32.
+    """The image that the original passes to its CRF: normalised, denormalised and truncated.
 
     Rounding on the way makes some values one level darker than the input.
     """
@@ -103,9 +101,9 @@ def denormalized_uint8(images: UInt8[np.ndarray, "*B 3"]) -> UInt8[np.ndarray, "
 
 
 def image_for_crf(images: UInt8[Array, "*B 3"]) -> UInt8[Array, "*B 3"]:
-    """uint8 [..., 3] as the original hands it to its CRF: some levels are one darker."""
+    """`denormalized_uint8` as a traceable function."""
     levels = denormalized_uint8(np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1))
-    # Looked up, because fused arithmetic could round to another level.
+    # By table, because fused arithmetic could round to another level.
     channels = [jnp.asarray(levels[:, c])[images[..., c]] for c in range(3)]
     return jnp.stack(channels, axis=-1)
 
@@ -116,7 +114,7 @@ def _positions(size: int, sxy: float, batch: int, mesh: Mesh) -> BatchLattice:
 
 
 def positions_for(settings: Refinement, size: int, images: int, mesh: Mesh) -> BatchLattice | None:
-    """The position lattice that `refine_on_device` wants; images: of every device."""
+    """The position lattice for `refine_on_device`; images: number per device."""
     if settings.refine != "crf":
         return None
     return _positions(size, settings.crf.gaussian_sxy, images, mesh)
@@ -131,11 +129,11 @@ def refine_on_device(
     vertices: int,
     mesh: Mesh,
 ) -> tuple[Bool[Array, "B K S S"], Int[Array, ""]]:
-    """Masks bool [B, K, S, S] and the lattice vertices needed per image (0 without CRF).
+    """(masks bool [B, K, S, S], lattice vertices that were needed per image; 0 without CRF).
 
     images: uint8 [B, S, S, 3]; maps: [B, K, g, g] in [0, 1]; needed: bool [B, K], the masks that
-    will be looked at. positions, vertices: see `densecrf_jax.crf_masks`; each device of the mesh
-    pools the room of its own images.
+    will be used. positions, vertices: see `densecrf_jax.crf_masks`; the images of one device share
+    their room for vertices.
     """
     factor = images.shape[1] // maps.shape[-1]
     if settings.refine == "crf":
@@ -151,9 +149,8 @@ def refine_on_device(
             )
             return masks, count[None]
 
-        sharded = jax.shard_map(
-            refine, mesh=mesh, in_specs=(BATCH, BATCH, BATCH, P()), out_specs=BATCH, check_vma=False
-        )
+        specs = (BATCH, BATCH, BATCH, jax.P())
+        sharded = jax.shard_map(refine, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
         masks, counts = sharded(images, maps, needed, positions)
         return masks, counts.max()
     if settings.refine == "pamr":
@@ -169,10 +166,10 @@ def refine_image(
     maps: Float[Array, "K g g"],
     needed: Bool[Array, " K"],
 ) -> Bool[Array, "K S S"]:
-    """Masks bool [K, S, S] of one image, with as much room for its lattice as it takes.
+    """Masks bool [K, S, S] of one image, with as many lattice vertices as it needs.
 
-    image: uint8 [S, S, 3]; maps: [K, g, g]; needed: bool [K]. Where no host can look at the count
-    of vertices and ask again: the program itself falls back on the most that may be needed.
+    image: uint8 [S, S, 3]; maps: [K, g, g]; needed: bool [K]. An exported program has no host that
+    checks the number of vertices and refines again. It does so itself, with the maximum.
     """
     mesh = make_mesh(devices=jax.devices()[:1])
     size = image.shape[0]
@@ -185,7 +182,7 @@ def refine_image(
     usual = lattice_size(size, size)
     masks, used = refine(usual)
     if settings.refine == "crf":
-        # Every pixel lies in a simplex of six vertices.
+        # At most: a pixel lies in a simplex of six vertices.
         masks = jax.lax.cond(used > usual, lambda: refine(6 * size**2)[0], lambda: masks)
     return masks[0]
 
@@ -199,7 +196,7 @@ def refine_on_host(
 ) -> Bool[np.ndarray, "B K S S"]:
     """Masks bool [B, K, S, S]; those not needed stay empty. Images are spread over the threads.
 
-    Threads, not processes: NumPy and SciPy leave the interpreter's lock for nearly all of the time.
+    Threads suffice, because NumPy and SciPy release Python's global lock nearly all of the time.
     """
     masks_of = pydensecrf_masks if settings.refine == "pydensecrf" else crf_masks
     size = images.shape[1]

@@ -1,4 +1,4 @@
-"""Figures from the classes.csv of evaluations: IoU and scores per class."""
+"""Figures of IoU and scores per class, from the classes.csv of evaluations."""
 
 import csv
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from simseg_jax.runtime.errors import UserError, require_file
 
 
 def draw_classes(tables: Sequence[tuple[str, list[dict]]]):
-    """Figure 7: IoU of every class, in the order of the first table."""
+    """Figure 7 of the paper: IoU of every class, sorted by the first table."""
     from matplotlib.figure import Figure
 
     first = sorted(tables[0][1], key=lambda row: -float(row["iou"]))
@@ -32,7 +32,7 @@ def draw_classes(tables: Sequence[tuple[str, list[dict]]]):
 
 
 def draw_scores(table: tuple[str, list[dict]]):
-    """Figure 14: mean and deviation of the image-text score, the most frequent classes first."""
+    """Figure 14 of the paper: mean and deviation of image-text scores, frequent classes first."""
     from matplotlib.figure import Figure
 
     _, rows = table
@@ -46,23 +46,19 @@ def draw_scores(table: tuple[str, list[dict]]):
     present, deviation = (
         [float(row[key]) for row in rows] for key in ("score_present", "deviation_present")
     )
-    axis.bar(places, present, 0.6, yerr=deviation, capsize=2, label="where the class shows")
-    known = [
-        (p, float(row["score_absent"]))
-        for p, row in zip(places, rows, strict=True)
-        if row["score_absent"]
-    ]
-    axis.plot(*zip(*known, strict=True), "k_", markersize=12, label="elsewhere")
+    axis.bar(places, present, 0.6, yerr=deviation, capsize=2, label="images with the class")
+    absent = [float(row["score_absent"] or "nan") for row in rows]  # matplotlib leaves out NaN.
+    axis.plot(places, absent, "k_", markersize=12, label="images without it")
     names = [f"{row['class']} ({row['images']})" for row in rows]
     axis.set_xticks(places, names, rotation=60, ha="right")
-    axis.set(ylabel="image-text score", title="Scores of the classes (images that show them)")
+    axis.set(ylabel="image-text score", title="Scores of the classes (number of images)")
     axis.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
 def read_table(argument: str) -> tuple[str, list[dict]]:
-    """(name, rows) of NAME=PATH or PATH, a classes.csv or the folder that holds it."""
+    """(name, rows) from NAME=PATH or PATH, where PATH is a classes.csv or its folder."""
     name, equals, path = argument.rpartition("=")
     file = Path(path)
     file = file / "classes.csv" if file.is_dir() else file

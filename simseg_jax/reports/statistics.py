@@ -1,4 +1,4 @@
-"""Tables from the records of a segmentation test set: per class and per image."""
+"""Tables per class and per image, from the records of a segmentation test set."""
 
 import csv
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from simseg_jax.evaluators.records import Record, total_confusion
 def class_table(records: Sequence[Record], ious: np.ndarray, names: Sequence[str]) -> list[dict]:
     """One row per class that occurs or is predicted, in label order.
 
-    images: how many show the class; drawn: on which share of them it is predicted somewhere;
-    score_present, deviation_present, score_absent: its image-text score on those images and on the
-    others, which tells a class that is missed (paper, figure 14: person) from one that is confused.
+    images: how many show the class. drawn: the share of them where it is predicted somewhere.
+    score_present, deviation_present: mean and deviation of its image-text score on these images.
+    score_absent: the mean on the others. The scores show whether a class is missed (as "person" in
+    figure 14 of the paper) or confused with others.
     """
     present, predicted = (_occurring(records, len(names), column) for column in (0, 1))
     scores = np.array([record.scores[0] for record in records])
@@ -54,13 +55,13 @@ def format_table(rows: Sequence[dict]) -> str:
 
 
 def image_ious(records: Sequence[Record], classes: int) -> np.ndarray:
-    """Mean IoU [n] of every image over the labels that it shows or that are predicted on it."""
+    """Mean IoU [n] of every image over the labels that occur or are predicted in it."""
     confusions = (total_confusion([record], classes) for record in records)
     return np.array([mean_iou(class_iou(confusion)) for confusion in confusions])
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """The rows under a header with the keys of the first one."""
+    """Writes rows with equal keys under a header of these keys."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -68,7 +69,7 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 
 def _occurring(records: Sequence[Record], classes: int, column: int) -> np.ndarray:
-    """bool [n, C]: labels in a column of the counts."""
+    """bool [n, C]: which labels occur in a column (0: truth, 1: prediction) of the counts."""
     found = np.zeros((len(records), classes), bool)
     for row, record in zip(found, records, strict=True):
         row[record.counts[0][:, column]] = True

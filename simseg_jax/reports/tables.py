@@ -1,4 +1,4 @@
-"""Tables over combinations of settings, beside the paper's numbers: text, CSV and a plot."""
+"""Results for combinations of settings beside the paper's numbers, as text, CSV and plot."""
 
 import argparse
 import itertools
@@ -13,7 +13,9 @@ from simseg_jax.runtime.settings import get, literal, plain
 
 
 class Table(NamedTuple):
-    """Values of the keys to combine, and what the paper reports, by test set and values."""
+    """values: key -> its values, all of which are combined. paper: test set -> values of a
+    combination -> the number in the paper.
+    """
 
     title: str
     values: dict[str, tuple]
@@ -21,7 +23,7 @@ class Table(NamedTuple):
 
 
 def paper_rows(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict[tuple, float]]:
-    """By test set: fractions by the values they belong to, from the paper's percentages."""
+    """`Table.paper` from percentages: for each test set one number per element of `keys`."""
     return {
         data: {key: value / 100 for key, value in zip(keys, row, strict=True)}
         for data, row in rows.items()
@@ -29,12 +31,12 @@ def paper_rows(keys: Sequence[tuple], **rows: Sequence[float]) -> dict[str, dict
 
 
 def paper_columns(table: Table, values: tuple) -> dict[str, float]:
-    """The paper's numbers for these values, NaN where it has none."""
+    """The paper's numbers for a combination of values; NaN where it has none."""
     return {f"paper {data}": row.get(values, math.nan) for data, row in table.paper.items()}
 
 
 def add_table_options(parser: argparse.ArgumentParser, tables: Iterable[str]) -> None:
-    """Which settings a table combines: one of the paper's, or values of any keys."""
+    """Options for a table of the paper, or for the values of any keys."""
     parser.add_argument("--table", choices=tables, help="a table of the paper")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=A,B,...", help="values of a key"
@@ -42,13 +44,13 @@ def add_table_options(parser: argparse.ArgumentParser, tables: Iterable[str]) ->
 
 
 def check_table_options(args: argparse.Namespace, tables: Iterable[str]) -> None:
-    """A `UserError` unless either was given."""
+    """Raises a `UserError` unless exactly one of both options was given."""
     if bool(args.table) == bool(args.set):
         raise UserError(f"Give either --table ({', '.join(tables)}) or --set=KEY=A,B,...")
 
 
 def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
-    """Key -> values of --set arguments, each of the type of the key."""
+    """Key -> values, from --set arguments; values get the type of the key's setting."""
     values = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -61,10 +63,10 @@ def parse_values(settings, arguments: Sequence[str]) -> dict[str, tuple]:
 
 
 def format_rows(table: Table, rows: Sequence[dict]) -> str:
-    """Title and aligned columns; fractions with four digits."""
+    """The rows as aligned columns under the title; results with four decimals, NaN as "-"."""
     lines = [[_cell(v, key in table.values) for key, v in row.items()] for row in rows]
     cells = [list(rows[0]), *lines]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     text = ["  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in cells]
     return "\n".join([table.title, *text])
 
@@ -72,13 +74,15 @@ def format_rows(table: Table, rows: Sequence[dict]) -> str:
 def _cell(value, setting: bool) -> str:
     if setting:
         return str(value)
-    # What the paper does not report.
     return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def write_table(folder: Path, table: Table, rows: Sequence[dict]) -> None:
-    """table.csv and table.png: one line per combination of all keys but the last."""
-    # Imported late: only a plot needs it, and it takes a second.
+    """Writes table.csv, and table.png with a panel per result.
+
+    The last key is the x axis; each combination of the other keys is a line.
+    """
+    # Imported late: it takes a second, and only plots need it.
     from matplotlib.figure import Figure
 
     write_csv(folder / "table.csv", rows)
@@ -88,7 +92,7 @@ def write_table(folder: Path, table: Table, rows: Sequence[dict]) -> None:
     height = -(-len(columns) // width)
     figure = Figure(figsize=(5 * width, 3.6 * height), layout="constrained")
     figure.suptitle(table.title)
-    # The paper's numbers are of other images and models: panels of their own, not one scale.
+    # The paper's numbers have their own panels and scales: they are for other images and models.
     panels = figure.subplots(height, width, squeeze=False).reshape(-1)
     for axes in panels[len(columns) :]:
         axes.set_axis_off()
@@ -96,7 +100,7 @@ def write_table(folder: Path, table: Table, rows: Sequence[dict]) -> None:
         for values, group in itertools.groupby(rows, key=lambda row: [row[key] for key in outer]):
             line = list(group)
             label = ", ".join(f"{k} {v}" for k, v in zip(outer, values, strict=True))
-            # Between values that are words there is nothing to connect.
+            # A line between words would mean nothing.
             draw = axes.bar if isinstance(line[0][x], str) else axes.plot
             draw([str(r[x]) for r in line], [r[column] for r in line], label=label)
         axes.set(

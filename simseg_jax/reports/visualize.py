@@ -1,4 +1,4 @@
-"""Pictures of results: index-mask palette, overlays with legend, similarity maps, contact sheet."""
+"""Pictures of results: palette masks, overlays, legends, similarity maps, contact sheets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from simseg_jax.data.images import decode_image, strips
 from simseg_jax.zeroshot.paper import Response
 
-CELL = 128  # side of a picture on a contact sheet
+CELL = 128  # Side in pixels of a picture on a contact sheet.
 TEXT_HEIGHT = 15
-# Dark blue, teal, green, yellow: increasing lightness, readable without colour vision.
+# From dark blue to yellow with increasing lightness, which is readable without colour vision.
 HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
@@ -28,9 +28,7 @@ def palette(count: int = 256) -> np.ndarray:
 
 
 def index_png(mask: np.ndarray) -> Image.Image:
-    """Index mask [H, W] -> an image whose pixel values are labels: a palette one, or for uint16
-    labels a grey one of 16 bits.
-    """
+    """An image whose pixels are the labels [H, W]: with palette, or 16-bit grey for uint16."""
     if mask.dtype == np.uint16:
         return Image.fromarray(mask)
     image = Image.fromarray(mask.astype(np.uint8))
@@ -39,16 +37,16 @@ def index_png(mask: np.ndarray) -> Image.Image:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, strength: float = 0.6) -> np.ndarray:
-    """uint8 [H, W, 3] with the colour of every label over it; label 0 is left as it is."""
+    """uint8 [H, W, 3] blended with the colours of the labels; label 0 keeps the image."""
     colours = palette(int(mask.max()) + 1)
     blended = (1 - strength) * image + strength * colours[mask]
     return np.where(mask[:, :, None] > 0, blended, image).astype(np.uint8)
 
 
 def overlaid(image: Image.Image, mask: np.ndarray, below: Image.Image) -> Image.Image:
-    """An RGB image with the colours of its mask, and another image below it, flush left on white.
+    """The `overlay` of an RGB image and its mask, above another image, both at the left on white.
 
-    Strip by strip, so that large images take little more memory than image and result.
+    It is made in strips, so that a large image needs little memory besides image and result.
     """
     sheet = Image.new("RGB", (max(image.width, below.width), image.height + below.height), "white")
     for rows in strips(*mask.shape):
@@ -59,14 +57,14 @@ def overlaid(image: Image.Image, mask: np.ndarray, below: Image.Image) -> Image.
 
 
 def labels_in(mask: np.ndarray) -> list[int]:
-    """The labels that occur in an index mask, sorted."""
+    """The labels in an index mask, sorted."""
     return sorted(
         {label for rows in strips(*mask.shape) for label in np.unique(mask[rows]).tolist()}
     )
 
 
 def heat_map(values: np.ndarray) -> np.ndarray:
-    """float [h, w] -> uint8 [h, w, 3], the smallest value dark, the largest yellow."""
+    """float [h, w] -> uint8 [h, w, 3]; the smallest value is dark blue, the largest yellow."""
     spread = float(np.ptp(values))
     unit = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
     anchors = np.linspace(0, 1, len(HEAT))
@@ -75,7 +73,7 @@ def heat_map(values: np.ndarray) -> np.ndarray:
 
 
 def legend(labels: Sequence[tuple[int, str]], width: int) -> Image.Image:
-    """A strip `width` pixels wide with a colour square and a name for every (label, name)."""
+    """An image `width` pixels wide with a colour square and a name for every (label, name)."""
     size = 18
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places, x, y = [], 4, 4
@@ -95,7 +93,7 @@ def legend(labels: Sequence[tuple[int, str]], width: int) -> Image.Image:
 
 
 def stack(images: Sequence[Image.Image]) -> Image.Image:
-    """Images one below the other, flush left, on white."""
+    """Images one below the other, at the left on white."""
     width, height = max(i.width for i in images), sum(i.height for i in images)
     sheet = Image.new("RGB", (width, height), "white")
     y = 0
@@ -106,11 +104,12 @@ def stack(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def write_contact_sheet(path: Path, evaluator, params, indices: Sequence[int]) -> None:
-    """A PNG with one row per image of a segmentation test set.
+    """Writes a PNG with one row per image of a segmentation test set.
 
-    A row shows the image, the prediction and the ground truth; with the paper protocol also s^I2I
-    (patches against the image's own embedding) and s^T2I of the best classes with their scores.
-    The caption or name stands above. With several processes all must call this.
+    A row shows the image, the prediction and the ground truth under the caption or name. With the
+    paper protocol it also shows s^I2I (similarity of patches and the image's own embedding), and
+    s^T2I (of patches and class embedding) with the score of the best classes; * marks those above
+    the threshold. All processes must call this together.
     """
     rows, shown = [], set()
     for example, (labels, *_), response in evaluator.predictions(params, indices):

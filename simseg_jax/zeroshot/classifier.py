@@ -1,4 +1,4 @@
-"""Class embeddings from prompt templates (method of the paper, section 3.3)."""
+"""Class embeddings from prompt templates (section 3.3 of the paper)."""
 
 import functools
 import sys
@@ -15,7 +15,7 @@ from simseg_jax.models.simseg import bind, l2_normalize
 from simseg_jax.runtime.errors import some
 from simseg_jax.zeroshot.model import Model
 
-CHUNK = 128
+CHUNK = 128  # Texts per call of the compiled program.
 
 
 class Prompts(NamedTuple):
@@ -23,18 +23,21 @@ class Prompts(NamedTuple):
 
     ids: np.ndarray  # int [P, T]
     mask: np.ndarray  # bool [P, T], False on padding
-    classes: np.ndarray  # int [P], the class each belongs to: 0..C-1, none left out
+    classes: np.ndarray  # int [P], the class of each prompt; every class 0..C-1 occurs
 
 
 def tokenize_prompts(
     encoder: TextEncoder, names: Sequence[Sequence[str]], templates: Sequence[str]
 ) -> Prompts:
-    """Every template filled with every name of every class; reports names without a known word."""
+    """Fills every template with every name of every class and tokenises the results.
+
+    Names without any known word are reported on stderr.
+    """
     unknown = unknown_words(encoder, [name for synonyms in names for name in synonyms])
     if unknown and jax.process_index() == 0:
         tqdm.write(
-            f"The vocabulary knows no word of these class names: {some(unknown)}. To the model "
-            "they are [UNK]: their scores mean nothing.",
+            f"The vocabulary knows no word of these class names: {some(unknown)}. The model sees "
+            "them as [UNK], so their scores mean nothing.",
             file=sys.stderr,
         )
     owners = [(name, c) for c, synonyms in enumerate(names) for name in synonyms]
@@ -44,14 +47,14 @@ def tokenize_prompts(
 
 
 def unknown_words(encoder: TextEncoder, names: Sequence[str]) -> list[str]:
-    """The names that are nothing but [UNK] to the model, or nothing at all."""
+    """The names whose tokens are all [UNK], or that have no tokens."""
     return [name for name in names if encoder.unknown(encoder.pieces(name))]
 
 
 def class_embedder(model: Model) -> Callable:
     """embed(params, prompts, m_text) -> unit-length class embeddings float32 [C, D].
 
-    Each prompt is embedded as by `text_embedder`; the mean over the prompts of a class is
+    `text_embedder` embeds each prompt; a class embedding is the mean over the class's prompts,
     normalised again.
     """
     embed_texts = text_embedder(model)
@@ -68,8 +71,8 @@ def class_embedder(model: Model) -> Callable:
 def text_embedder(model: Model) -> Callable:
     """embed(params, ids, mask, m_text) -> unit-length embeddings float32 [P, D] of P texts.
 
-    ids, mask: [P, T]. Each text is pooled over its `m_text` strongest words, padding masked. One
-    compiled program serves any number of texts: they pass in chunks.
+    ids, mask: [P, T]. Each channel is pooled over its `m_text` largest values, without padding.
+    The texts pass in chunks of fixed size, so that one compiled program serves any number.
     """
     graphdef, devices = model.graphdef, model.local_mesh.size
     chunk = -(-CHUNK // devices) * devices
@@ -79,12 +82,12 @@ def text_embedder(model: Model) -> Callable:
         return bind(graphdef, params).encode_text(ids, mask, m=m_text, mask_padding=True)
 
     def embed(params, ids: np.ndarray, mask: np.ndarray, m_text: int) -> jax.Array:
+        padding = ((0, -len(ids) % chunk), (0, 0))
+        padded_ids, padded_mask = np.pad(ids, padding), np.pad(mask, padding).astype(bool)
         parts = []
         for start in range(0, len(ids), chunk):
-            part = [x[start : start + chunk] for x in (ids, mask)]
-            padding = ((0, chunk - len(part[0])), (0, 0))
-            padded = [np.pad(x, padding) for x in part]
-            parts.append(embed_chunk(params, padded[0], padded[1].astype(bool), m_text=m_text))
+            rows = slice(start, start + chunk)
+            parts.append(embed_chunk(params, padded_ids[rows], padded_mask[rows], m_text=m_text))
         return jnp.concatenate(parts)[: len(ids)]
 
     return embed

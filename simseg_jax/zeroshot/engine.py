@@ -1,10 +1,10 @@
-"""Runs a protocol over a stream of images: decoding, device and host work overlap.
+"""Runs a protocol over a stream of images; decoding, device work and host work overlap.
 
-Used by the evaluators and by `segment`. Every process works on its own images with its own devices,
-so that processes need not agree on anything before the end.
+The evaluators and `segment` use it. Every process works on its own images with its own devices, so
+that processes need not communicate before the end.
 """
 
-from collections import deque
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,22 +26,22 @@ PROTOCOLS = {"paper": PaperProtocol, "standard": StandardProtocol}
 
 
 def before_encoder(settings: SegmentationConfig) -> tuple:
-    """The settings that decide what the encoder sees: all those of an `Engine` share them."""
+    """The values of all settings that affect the encoder; they are equal within an `Engine`."""
     after = PROTOCOLS[settings.protocol].after_encoder
     return tuple(item for item in leaves(plain(settings)) if item[0].split(".")[0] not in after)
 
 
-# What a stream holds: something to keep, its image, and (height, width) of the mask wanted; or
-# nothing, if there is no image to be had.
+# Loads one image: (anything to return with the result, image, (height, width) of the mask), or None
+# to leave it out.
 Job = Callable[[], tuple[Any, Image.Image, tuple[int, int]] | None]
 
 
 class Engine:
-    """Masks of any images for fixed classes, under V settings at once.
+    """Masks of any images for fixed classes, under V settings in one pass over the images.
 
-    settings: they share what reads and encodes an image (`before_encoder`). names: the prompt names
-    of every class, those of the background first. background: whether the test set has that class;
-    label 0 means "none" otherwise.
+    settings: differ only in what follows the encoder (`before_encoder`). names: the prompt names of
+    every class, the background first. background: whether the test set has a background class;
+    otherwise label 0 means "none".
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Engine:
         if len(set(map(before_encoder, settings))) > 1:
             raise ValueError("The settings may differ only in what follows the encoder.")
         self.settings, self.mesh = settings, model.local_mesh
-        # Every device gets as many images; results do not depend on it.
+        # Rounded up: every device gets the same number of images. Results do not depend on it.
         self.batch_size = -(-first.batch_size // self.mesh.size) * self.mesh.size
         self.threads = thread_count(first.threads)
         self.prompts = tokenize_prompts(model.encoder, names, TEMPLATES[first.prompts])
@@ -63,7 +63,7 @@ class Engine:
         self.protocol = PROTOCOLS[first.protocol](model, settings, background)
 
     def embed(self, params) -> dict[int, jax.Array]:
-        """Class embeddings [C, D] for every M^T of the settings; params: on `self.mesh`."""
+        """M^T -> class embeddings [C, D], for every M^T in the settings; params: on `self.mesh`."""
         with jax.set_mesh(self.mesh):
             sizes = sorted({settings.m_text for settings in self.settings})
             return {m: self.embed_classes(params, self.prompts, m) for m in sizes}
@@ -76,26 +76,24 @@ class Engine:
         in_order: bool = False,
         pixels: Callable[[Job], int] = lambda _job: 0,
     ) -> Iterator[tuple[list, np.ndarray, list]]:
-        """Yields (n things kept, masks [V, n, ...], V responses) until all jobs are done.
+        """Yields (first items of n jobs, masks [V, n, ...], V responses) until all jobs are done.
 
-        Masks become labels of the image's pixels by `protocol.restore`. Images that need the same
-        program meet in a batch, which changes their order unless it must be kept. params and
-        class_embeddings: on `self.mesh`. pixels: those of a job's image; the jobs that run at a
-        time have PIXELS_AHEAD together at most, or are one.
+        `protocol.restore` turns a mask into labels of the image's pixels. A batch holds images of
+        the same shapes, which changes their order unless `in_order`. params, class_embeddings: on
+        `self.mesh`. pixels(job): the size of its image, which bounds the jobs that load at a time,
+        see `threads.ahead`.
         """
-        running: deque[tuple[list, Any]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
             loaded = ahead(pool, self._load, jobs, 2 * self.batch_size, pixels)
+            started = (
+                (kept, self._start(params, class_embeddings, batch))
+                for kept, batch in self._batches(filter(None, loaded), in_order)
+            )
             try:
-                for kept, batch in self._batches(filter(None, loaded), in_order):
-                    with jax.set_mesh(self.mesh):
-                        running.append((kept, self.protocol.start(params, class_embeddings, batch)))
-                    if len(running) > 1:
-                        # While the device is busy with the next batch.
-                        yield self._finish(*running.popleft())
-                while running:
-                    yield self._finish(*running.popleft())
-            finally:  # Whoever stops early does not wait for images that nobody wants.
+                # The host finishes a batch while the device is busy with the next one.
+                for batch, _next in itertools.pairwise(itertools.chain(started, [([], None)])):
+                    yield self._finish(*batch)
+            finally:  # A caller that stops early does not wait for images that nobody wants.
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, job: Job) -> tuple[Any, dict[str, np.ndarray]] | None:
@@ -105,6 +103,10 @@ class Engine:
         kept, image, shape = loaded
         return kept, self.protocol.load(image, shape)
 
+    def _start(self, params, class_embeddings: dict[int, jax.Array], batch: dict) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.protocol.start(params, class_embeddings, batch)
+
     def _finish(self, kept: list, started) -> tuple[list, np.ndarray, list]:
         with jax.set_mesh(self.mesh):
             masks, responses = self.protocol.finish(started)
@@ -112,6 +114,7 @@ class Engine:
         return kept, masks[:, keep], [response.rows(keep) for response in responses]
 
     def _batches(self, loaded: Iterable, in_order: bool) -> Iterator[tuple[list, dict]]:
+        """Groups images whose arrays have the same shapes; in_order: only neighbours."""
         waiting: dict[tuple, list] = {}
         for kept, arrays in loaded:
             shapes = tuple(array.shape for array in arrays.values())
@@ -125,7 +128,7 @@ class Engine:
             yield self._stack(group)
 
     def _stack(self, group: list) -> tuple[list, dict[str, np.ndarray]]:
-        # Few sizes, hence few programs: a power of two times the devices.
+        # Padded to few sizes, so that few programs are compiled: devices times a power of two.
         rows = self.mesh.size
         while rows < len(group):
             rows *= 2

@@ -1,4 +1,4 @@
-"""What every evaluation needs of a model besides parameters: structure, text encoder, devices."""
+"""A model without its parameters: structure, tokenisation of texts and devices."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from simseg_jax.runtime import sharding
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model without its parameters, which a training run changes with every step."""
+    """All that an evaluation needs besides the parameters, which change with every step."""
 
     architecture: SimSegConfig
     graphdef: nnx.GraphDef
@@ -26,5 +26,5 @@ class Model:
 
     @property
     def local_mesh(self) -> Mesh:
-        """The devices of this process alone: processes evaluate images of their own."""
+        """The devices of this process only: each process evaluates its own images."""
         return sharding.local_mesh(self.mesh)

@@ -1,12 +1,11 @@
 """The paper's zero-shot protocol, section 3.3: images and class embeddings -> index masks.
 
-scores -> threshold -> candidates -> similarity -> refinement -> composition. `respond` has the
-first four steps, `masks.refine` the fifth, `compose` the last; `PaperProtocol` runs them on batches
-of images.
+The steps are scores, threshold, candidates, similarity, refinement and composition. `respond` does
+the first four, `masks.refine` the fifth, `compose` the last; `PaperProtocol` runs them on batches.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -30,17 +29,17 @@ CPU_CHUNK = 4
 
 
 class Response(NamedTuple):
-    """What the model says about a batch of B images, C classes, K candidates, a g x g grid."""
+    """The model's output for B images, C classes, K candidate classes and g x g patches."""
 
     scores: jax.Array  # [B, C] image-text score of every class
     threshold: jax.Array  # [B]
     classes: jax.Array  # [B, K] candidates in descending order of score
-    drawn: jax.Array  # [B, K] above the threshold and not background
-    similarity: jax.Array  # [B, K, g, g] cosine of patches and candidate
-    self_similarity: jax.Array  # [B, g, g] cosine of patches and the image's own embedding
+    drawn: jax.Array  # bool [B, K] reaches the threshold and is not the background
+    similarity: jax.Array  # [B, K, g, g] cosine of patch and class embedding
+    self_similarity: jax.Array  # [B, g, g] cosine of patch and the image's pooled embedding
 
     def rows(self, index: int | slice) -> "Response":
-        """The same of one image (without the batch axis) or of a slice of images."""
+        """The response to one image (without batch axis) or to a slice of images."""
         return Response(*(field[index] for field in self))
 
 
@@ -54,7 +53,8 @@ def project(
 
     if mesh.devices.flat[0].platform != "cpu" or mesh.size > 1:
         return tokens(images)
-    # Activations of a few images stay in a CPU's caches: one batch of 32 takes 1.6 times as long.
+    # Few images at a time, whose activations fit a CPU's caches: all 32 at once take 1.6 times as
+    # long.
     few = images.reshape(-1, math.gcd(len(images), CPU_CHUNK), *images.shape[1:])
     projected = jax.lax.map(tokens, few)
     return projected.reshape(len(images), *projected.shape[2:])
@@ -69,8 +69,7 @@ def respond(
 ) -> Response:
     """Scores, threshold, candidates and similarity maps from projected tokens [B, 1 + g * g, D].
 
-    class_embeddings: [C, D], the first that of the background, which takes part in the scores only
-    if `background`.
+    class_embeddings: [C, D]; the first is the background's, which is scored only if `background`.
     """
     embedding = model.pool_image(tokens, settings.m_image)
     highest = jax.lax.Precision.HIGHEST
@@ -97,7 +96,7 @@ def respond(
 def adaptive_threshold(
     scores: Float[Array, "B C"], top_k: int, sigma_weight: float
 ) -> Float[Array, " B"]:
-    """Mean plus sigma_weight standard deviations (unbiased) of the top-k scores: [B, C] -> [B]."""
+    """Mean + sigma_weight * unbiased standard deviation of the top-k scores: [B, C] -> [B]."""
     top, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
     return jnp.mean(top, axis=1) + sigma_weight * jnp.std(top, axis=1, ddof=1)
 
@@ -105,9 +104,9 @@ def adaptive_threshold(
 def candidate_classes(
     scores: Float[Array, "B C"], threshold: Float[Array, " B"], count: int
 ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
-    """The `count` best classes in order and which of them may be drawn: int32, bool [B, count].
+    """(the `count` best classes in order, which of them may be drawn): int32, bool [B, count].
 
-    Class 0 (background) takes a place but is never drawn.
+    Class 0, the background, can be among them but is never drawn.
     """
     best, classes = jax.lax.top_k(scores, min(count, scores.shape[1]))
     return classes, (best >= threshold[:, None]) & (classes != 0)
@@ -121,11 +120,11 @@ def min_max(maps: Float[Array, "*B h w"]) -> Float[Array, "*B h w"]:
 
 
 def compose(masks: Bool[Array, "B K H W"], response: Response) -> UInt[Array, "B H W"]:
-    """Index masks [B, H, W] of `label_type` from per-candidate masks [B, K, H, W].
+    """Index masks [B, H, W] of `label_type` from the candidates' masks [B, K, H, W].
 
-    The original multiplies every mask with its class score and takes the argmax over classes with
-    0 for the background. Candidates come in descending order of score, so that is the first
-    candidate whose mask is set, provided its score is positive.
+    The original multiplies every mask by its class score and takes the argmax over the classes and
+    a background of 0. Candidates are sorted by descending score, so the result is the first
+    candidate whose mask is set and whose score is positive.
     """
     scores, classes = response.scores, response.classes
     drawn = response.drawn & (jnp.take_along_axis(scores, classes, axis=1) > 0)
@@ -139,10 +138,10 @@ class PaperProtocol:
     """The method on batches of images, under one or several settings.
 
     A protocol turns one decoded image into arrays (`load`), a batch of those into masks (`start`,
-    which returns at once, and `finish`) and a mask into labels of the image's own pixels
-    (`restore`); `standard.StandardProtocol` is the other one. settings: they differ only in keys of
-    `after_encoder`, so that every image passes the encoder once for all of them. background:
-    whether class 0, "background", takes part in the scores.
+    which does not wait for the device, and `finish`), and a mask into labels of the image's own
+    pixels (`restore`). `standard.StandardProtocol` is the other protocol. settings: differ only in
+    keys of `after_encoder`, so that the encoder runs once per image for all of them. background:
+    whether class 0, the background, is scored.
     """
 
     after_encoder = ("m_image", "m_text", "top_k", "sigma_weight", "candidates")
@@ -155,12 +154,14 @@ class PaperProtocol:
         self.settings, self.background = settings, background
         self.size = settings[0].resolution
         pool = ThreadPoolExecutor(thread_count(settings[0].threads))
-        # Masks are refined together if their refinement is the same: the lattice of an image is
-        # built once. Of settings that differ only in threshold and closing they are the same.
+        # A stage holds the settings with the same refinement: the CRF's lattice of an image is
+        # built once for them. Within it, settings that differ only in threshold and closing form a
+        # group, which shares its candidates and their refined masks.
         self.stages = []
-        for alike in _grouped(range(len(settings)), lambda i: _refinement(settings[i])):
-            refiner = Refiner(settings[alike[0]], self.size, self.mesh, pool)
-            self.stages.append((refiner, _grouped(alike, lambda i: _candidates(settings[i]))))
+        for stage in _grouped(range(len(settings)), settings, "refine", "crf", "pamr"):
+            refiner = Refiner(settings[stage[0]], self.size, self.mesh, pool)
+            groups = _grouped(stage, settings, "m_image", "m_text", "candidates")
+            self.stages.append((refiner, groups))
         self.respond_jit = jax.jit(self._respond)
         self.compose_jit = jax.jit(self._compose)
 
@@ -169,11 +170,11 @@ class PaperProtocol:
         return {"image": resize(image, self.size)}
 
     def restore(self, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """A mask [S, S] at the size (height, width) of the image."""
+        """A mask [S, S] resized to the image's (height, width)."""
         return resize_nearest(mask, *shape)
 
     def start(self, params, class_embeddings: dict[int, jax.Array], batch: dict):
-        """Begins the work on a batch of `load`; class_embeddings: [C, D] by M^T."""
+        """Starts work on a batch of arrays from `load`; class_embeddings: M^T -> [C, D]."""
         images = to_global_batch(batch["image"], self.mesh)
         responses, slots = self.respond_jit(params, class_embeddings, images)
         refined = [
@@ -183,7 +184,7 @@ class PaperProtocol:
         return responses, refined
 
     def finish(self, started) -> tuple[np.ndarray, list[Response]]:
-        """Masks [V, B, S, S] and responses of V settings, in NumPy."""
+        """(masks [V, B, S, S], responses under each of the V settings) as NumPy arrays."""
         responses, refined = started
         masks = [
             refiner.finish(begun) for (refiner, _), begun in zip(self.stages, refined, strict=True)
@@ -192,7 +193,10 @@ class PaperProtocol:
         return np.asarray(labels), jax.tree.map(np.asarray, responses)
 
     def _respond(self, params, class_embeddings, images):
-        """Responses by setting; maps [B, K, g, g] in [0, 1] and which are needed, by stage."""
+        """(a response per setting, per stage (maps [B, K, g, g] in [0, 1], needed [B, K])).
+
+        K: the candidates of all groups in the stage. needed: those that some setting may draw.
+        """
         model = bind(self.graphdef, params)
         tokens = project(model, images, self.mesh)
         responses = [
@@ -208,7 +212,7 @@ class PaperProtocol:
         return responses, slots
 
     def _compose(self, masks, responses):
-        """Index masks [V, B, S, S] from the masks bool [B, K, S, S] of every stage."""
+        """Index masks [V, B, S, S] from the refined masks bool [B, K, S, S] of every stage."""
         labels = {}
         for refined, (_, groups) in zip(masks, self.stages, strict=True):
             sizes = [responses[first].classes.shape[1] for first, *_ in groups]
@@ -220,17 +224,11 @@ class PaperProtocol:
         return jnp.stack([labels[i] for i in range(len(responses))])
 
 
-def _refinement(settings: SegmentationConfig) -> tuple:
-    return settings.refine, settings.crf, settings.pamr
-
-
-def _candidates(settings: SegmentationConfig) -> tuple:
-    return settings.m_image, settings.m_text, settings.candidates
-
-
-def _grouped(items: Iterable[int], key: Callable[[int], tuple]) -> list[list[int]]:
-    """The items by key, in the order in which keys appear."""
+def _grouped(
+    numbers: Iterable[int], settings: Sequence[SegmentationConfig], *keys: str
+) -> list[list[int]]:
+    """The numbers of settings, grouped by equal values of `keys` in order of appearance."""
     groups: dict[tuple, list[int]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
+    for i in numbers:
+        groups.setdefault(tuple(getattr(settings[i], key) for key in keys), []).append(i)
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""Prompt templates. IMAGENET are the 80 that CLIP published for ImageNet classification."""
+"""Prompt templates. IMAGENET holds the 80 that CLIP published for ImageNet classification."""
 
 PLAIN = ("a photo of a {}.",)
 

@@ -1,9 +1,10 @@
 """The field's usual protocol: sliding windows or the whole image, then an argmax at every pixel.
 
-As GroupViT and TCL evaluate: the shorter side is resized to 448 pixels, windows of 448 go over the
-image in steps of 224, class values are upsampled bilinearly, averaged where windows overlap and
-resized to the ground truth. All of that is linear and separable: with one matrix per window row and
-column, made on the host, the device needs two products per image and only the labels leave it.
+GroupViT and TCL evaluate like this: the shorter side is resized to 448 pixels, and a window of 448
+pixels slides over the image in steps of 224. Class values are upsampled bilinearly, averaged where
+windows overlap, and resized to the ground truth. These operations are linear and separable. The
+host therefore makes one matrix per row and per column of windows; the device does two products per
+image, and only labels leave it.
 """
 
 import functools
@@ -25,9 +26,9 @@ from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.paper import project
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
-# Results are padded to multiples of this, so that few programs serve images of all sizes.
+# Results are padded to multiples of this side, so that few programs serve images of all sizes.
 BUCKET = 64
-MAX_PIXELS = 1 << 26  # Of a resized image; those of photographs have less than a hundredth.
+MAX_PIXELS = 1 << 26  # Of a resized image; a photograph has less than a hundredth of that.
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -37,7 +38,7 @@ class Scores(NamedTuple):
     scores: jax.Array
 
     def rows(self, index: int | slice) -> "Scores":
-        """The same of one image or of a slice of images."""
+        """The scores of one image (without batch axis) or of a slice of images."""
         return Scores(self.scores[index])
 
 
@@ -54,11 +55,11 @@ class StandardProtocol:
         self.predict_jit = jax.jit(self._predict)
 
     def load(self, image: Image.Image, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-        """windows: uint8 [n * m, h, w, 3]; rows: [n, H, g]; columns: [m, W, g].
+        """n x m windows: uint8 [n * m, h, w, 3]; matrices rows: [n, H, g], columns: [m, W, g].
 
-        rows and columns take the values of a window to where they belong in the result. The image
-        is resized by PIL, which antialiases (OpenCV does not), and without limit to the longer
-        side; whole images to a multiple of the patch size.
+        rows and columns map the g x g values of a window to its pixels of the H x W result. PIL
+        resizes the image with antialiasing (OpenCV has none), whatever its longer side; without
+        windows both sides are rounded to multiples of the patch size.
         """
         scale = self.common.resolution / min(image.size)
         unit = 1 if self.common.window else self.patch
@@ -69,7 +70,7 @@ class StandardProtocol:
                 f"protocol=standard, which would resize it to {width}x{height}."
             )
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-        # PAMR refines values of pixels; otherwise a window has values of patches.
+        # PAMR gives one value per pixel; otherwise a window has one value per patch.
         cell = 1 if self.common.refine == "pamr" else self.patch
         tops, rows = self._along(height, shape[0], cell)
         lefts, columns = self._along(width, shape[1], cell)
@@ -78,21 +79,21 @@ class StandardProtocol:
         return {"windows": np.stack(windows), "rows": rows, "columns": columns}
 
     def restore(self, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """The labels without padding."""
+        """The labels without their padding."""
         return mask[: shape[0], : shape[1]]
 
     def start(self, params, class_embeddings: dict[int, jax.Array], batch: dict):
-        """Begins the work on a batch of `load`; class_embeddings: [C, D] by M^T."""
+        """Starts work on a batch of arrays from `load`; class_embeddings: M^T -> [C, D]."""
         return self.predict_jit(params, class_embeddings, to_global_batch(batch, self.mesh))
 
     def finish(self, started) -> tuple[np.ndarray, list[Scores]]:
-        """Masks [V, B, H, W] and scores per setting, in NumPy."""
+        """(masks [V, B, H, W], scores under each of the V settings) as NumPy arrays."""
         return jax.tree.map(np.asarray, started)
 
     def _along(self, size: int, target: int, cell: int) -> tuple[list[int], np.ndarray]:
-        """Window positions along one side, and the matrices [windows, padded target, cells]."""
+        """(where windows begin along one side, matrices [windows, padded target, cells])."""
         window = self.common.window or size
-        # A longer stride would leave gaps. The last window is moved back to end with the image.
+        # A stride longer than the window would leave gaps. The last window ends with the image.
         stride = min(self.common.stride, window)
         count = -(-max(size - window, 0) // stride) + 1
         begins = [min(i * stride, size - window) for i in range(count)]
@@ -131,7 +132,7 @@ class StandardProtocol:
         return masks.swapaxes(0, 1), responses
 
     def _labels(self, class_embeddings, patches, windows, rows, columns) -> jax.Array:
-        """[V, H, W] of one image; patches: [n, m, g, g, D]."""
+        """Labels [V, H, W] of one image; patches: [n, m, g, g, D]."""
         values = {}
         for m_text in {settings.m_text for settings in self.settings}:
             cosines = jnp.einsum(
@@ -145,6 +146,7 @@ class StandardProtocol:
         return jnp.stack(masks).astype(label_type(len(class_embeddings)))
 
     def _refined(self, cosines: jax.Array, windows: jax.Array) -> jax.Array:
+        """Refined values of pixels [n, m, C, h, w] from cosines of patches [n, m, C, g, g]."""
         n, m, classes, *grid = cosines.shape
         height, width = windows.shape[1:3]
         up = bilinear(grid[0], height), bilinear(grid[1], width)
@@ -155,7 +157,7 @@ class StandardProtocol:
         return maps.reshape(n, m, classes, height, width)
 
     def _argmax(self, values: jax.Array, settings) -> jax.Array:
-        """Labels [H, W] from values [C, H, W], the first those of the word background."""
+        """Labels [H, W] from values [C, H, W]; class 0 is the prompt "background"."""
         if self.background and settings.background == "text":
             return values.argmax(axis=0)
         values = values[1:]
@@ -169,9 +171,9 @@ class StandardProtocol:
 
 @functools.lru_cache(maxsize=32)  # Up to 7 MB each.
 def bilinear(size: int, target: int) -> Float[np.ndarray, "{target} {size}"]:
-    """The matrix float32 [target, size] of bilinear interpolation.
+    """The matrix float32 [target, size] of bilinear interpolation from `size` to `target` values.
 
-    As PyTorch with align_corners=False: pixel centres, borders repeat, no antialiasing.
+    Like PyTorch with align_corners=False: between pixel centres, repeated borders, no antialiasing.
     """
     source = (np.arange(target) + 0.5) * (size / target) - 0.5
     source = source.clip(0, size - 1)

@@ -91,6 +91,6 @@ def test_class_names_without_a_known_word_are_named(capsys):
     encoder = TextEncoder(load_tokenizer("shapes"), 12)
     assert unknown_words(encoder, ["star", "жук", "жук star", "虫", ""]) == ["жук", "虫", ""]
     tokenize_prompts(encoder, [("star", "жук"), ("moon",)], ("a {}",))
-    assert "knows no word of these class names: жук. To" in capsys.readouterr().err
+    assert "knows no word of these class names: жук. The" in capsys.readouterr().err
     tokenize_prompts(encoder, [("star",), ("moon",)], ("a {}",))
     assert not capsys.readouterr().err
