@@ -77,7 +77,7 @@ def test_the_number_of_scores_for_the_threshold_belongs_to_the_data(data, expect
     assert shown == {"own": expected, "given": 7, "later": expected}
     # The configuration itself keeps the choice open.
     assert config.evals.seg["own"].top_k == 0
-    with pytest.raises(UserError, match="top_k=1 must be 0, for what the data set has, or"):
+    with pytest.raises(UserError, match="top_k=1 must be 0, for the test set's number, or"):
         overridden(RunConfig, plain(config), ["--config.evals.seg.own.top_k=1"])
 
 

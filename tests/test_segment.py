@@ -86,9 +86,12 @@ def test_masks_are_upright(segmenter, tmp_path):
         (None, "NoneType of shape"),
         (
             io.BytesIO(b"text"),
-            r"BytesIO of shape \(\) is not a path, the bytes of a file, an image",
+            r"BytesIO of shape \(\) is not a path, the bytes of a file, a Pillow image",
         ),
-        (bytearray(9), r"bytearray of shape \(9,\) is not a path, the bytes of a file, an image"),
+        (
+            bytearray(9),
+            r"bytearray of shape \(9,\) is not a path, the bytes of a file, a Pillow image",
+        ),
     ],
 )
 def test_what_is_no_image_is_refused(segmenter, image, reason):
