@@ -1,4 +1,4 @@
-"""The model card of a converted model: what it is, how to use it, where it came from."""
+"""The model card of a converted model: what it is, how to use it and where it came from."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ tags: [jax, flax, zero-shot-segmentation, image-text, simseg]
 ---
 # {name}
 
-Segments any image with any words: two plain encoders and a contrastive loss on the strongest
-responses (SimSeg, Yi et al., CVPR 2023), trained from image-caption pairs without any mask.
+Segments any image with any words. Two plain encoders were trained with a contrastive loss on the
+strongest responses (SimSeg, Yi et al., CVPR 2023), from image-caption pairs without any mask.
 
 | | |
 |---|---|
@@ -36,7 +36,7 @@ python -m simseg_jax.evaluate --checkpoint={name}
 """
 
 PYTORCH_USE = """
-`model.safetensors` has the names and layouts of the authors' PyTorch code:
+`model.safetensors` has the tensor names and layouts of the authors' PyTorch code:
 `image_encoder.model.model` is a timm VisionTransformer, `text_encoder.model.model` a transformers
 BertModel without pooler.
 """
@@ -44,7 +44,7 @@ BertModel without pooler.
 PROGRAMS_USE = """
 ## Use
 
-Needs `jax`, `flatbuffers`, and anything that decodes images; compiled for {platforms}.
+Needs `jax`, `flatbuffers` and an image decoder. Compiled for {platforms}.
 
 ```python
 import jax
@@ -61,10 +61,10 @@ masks, scores, thresholds = segment(np.asarray(image)[None], classes["embeddings
 print({{classes["names"][i] for i in np.unique(masks)}})
 ```
 
-`masks` uint8 [B, S, S] holds positions in `names`; 0 is the background. Sides S are
-{settings.resolution} pixels. The batch size B is free, so is the number of classes from {least} to
-256; the first is the background. Protocol: refine={settings.refine},
-sigma_weight={settings.sigma_weight}, M^I={settings.m_image}, M^T={settings.m_text}.
+`masks` uint8 [B, S, S] holds positions in `names`; 0 is the background. S is {settings.resolution}
+pixels. The batch size B is free. There may be {least} to 256 classes, the first of which is the
+background. Protocol: refine={settings.refine}, sigma_weight={settings.sigma_weight},
+M^I={settings.m_image}, M^T={settings.m_text}.
 
 `image_encoder.stablehlo`: uint8 [B, S, S, 3] -> embeddings [B, {width}] and tokens.
 `text_encoder.stablehlo`: ids int32 [B, {length}] and mask bool [B, {length}] ([CLS] pieces [SEP],
@@ -77,13 +77,13 @@ ORIGIN = """
 
 {lines}
 
-The captions it was trained on decide what the words mean: check it on your own images before you
-rely on it. No licence is stated here: add that of the weights and data before you publish this.
+The training captions decide what words mean to this model: check it on your own images before you
+rely on it. No licence is stated here: add those of the weights and data before you publish this.
 """
 
 
 def model_card(name: str, architecture: SimSegConfig, origin: dict[str, Any], use: str) -> str:
-    """The text of README.md. use: one of the *_USE above, filled in."""
+    """The text of README.md. use: one of the *_USE templates above, filled in."""
     header = HEADER.format(
         name=name, model=architecture, image=architecture.image, text=architecture.text
     )

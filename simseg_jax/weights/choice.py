@@ -1,9 +1,11 @@
 """Choosing one of the models in a file.
 
-A checkpoint may hold a model several times: raw and averaged, student and teacher. They differ in
-the prefix of their tensors' names. The user's key chooses one; without it the average is taken.
+A checkpoint may hold a model several times, such as raw and averaged or student and teacher. The
+names of their tensors have different prefixes. The user's key chooses one; without a key the
+averaged model is taken.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -15,14 +17,14 @@ from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.weights.containers import Tensors
 from simseg_jax.weights.formats import VARIANTS
 
-# Prefixes of averaged parameters, which are what authors evaluate.
+# Prefixes of averaged parameters, which authors usually evaluate.
 AVERAGED = r"(^|[._/])(ema|teacher)([._/]|$)"
-# Moments of an optimiser have the names of the parameters: they are no model.
+# Moments of an optimiser have the names of parameters, but are no model.
 OPTIMIZER = r"(^|[./])opt(im|imizer|imizer_state|_state)?[./]"
 
 
 def usual_names(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Tensors under the names that `formats` knows, each block by itself."""
+    """The tensors under the names that `formats` knows, with stacked blocks split."""
     usual: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         for variant, known in VARIANTS.items():
@@ -30,28 +32,28 @@ def usual_names(tensors: Tensors) -> dict[str, np.ndarray]:
         parts = {name: tensor}
         stacked = re.match(r"(.*Transformer/encoderblock)/(.*)", name)
         if stacked and tensor.ndim and len(tensor) <= BLOCKS:
-            # big_vision with its blocks in a loop: their parameters lie in one array.
+            # big_vision can stack the parameters of all blocks in one array.
             parts = {f"{stacked[1]}_{i}/{stacked[2]}": part for i, part in enumerate(tensor)}
         twice = usual.keys() & parts.keys()
         if twice:
             raise UserError(
-                f"The weights hold {some(sorted(twice))} twice: under two names that mean the same "
-                "(as with and without DDP's module.)."
+                f"The weights hold {some(sorted(twice))} twice, under two names that mean the same "
+                "(such as with and without DDP's prefix module.)."
             )
         usual |= parts
     return usual
 
 
 def prefixes(tensors: Tensors, signature: str) -> list[str]:
-    """The prefix of every model that has a tensor named `signature`: "", "teacher.", ..."""
+    """The prefixes ("", "teacher.", ...) of all models that have a tensor named `signature`."""
     cut = [name.removesuffix(signature) for name in tensors if name.endswith(signature)]
     return [p for p in cut if (not p or p[-1] in "./") and not re.search(OPTIMIZER, p)]
 
 
 def choose(found: Collection[str], key: str, what: str) -> str:
-    """The prefix to take of those `found`: the one that `key` names, else the averaged one.
+    """The prefix in `found` that `key` names; without a key the only one or the averaged one.
 
-    key: see `sources.split_key`. what: names the models, "image encoder".
+    key: see `sources.split_key`. what: names the models in messages, such as "image encoder".
     """
     exact = [prefix for prefix in found if label(prefix) == key]
     within = [prefix for prefix in found if f".{key}." in f".{prefix}".replace("/", ".")]
@@ -67,7 +69,7 @@ def choose(found: Collection[str], key: str, what: str) -> str:
     if len(fitting) > 1:
         raise UserError(
             f"There is not one {what} but {len(fitting)}, under {some(map(label, fitting))}: "
-            f"choose one with FILE#KEY, as in #{label(fitting[0])}."
+            f"choose one with FILE#KEY, such as #{label(fitting[0])}."
         )
     return fitting[0]
 
@@ -75,10 +77,10 @@ def choose(found: Collection[str], key: str, what: str) -> str:
 def take(
     tensors: Tensors, prefix: str, found: Collection[str], unused: str
 ) -> tuple[dict[str, np.ndarray], str]:
-    """(the tensors of the model with this prefix, a sentence on what was taken and what not).
+    """(tensors of the model with this prefix, a sentence on which were taken and which ignored).
 
-    The names of the result lack the prefix. found: the prefixes of all models in the file. unused:
-    pattern of the names that the method does not need.
+    The returned names lack the prefix. found: the prefixes of all models in the file. unused: a
+    pattern for the names that the method does not need.
     """
     others = tuple(p for p in found if p != prefix and p.startswith(prefix))
     taken, rest = {}, []
@@ -96,14 +98,13 @@ def take(
 
 
 def label(prefix: str) -> str:
-    """How messages and `#KEY` name a prefix."""
+    """The name of a prefix in messages and in `#KEY`."""
     return prefix.rstrip("./") or "."
 
 
 def _group(name: str, prefix: str) -> str:
-    """How the sentence names an ignored tensor: up to the first part that differs from `prefix`."""
+    """The name of an ignored tensor up to the first part that differs from `prefix`."""
     parts, others = re.split(r"[./]", name), re.split(r"[./]", prefix)
-    common = 0
-    while common < min(len(parts), len(others)) and parts[common] == others[common]:
-        common += 1
+    pairs = zip(parts, others, strict=False)
+    common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
     return ".".join(parts[: common + 1])

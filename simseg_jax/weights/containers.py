@@ -1,4 +1,4 @@
-"""Files of weights -> named arrays: safetensors, NumPy's .npz, PyTorch's .pth, folders of them."""
+"""Named arrays from weights: safetensors, NumPy's .npz, PyTorch's .pth, or a folder of them."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,14 @@ from simseg_jax.weights import bounds
 from simseg_jax.weights.torch_file import load_tensors
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
-# JSON files beside the weights, which describe the model: of timm, transformers and open_clip.
+# JSON files of timm, transformers and open_clip beside the weights, which describe the model.
 SETTINGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
-# Folders may hold the same weights in several containers: the first of these is taken, the safest.
+# A folder may hold the same weights in several containers: the first of these is taken. The order
+# prefers the safer ones.
 USUAL = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 INDEX = "model.safetensors.index.json"
 GET_AGAIN = "Get the file again, or save its state dict alone with PyTorch."
-# Where our own files describe the architecture, which the tensors alone do not tell.
+# Our own files describe the architecture under these names; tensors alone do not determine it.
 META, ARCHITECTURE = "simseg_jax", "architecture"
 
 Tensors = Mapping[str, np.ndarray]
@@ -31,9 +32,10 @@ Settings = Mapping[str, dict]
 class Weights(NamedTuple):
     """The tensors of a file or folder and what is known about them.
 
-    tensors: by name; in nested dictionaries as "state_dict.norm.weight". settings: the JSON files
-    beside the weights, by name. meta: texts and numbers inside the weights file, in groups. key:
-    which of several models in the file to take, see `sources.split_key`.
+    tensors: by name; the keys of nested dictionaries are joined, as in "state_dict.norm.weight".
+    settings: name -> content of the JSON files beside the weights. meta: texts and numbers inside
+    the weights file, in groups. key: chooses among several models in the file, see
+    `sources.split_key`.
     """
 
     tensors: dict[str, np.ndarray]
@@ -44,13 +46,13 @@ class Weights(NamedTuple):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The key, and the files with their SHA-256; computing it reads them once more."""
+        """The key, and the SHA-256 of every file, for which the files are read again."""
         key = {"key": self.key} if self.key else {}
         return {"files": {str(file): sha256(file) for file in self.files}, **key}
 
 
 def read_weights(path: Path, key: str = "") -> Weights:
-    """The tensors of a file, or of the weights file or files in a folder; key: see `Weights`."""
+    """Reads a weights file, or the weights file or files in a folder; key: see `Weights`."""
     tensors: dict[str, np.ndarray] = {}
     meta: dict[str, Any] = {}
     with reading(f"the weights {path}", GET_AGAIN):
@@ -81,7 +83,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = sorted(set(read_settings(folder / INDEX).get("weight_map", {}).values()))
-        # Names, not paths: an index must not lead out of its folder.
+        # Only the last part of a path: an index must not lead out of its folder.
         files = [folder / Path(name).name for name in names]
     else:
         files = [folder / name for name in USUAL if (folder / name).is_file()][:1]
@@ -97,7 +99,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, meta) of one file; the container is recognised by content, not by suffix."""
+    """(tensors, meta) of one file, whose container is recognised by content, not by suffix."""
     if not file.is_file():
         raise UserError(f"No weights at {file}: it is no file or folder here.")
     if zipfile.is_zipfile(file):
@@ -128,7 +130,7 @@ def _read_safetensors(file: Path, header: int) -> tuple[dict[str, np.ndarray], d
 
 
 def _read_npz(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
-    """The arrays of an archive of `size` bytes; `np.load` would inflate them without bounds."""
+    """The arrays of an archive of `size` bytes; `np.load` would inflate them without a limit."""
     members = archive.infolist()
     inflated = sum(member.file_size for member in members)
     if inflated > bounds.inflated(size) or len(members) > bounds.TENSORS:
@@ -138,16 +140,16 @@ def _read_npz(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
         with archive.open(member) as opened:
             try:
                 array = np.lib.format.read_array(opened, allow_pickle=False)
-            except ValueError as error:  # NumPy's advice is to allow pickles, which run code.
+            except ValueError as error:  # Replaces NumPy's advice to allow pickles, which run code.
                 raise ValueError(f"{member.filename} is no array of numbers") from error
-        # NumPy writes bfloat16 as two bytes of no type.
+        # NumPy writes bfloat16 as two bytes without a type.
         typed = array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
         arrays[member.filename.removesuffix(".npy")] = typed
     return arrays
 
 
 def _flat(content: dict) -> dict[str, np.ndarray]:
-    """The tensors of nested dictionaries; their names are the keys to them, joined by dots."""
+    """The tensors of nested dictionaries, named by their keys, which dots join."""
     flat: dict[str, np.ndarray] = {}
     seen = set()  # A dictionary may contain itself.
 
@@ -171,7 +173,7 @@ def _flat(content: dict) -> dict[str, np.ndarray]:
 
 
 def _facts(content: dict) -> dict[str, dict]:
-    """The dictionaries of texts and numbers in the content of a `.pth`, for the record."""
+    """The texts and numbers in the dictionaries of a `.pth`, by dictionary."""
     groups = {}
     for name, group in content.items():
         if isinstance(name, str) and isinstance(group, dict):

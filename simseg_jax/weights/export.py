@@ -1,7 +1,7 @@
-"""Exported programs: serialised StableHLO (`jax.export`) with the parameters inside.
+"""Exported programs: serialised StableHLO (`jax.export`) that contains the parameters.
 
-They run wherever JAX does, without this package: `jax.export.deserialize(data).call(...)`. JAX
-guarantees that they load for six months after they were written; in practice it is longer.
+They run wherever JAX runs, without this package: `jax.export.deserialize(data).call(...)`. JAX
+guarantees to load them for six months; in practice it does so for longer.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ CLASSES = "classes.npz"
 
 
 def least_classes(settings: SegmentationConfig) -> int:
-    """How many classes the segmenter needs, the background included."""
+    """How many classes the segmenter needs at least, including the background."""
     return max(settings.class_scores, settings.candidates)
 
 
@@ -44,14 +44,14 @@ def write_programs(
     """Writes one file per program, and classes.npz with the names and embeddings of the classes.
 
     names: of C classes, the background first. class_embeddings: float32 [C, D]. dtype: of the
-    parameters inside; products are float32. The programs:
+    stored parameters; computation is in float32. The programs:
 
     image_encoder: uint8 [B, S, S, 3] -> unit-length embeddings [B, D], projected tokens [B, N, D].
     text_encoder: ids int32 [B, T], mask bool [B, T] -> unit-length embeddings [B, D].
-    segmenter: uint8 [B, S, S, 3], class embeddings float32 [C, D], the first that of the
-    background -> masks uint8 [B, S, S] of class numbers, scores [B, C], thresholds [B].
+    segmenter: uint8 [B, S, S, 3], class embeddings float32 [C, D] with the background first ->
+    masks uint8 [B, S, S] of class numbers, scores [B, C], thresholds [B].
 
-    B is free, and so is C from `least_classes` to 256.
+    The batch size B is free; C is from `least_classes` to 256.
     """
     if settings.protocol != "paper" or settings.refine == "pydensecrf":
         raise UserError(
@@ -60,10 +60,12 @@ def write_programs(
         )
     least = least_classes(settings)
     if len(names) < least:
-        raise UserError(f"The threshold needs {least} classes, the background included: add words.")
+        raise UserError(
+            f"The threshold needs {least} classes, including the background: add words."
+        )
     if len(names) > 256:
         raise UserError(
-            f"The program's masks hold 256 classes, not {len(names):,}: name fewer words."
+            f"Masks of the program hold at most 256 classes, not {len(names):,}: name fewer words."
         )
     unknown = set(platforms) - set(PLATFORMS)
     if unknown or not platforms:
@@ -88,7 +90,7 @@ def write_programs(
         _, tokens = network.encode_image(network.normalize(images))
         response = respond(network, tokens, class_embeddings, settings)
         maps = min_max(response.similarity)
-        # One image after the other: the lattice of a CRF needs a size that is known beforehand.
+        # One image after the other, since the lattice of a CRF needs a known batch size.
         masks = jax.lax.map(
             lambda arguments: refine_image(settings, *arguments), (images, maps, response.drawn)
         )

@@ -1,12 +1,12 @@
-"""The folder of a converted model: parameters, configuration, tokenizer, card and checksums.
+"""The folder of a converted model: parameters, configuration, tokenizer, card, manifest.
 
-    config.json         the configuration: architecture, text length, protocols
+    config.json         the configuration: architecture, text length, evaluation protocols
     tokenizer/          the vocabulary
     params/ (Orbax), model.safetensors or exported programs
     README.md           the model card
     manifest.json       format, origin and SHA-256 of every file
 
-It is never incomplete: written under another name, then renamed.
+A folder is never incomplete: it is written under another name and then renamed.
 """
 
 import contextlib
@@ -42,18 +42,18 @@ from simseg_jax.weights.containers import META, read_settings, read_weights
 from simseg_jax.weights.read import architecture_json, fit, state_dict
 
 MANIFEST, CARD = "manifest.json", "README.md"
-# What holds the parameters, as the manifest says.
+# Values of "weights" in the manifest: what holds the parameters.
 PARAMS, SAFETENSORS, PROGRAMS = "params", "model.safetensors", "programs"
 FORMAT = "simseg_jax 1"
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether `write_folder` wrote it."""
+    """Whether `convert` wrote this folder."""
     return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, after comparing every file it lists with its checksum."""
+    """The manifest; a `UserError` unless every file has the checksum in it."""
     manifest = read_settings(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
@@ -86,21 +86,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _used_files(folder: Path) -> list[str]:
-    """What `load.load_model` may read in a folder besides the manifest."""
+    """The files that `load.load_model` may read, besides the manifest."""
     inside = [f for part in (TOKENIZER, PARAMS) for f in (folder / part).rglob("*") if f.is_file()]
     files = [*inside, *(folder / name for name in (CONFIG, SAFETENSORS))]
     return [f.relative_to(folder).as_posix() for f in files if f.is_file()]
 
 
 def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConfig, shapes) -> dict:
-    """The parameters in float32; shapes: shape structs with shardings, see `with_sharding`."""
+    """The parameters in float32; shapes: shape structs with shardings from `with_sharding`."""
     if manifest.get("weights") == PARAMS:
         return load_arrays(epath.Path(folder / PARAMS), {"params": shapes})["params"]
     if manifest.get("weights") == SAFETENSORS:
         tensors = read_weights(folder / SAFETENSORS).tensors
         return place(fit(tensors, architecture), shapes)
     raise UserError(
-        f"{folder} holds exported programs, not parameters: take the folder they were made from."
+        f"{folder} holds exported programs, not parameters: take the model they were made from."
     )
 
 
@@ -108,10 +108,10 @@ def read_params(folder: Path, manifest: dict[str, Any], architecture: SimSegConf
 def writing(
     folder: Path, config: RunConfig, tokenizer, origin: dict[str, Any], weights: str, card: str
 ) -> Iterator[Path]:
-    """A place to write the parameters to; on success the rest is added and the folder appears.
+    """Yields a temporary folder for the parameters; on success completes and renames it.
 
     origin: where the parameters came from. weights: what holds them, `PARAMS`, `SAFETENSORS` or
-    `PROGRAMS`. card: the model card.
+    `PROGRAMS`. card: the text of the model card.
     """
     with complete(folder) as partial:
         yield partial
@@ -124,7 +124,7 @@ def writing(
             "version": version("simseg-jax"),
             "weights": weights,
             "origin": origin,
-            # The card is for people to edit.
+            # Without the card, which people edit.
             "sha256": {f.relative_to(partial).as_posix(): sha256(f) for f in files},
         }
         text = json.dumps(manifest, indent=2) + "\n"
@@ -133,9 +133,9 @@ def writing(
 
 @contextlib.contextmanager
 def complete(path: Path, folder: bool = True) -> Iterator[Path]:
-    """A place to write a folder or file that appears at `path` on success, where nothing may be."""
+    """Yields a temporary folder or file, renamed to `path` on success; `path` must not exist."""
     refuse_existing(path)
-    advice = "Nothing was written; name a place with room."
+    advice = "Nothing was written; name a destination with free space."
     with errors.writing(str(path), lambda: advice, (OSError, SafetensorError)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with appearing(path) as partial:
@@ -145,15 +145,15 @@ def complete(path: Path, folder: bool = True) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """A `UserError` if something is there already."""
+    """Raises a `UserError` if `path` is a file or a folder that is not empty."""
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise UserError(f"{path} exists: name another destination, nothing is overwritten.")
 
 
 def write_orbax(folder: Path, params: dict) -> None:
-    """Writes parameters in their own dtype; `load_arrays` reads them."""
+    """Writes parameters in their dtype, for `load_arrays`."""
     refuse_unusable(str(folder.absolute()))
-    # Checked first: on a full disk Orbax prints a traceback for every array it still writes.
+    # Checked first, since on a full disk Orbax prints a traceback for every array.
     needed, free = sum(x.nbytes for x in jax.tree.leaves(params)), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
@@ -171,7 +171,7 @@ def write_safetensors(folder: Path, params: dict, architecture: SimSegConfig) ->
 
 
 def cast(params: dict, dtype) -> dict:
-    """Parameters in another dtype; the temperature, a single number, stays float32."""
+    """Parameters in another dtype, except the temperature, which stays float32."""
     return {
         k: v if k == "temperature" else jax.tree.map(lambda x: np.asarray(x).astype(dtype), v)
         for k, v in params.items()

@@ -1,8 +1,8 @@
-"""The weight formats of other code bases: everything in which they differ.
+"""The weight formats of other code bases: all that is specific to one of them.
 
-Each section has a function that reads what the JSON files beside the weights tell about the
-architecture, then the `Format`: how it is recognised (`signature`) and its table of names. The
-notation of the tables is explained in `table.Format`.
+Each section has a function that reads the architecture from the JSON files beside the weights, as
+far as they tell it, and a `Format` with the signature and the table of names. `table.Format`
+explains the notation.
 """
 
 import re
@@ -22,14 +22,14 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-# Other names of the same tensors: pattern -> the name that the tables below have.
+# Other names of the same tensors: pattern -> replacement, which gives the name in the tables below.
 VARIANTS = {
     # Wrappers of training code.
     r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": "",
-    # BERTs that were converted from TensorFlow.
+    # BERTs converted from TensorFlow.
     r"LayerNorm\.gamma$": "LayerNorm.weight",
     r"LayerNorm\.beta$": "LayerNorm.bias",
-    # AugReg and the first ViTs: the modules of a block are numbered together, not by kind.
+    # AugReg and the first ViTs number the modules of a block consecutively, not by kind.
     r"Transformer/posembed_input/pos_embedding$": "pos_embedding",
     r"(/encoderblock\w*)/MultiHeadDotProductAttention_1/": r"\1/MultiHeadDotProductAttention_0/",
     r"(/encoderblock\w*)/LayerNorm_2/": r"\1/LayerNorm_1/",
@@ -37,7 +37,7 @@ VARIANTS = {
 }
 
 
-# ---- timm's VisionTransformer, that of CLIP included
+# ---- timm's VisionTransformer, including CLIP's
 
 
 def _timm(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def _timm(tensors: Tensors, settings: Settings, heads: int | None) -> dict[str, 
     if "fc_norm.weight" in tensors:
         raise UserError(
             "The ViT was trained with average pooling: its last LayerNorm, fc_norm, acts on the "
-            "mean of the patches and there is none for single patches, which segmentation reads. "
-            "Take one with a CLS token, which has norm.weight."
+            "mean of the patches. Segmentation needs a LayerNorm of single patches: take a ViT "
+            "with norm.weight, which those with a CLS token have."
         )
     clip = "norm_pre.weight" in tensors
     quick = "quickgelu" in str(config.get("architecture", ""))
@@ -96,27 +96,27 @@ def _transformers(
     norm_eps: float = 1e-12,
     part: str = "",
 ) -> dict[str, Any]:
-    """Heads, activation and epsilon from config.json, without which they are unknown.
+    """Heads, activation and epsilon from config.json, which is required.
 
-    types: the values of model_type that can be read. activation, norm_eps: where the file is
-    silent. part: the object in it that describes the encoder; by default all of it.
+    types: the accepted values of model_type. activation, norm_eps: defaults for keys that the file
+    lacks. part: the object in the file that describes the encoder; by default the whole file.
     """
     config = settings.get("config.json")
     if config is None:
         raise UserError(
-            f"A {types[0]} of transformers needs its config.json beside it (heads and activation "
-            "leave no trace in the weights): give the folder that holds both."
+            f"A {types[0]} of transformers needs its config.json beside it (weights do not tell "
+            "heads and activation): give the folder that holds both."
         )
     kind = config.get("model_type")
     if kind not in types:
         raise UserError(
-            f"config.json says model_type={str(kind)[:40]!r}, which cannot be represented, only "
+            f"config.json says model_type={str(kind)[:40]!r}, which is not supported, only "
             f"{' or '.join(types)}: take another encoder."
         )
     config = part_of(config, part) if part else config
     activation = str(config.get("hidden_act", activation))
     if activation not in ACTIVATIONS:
-        raise UserError(f"The activation {activation[:40]!r} is not known here.")
+        raise UserError(f"The activation {activation[:40]!r} is not supported.")
     return {
         "heads": heads or config.get("num_attention_heads", 12),
         "activation": ACTIVATIONS[activation],
@@ -157,9 +157,8 @@ HUGGING_FACE_VIT = Format(
 
 def _hugging_face_clip(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
     images = settings.get("preprocessor_config.json", {})
-    both = (
-        settings.get("config.json", {}).get("model_type") == "clip"
-    )  # Text tower and image tower.
+    # The file of a model with both towers describes them in separate objects.
+    both = settings.get("config.json", {}).get("model_type") == "clip"
     part = "vision_config" if both else ""
     facts = _transformers(settings, heads, ("clip", "clip_vision_model"), "quick_gelu", 1e-5, part)
     return {**facts, "pre_norm": True, **_normalisation(images, CLIP, "image_")}
@@ -188,12 +187,12 @@ HUGGING_FACE_CLIP = Format(
 
 
 def _bert(_: Tensors, settings: Settings, heads: int | None) -> dict[str, Any]:
-    # Who gives the heads needs no file: the rest is as in every published BERT.
+    # With heads from the user no file is needed: the rest is the same in all published BERTs.
     settings = {"config.json": {"model_type": "bert"}} if heads else settings
     facts = _transformers(settings, heads, ("bert",))
     config = settings["config.json"]
     if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
-        raise UserError("The BERT encoder has relative positions or is a decoder: take another.")
+        raise UserError("The BERT has relative positions or is a decoder: take another encoder.")
     return facts
 
 
@@ -227,9 +226,9 @@ def _open_clip(tensors: Tensors, settings: Settings, heads: int | None) -> dict[
     config = settings.get("open_clip_config.json")
     if config is None:
         raise UserError(
-            "The CLIP tower needs its open_clip_config.json beside it (OpenAI's CLIP has another "
-            "activation than most of open_clip's, which leaves no trace in the weights): give the "
-            'folder that holds both, or write {"model_cfg": {"quick_gelu": true}} there.'
+            "The CLIP tower needs its open_clip_config.json beside it (the weights do not tell the "
+            "activation; OpenAI's CLIP has another than most models of open_clip): give the folder "
+            'that holds both. For OpenAI\'s write {"model_cfg": {"quick_gelu": true}} into it.'
         )
     model, images = part_of(config, "model_cfg"), part_of(config, "preprocess_cfg")
     width = shape_of(tensors, "conv1.weight", 4)[0]
@@ -264,7 +263,7 @@ OPEN_CLIP = Format(
 )
 
 
-# ---- big_vision's .npz, and those of AugReg and the first ViTs, see VARIANTS
+# ---- big_vision's .npz; with VARIANTS also those of AugReg and the first ViTs
 
 ATTENTION = "Transformer/encoderblock_#/MultiHeadDotProductAttention_0/"
 
@@ -295,7 +294,7 @@ BIG_VISION = Format(
     free_bias=False,
 )
 
-# ---- the authors' .pth of whole models: timm's ViT, transformers' BERT and what joins them
+# ---- the authors' .pth of whole models: timm's ViT, transformers' BERT, projections, temperature
 
 IMAGE, TEXT = "image_encoder.model.model.", "text_encoder.model.model."
 
@@ -304,7 +303,7 @@ AUTHORS = Format(
     name="authors' checkpoint",
     part="model",
     signature="image_projection.linear.weight",
-    facts=lambda *_: {},  # Nothing lies beside the tensors.
+    facts=lambda *_: {},  # There are no JSON files.
     names={
         **{f"image_encoder/{here}": IMAGE + there for here, there in TIMM.names.items()},
         **{f"text_encoder/{here}": TEXT + there for here, there in BERT.names.items()},

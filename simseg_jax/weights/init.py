@@ -1,4 +1,4 @@
-"""Weights a training run starts from (`config.init`), and what they decide of its architecture."""
+"""Weights that a training run starts from (`config.init`), and the architecture they require."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,21 +15,21 @@ from simseg_jax.runtime.settings import changed, plain
 from simseg_jax.weights.load import load_model, open_source
 from simseg_jax.weights.read import PARTS, SIDES, Found, read_model, refuse_infinite
 
-# What stays the run's own choice.
+# Fields of the encoders that remain the run's choice.
 KEPT = {"image": ("image_size",), "text": ("dropout",)}
 
 
 class Pretrained(NamedTuple):
-    """params: those to start from, whole encoders. notes: what they are, for the user."""
+    """params: of whole encoders, to start from. notes: their origin in sentences for the user."""
 
     params: dict
     notes: list[str]
 
 
 def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
-    """Reads what `config.init` names; the configuration gets its architecture.
+    """Reads what `config.init` names; the returned configuration has its architecture.
 
-    tokenizer: of the run, which must be that of a pretrained text encoder.
+    tokenizer: the run's; a pretrained text encoder must have the same vocabulary.
     """
     params, notes = {}, []
     changes: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def adopt(config: RunConfig, tokenizer) -> tuple[RunConfig, Pretrained]:
 
 
 def keep_architecture(config: RunConfig, saved: RunConfig) -> RunConfig:
-    """The configuration with what `init` decides of the model as in the checkpoint of `saved`."""
+    """`config` with the architecture that `init` decides taken from the checkpoint of `saved`."""
     changes: dict[str, Any] = {}
     for part in PARTS:
         if getattr(config.init, part):
@@ -70,7 +70,7 @@ def keep_architecture(config: RunConfig, saved: RunConfig) -> RunConfig:
 
 
 def _decided(part: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """What a source with these fields decides of a configuration, by dotted name."""
+    """Dotted name -> value of the settings that a source with these fields decides."""
     if part == "model":
         sides = [_decided(side, fields[side]) for side in SIDES]
         return {**sides[0], **sides[1], "model.embed_dim": fields["embed_dim"]}
@@ -78,7 +78,7 @@ def _decided(part: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(source: str, part: str) -> tuple[Found, Any]:
-    """(the part in a source, its tokenizer or None)."""
+    """(the part that a source holds, its tokenizer or None)."""
     path, weights = open_source(source)
     if weights is not None:
         model = read_model(weights, part)
@@ -102,6 +102,6 @@ def _tokenizer_beside(path: Path):
 def _check_vocabulary(source: str, vocabulary, tokenizer) -> None:
     if vocabulary is not None and vocabulary.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"{source} was trained with another vocabulary than data.vocab: the words would get "
-            "each other's embeddings. Set data.vocab to its tokenizer (mostly the same folder)."
+            f"{source} was trained with another vocabulary than data.vocab: words would get wrong "
+            "embeddings. Set data.vocab to its tokenizer (usually the same folder)."
         )

@@ -1,4 +1,4 @@
-"""A trained model for inference, out of a training run or a folder that `convert` wrote."""
+"""Loading a trained model for inference, from a training run or a folder that `convert` wrote."""
 
 import dataclasses
 import functools
@@ -32,9 +32,9 @@ from simseg_jax.zeroshot.model import Model
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedModel(Model):
-    """A model with its parameters and all that inference needs; a checkpoint holds it completely.
+    """A model with its parameters and all else that inference needs, as a checkpoint holds it.
 
-    identity: differs between checkpoints, so that results are not mixed up. origin: where it came
+    identity: differs between checkpoints, to keep their results apart. origin: where the model came
     from.
     """
 
@@ -47,15 +47,15 @@ class TrainedModel(Model):
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether `load_model` is for this folder: a run's or a converted model's."""
+    """Whether `load_model` can read this folder: that of a run or of a converted model."""
     return is_model_folder(folder) or (folder / TOKENIZER).is_dir()
 
 
 def open_source(source: str | Path) -> tuple[Path, Weights | None]:
-    """(local path, None) of a run or a converted model, (local path, its weights) of others.
+    """(local path, None) of a run or a converted model, else (local path, weights).
 
     source: as for `load_model`, or a weights file or folder of any code base; "FILE#KEY" chooses
-    among several models in it, see `sources.split_key`.
+    among several models in a file, see `sources.split_key`.
     """
     name, key = split_key(source)
     path = fetch(name)
@@ -69,16 +69,16 @@ def open_source(source: str | Path) -> tuple[Path, Weights | None]:
 def load_model(source: str | Path, step: int | None = None, dtype=None) -> TrainedModel:
     """The parameters of a trained model, replicated over all devices.
 
-    source: the --workdir of a run (its newest step by default) or a folder that `convert` wrote:
-    here, as an address (gs://, s3://, hf://) or as a hub repository. dtype: compute type, by
-    default what `compute_dtype` chooses for the configuration.
+    source: the --workdir of a run, or a folder that `convert` wrote; a local path, an address
+    (gs://, s3://, hf://) or a hub repository. step: of a run, by default the newest. dtype: compute
+    type, by default that of `compute_dtype` for the configuration.
     """
     folder = fetch(source)
     if is_model_folder(folder):
         manifest = read_manifest(folder)
         config, origin = from_file(folder / CONFIG), manifest["origin"]
         if step is not None:
-            raise UserError(f"{source} was exported: it has one state only, leave --step out.")
+            raise UserError(f"{source} is a converted model with a single step: leave --step out.")
         at_step = origin.get("step", 0)
         if not isinstance(at_step, int):
             raise UserError(f"{folder / MANIFEST} says step={at_step!r}: get the folder again.")
@@ -99,7 +99,7 @@ def load_model(source: str | Path, step: int | None = None, dtype=None) -> Train
     if trained_with not in (None, vocabulary_identity(tokenizer)):
         raise UserError(
             f"{folder / TOKENIZER} is not the vocabulary that the model was trained with: words "
-            "would get each other's embeddings. Put the right one there."
+            "would get wrong embeddings. Put the right one there."
         )
     return assemble_model(config, tokenizer, read, at_step, identity, origin, dtype)
 
@@ -113,7 +113,7 @@ def assemble_model(
     origin: dict[str, Any],
     dtype=None,
 ) -> TrainedModel:
-    """A `TrainedModel`; read(architecture, shape structs with shardings) gives its parameters."""
+    """A `TrainedModel`; read(architecture, shape structs with shardings) -> its parameters."""
     architecture = model_config(config, len(tokenizer))
     mesh = make_mesh()
     shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
@@ -138,13 +138,13 @@ def _read_run(path, record: Record, _architecture: SimSegConfig, shapes) -> dict
 
 
 def _checkpoint(workdir: Path, step: int | None):
-    """(folder, step) of one checkpoint of a run."""
+    """(folder, step) of a run's checkpoint, by default the newest."""
     if workdir.is_file():
         raise UserError(
-            f"{workdir} is a file: python -m simseg_jax.convert {workdir} FOLDER makes a "
-            "checkpoint of it."
+            f"{workdir} is a file: make a checkpoint of it with python -m simseg_jax.convert "
+            f"{workdir} FOLDER."
         )
-    with reading(f"the run {workdir}", f"Give its command again, which writes {CONFIG}."):
+    with reading(f"the run {workdir}", f"Run its command again, which writes {CONFIG}."):
         folder = checkpoints_folder(workdir)
         steps = completed_steps(folder)
     if not steps:

@@ -1,4 +1,4 @@
-"""A model out of the weights of any code base: one encoder, or a whole SimSeg of the authors."""
+"""Reading a model from the weights of any code base: an encoder, or a whole SimSeg model."""
 
 import json
 import re
@@ -26,7 +26,7 @@ Architecture = ViTConfig | BertConfig | SimSegConfig
 SIDES = {"image": "image encoder (ViT)", "text": "text encoder (BERT)"}
 PARTS = {"model": "SimSeg model", **SIDES}
 CONVOLUTION = "patch_embed/proj/kernel"
-# Names that tell why a model cannot be represented.
+# Patterns of unexpected names -> why the model is not supported.
 FOREIGN = (
     (r"reg_token|register_token|storage_token", "register tokens"),
     (r"dist_token|distillation_token", "a distillation token"),
@@ -38,10 +38,11 @@ FOREIGN = (
 
 
 class Found(NamedTuple):
-    """What `read_model` finds in weights.
+    """The result of `read_model`.
 
-    config: the architecture, of an encoder or the whole. fields: those of it that the files tell,
-    the others have their defaults. note: which tensors were taken and which not, a sentence.
+    config: the architecture of the encoder or the whole model. fields: the part of it that the
+    files determine; other fields have their defaults. note: a sentence on which tensors were taken
+    and which ignored.
     """
 
     format: str
@@ -55,7 +56,7 @@ class Found(NamedTuple):
 
 
 def parts_in(weights: Weights) -> list[str]:
-    """What `read_model` can read of some weights: ["model"], else "image" and "text" encoders."""
+    """The parts that `read_model` can read: ["model"], else encoders ("image", "text")."""
     tensors = usual_names(weights.tensors)
     parts = dict.fromkeys(form.part for form in FORMATS if prefixes(tensors, form.signature))
     return ["model"] if "model" in parts else list(parts)
@@ -64,11 +65,11 @@ def parts_in(weights: Weights) -> list[str]:
 def read_model(
     weights: Weights, part: str, image_heads: int | None = None, text_heads: int | None = None
 ) -> Found:
-    """The whole "model" or its "image" or "text" encoder in some weights, alone or among others.
+    """Reads a part of the weights: the whole "model" or an "image" or "text" encoder.
 
-    The files of whole models and some others do not tell the attention heads: by default heads are
-    64 channels wide, or as in published models. All unknown, missing and mis-shaped names are
-    reported together.
+    Some files, those of whole models among them, do not tell the number of attention heads. By
+    default heads are as in published models, or else 64 channels wide. All unknown, missing and
+    mis-shaped tensors are reported together.
     """
     heads = {"image": image_heads, "text": text_heads}
     with reading("the weights", "Take other weights of the same model."):
@@ -79,7 +80,7 @@ def read_model(
             raise UserError(_lacking(part, tensors, [form.name for form, _ in places]))
         prefix = choose(forms, weights.key, PARTS[part])
         form = forms[prefix]
-        # The encoders inside a whole model belong to it.
+        # For a whole model the prefixes of its encoders do not count: they are parts of it.
         prefixed = forms if part == "model" else [prefix for _, prefix in places]
         inside, note = take(tensors, prefix, prefixed, form.unused)
         if part == "model":
@@ -95,7 +96,7 @@ def read_model(
 
 
 def _lacking(part: str, tensors: Tensors, found: list[str]) -> str:
-    """The message that there is no such part, only encoders of the formats `found`."""
+    """The message that the weights lack the part; found: the formats in them."""
     formats = some(dict.fromkeys(found)) or "no encoder known here"
     if part == "model":
         return (
@@ -116,8 +117,8 @@ def _whole_architecture(
 ) -> tuple[dict[str, Any], str]:
     """(fields of a whole model, a sentence if the heads are a guess).
 
-    described: what `architecture_json` wrote beside the tensors, if anything. If the user gives
-    heads, it is ignored and the rest is read from the shapes.
+    described: the output of `architecture_json` in the file, if any. It is ignored if the user
+    gives heads; then, as without it, the other fields follow from the shapes.
     """
     if described and not any(heads.values()):
         with reading("the description of the architecture beside the weights"):
@@ -136,17 +137,17 @@ def _whole_architecture(
     }
     taken = " and ".join(f"{fields[side]['heads']} ({side})" for side in SIDES)
     guess = (
-        f" The file does not tell the attention heads: {taken} were taken, one per 64 channels "
-        "unless given."
+        f" The file does not tell the attention heads: {taken} were taken, which is one per 64 "
+        "channels unless given."
     )
     return fields, "" if all(heads.values()) else guess
 
 
 def _possible(fields: Mapping[str, Any]) -> SimSegConfig:
-    """The architecture with these fields; a `UserError` if no configuration could have them."""
+    """The architecture with these fields; a `UserError` if they are invalid."""
     try:
         config = typed(SimSegConfig, fields)
-        # In a run's configuration 0 stands for the size of its vocabulary.
+        # 0 is valid in a run's configuration, where it stands for the size of the vocabulary.
         if "text" in fields and not config.text.vocab_size:
             raise UserError("vocab_size=0 must be at least 1.")
         return config
@@ -160,10 +161,10 @@ def fit(tensors: Tensors, config: SimSegConfig) -> dict:
 
 
 def _assemble(tensors: Tensors, form: Format, config: Architecture) -> dict:
-    """Nested float32 parameters of a model from the tensors of a file, all of which it must use.
+    """Nested float32 parameters of a model from the tensors of a file, all of which must be used.
 
-    One `UserError` reports all missing, unexpected and mis-shaped names, another all parameters
-    with values that are not finite.
+    One `UserError` reports all missing, unexpected and mis-shaped tensors, another all parameters
+    with non-finite values.
     """
     shapes = shapes_of(config)
     kinds = {_kind(name) for name in tensors}
@@ -197,7 +198,7 @@ def _assemble(tensors: Tensors, form: Format, config: Architecture) -> dict:
 
 
 def _misfit(problems: list[str], unexpected: list[str]) -> str:
-    """The message about all problems, with what the unexpected tensors reveal of the model."""
+    """The message about all problems; unexpected tensors may reveal the reason for them."""
     reasons = [why for pattern, why in FOREIGN if any(re.search(pattern, n) for n in unexpected)]
     reason = f" It has {some(reasons)}, which have no place here." if reasons else ""
     count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
@@ -206,15 +207,15 @@ def _misfit(problems: list[str], unexpected: list[str]) -> str:
 
 
 def _kind(name: str) -> str:
-    """The name without the number of its block: a kind of tensor is in all blocks or in none."""
+    """The name without the number of its block. All blocks have the same kinds of tensors."""
     return re.sub(r"\d+", "#", name)
 
 
 def _parameter(
     path: str, tensors: list[np.ndarray], scaled: bool, flax: bool, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """One parameter of its tensors, the last a LayerScale if `scaled`; None if they do not fit."""
-    # Whole numbers are quantised weights, whose scale is not known here.
+    """One parameter from its tensors; None if they do not fit. scaled: the last is a LayerScale."""
+    # Whole numbers would be quantised weights, whose scale is unknown.
     if any(x.dtype.kind != "f" and x.dtype != ml_dtypes.bfloat16 for x in tensors):
         return None
     try:
@@ -229,7 +230,7 @@ def _parameter(
 
 
 def _our_layout(path: str, parts: list[np.ndarray], flax: bool) -> np.ndarray:
-    """Tensors of PyTorch or Flax, laid out as here and joined side by side."""
+    """The tensors of PyTorch or Flax in our layout, concatenated along the last axis."""
     leaf = path.rpartition("/")[2]
     if leaf in ("cls_token", "pos_embed"):  # Some have fewer axes, of size one.
         parts = [x.reshape((1,) * (3 - x.ndim) + x.shape) for x in parts]
@@ -247,18 +248,18 @@ def _our_layout(path: str, parts: list[np.ndarray], flax: bool) -> np.ndarray:
 
 
 def refuse_infinite(params: dict) -> None:
-    """A `UserError` if some of these parameters, nested or not, are not finite."""
+    """Raises a `UserError` if some of the parameters (nested or by path) are not finite."""
     flat = _by_path(params)
     wrong = [path for path, x in flat.items() if not np.isfinite(x).all()]
     if wrong:
         raise UserError(
             f"{len(wrong)} of {len(flat)} parameters hold NaN or infinite values: {some(wrong)}. "
-            "The training that wrote them diverged, or the file is damaged: take another one."
+            "Their training diverged, or the file is damaged: take another one."
         )
 
 
 def shapes_of(config: Architecture) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of an encoder or a whole model, by path."""
+    """Path -> shape of every parameter of an encoder or a whole model."""
     kind: Any = {ViTConfig: ViT, BertConfig: Bert, SimSegConfig: SimSeg}[type(config)]
     params = jax.eval_shape(lambda: params_of(kind(config, jnp.float32, Keys(jax.random.key(0)))))
     return {path: x.shape for path, x in _by_path(params).items()}
@@ -272,7 +273,7 @@ def _by_path(params: dict) -> dict[str, Any]:
 
 
 def state_dict(params: dict) -> dict[str, np.ndarray]:
-    """The parameters under the authors' names in PyTorch's layouts: the inverse of `fit`."""
+    """The parameters under the authors' names in PyTorch's layouts; the inverse of `fit`."""
     tensors = {}
     for path, value in _by_path(params).items():
         x = np.asarray(value)
@@ -287,5 +288,5 @@ def state_dict(params: dict) -> dict[str, np.ndarray]:
 
 
 def architecture_json(config: SimSegConfig) -> str:
-    """The architecture as JSON; stored beside the tensors, so that `read_model` need not guess."""
+    """The architecture as JSON, stored with the tensors so that `read_model` need not guess."""
     return json.dumps(plain(config))

@@ -1,4 +1,4 @@
-"""Finding weights: local ones, and copies of those on object storage and on the hub."""
+"""Finding weights: local files, and local copies of those on object storage or the hub."""
 
 import hashlib
 import re
@@ -15,10 +15,11 @@ HUB_FILES = ["*.json", "*.txt", "README.md", "params/**", "tokenizer/**"]
 
 
 def split_key(source: str | Path) -> tuple[str, str]:
-    """("FILE", "KEY") of "FILE#KEY"; the key is empty without one, or if such a file exists.
+    """("FILE", "KEY") of "FILE#KEY"; ("FILE", "") without a key.
 
     KEY chooses among several models in a file by the prefix of their tensors, as in
-    "checkpoint.pth#teacher"; "." is the model without a prefix.
+    "checkpoint.pth#teacher"; "." is the model without a prefix. An existing file with # in its name
+    has no key.
     """
     text = str(source)
     name, _, key = text.rpartition("#")
@@ -28,8 +29,8 @@ def split_key(source: str | Path) -> tuple[str, str]:
 def fetch(source: str | Path) -> Path:
     """The local file or folder of a path, an address (gs://, s3://, hf://) or a hub repository.
 
-    A repository is "owner/name" or "owner/name@revision". Copies are kept: those of addresses in
-    the cache folder, those of the hub in the hub's own.
+    A repository is "owner/name" or "owner/name@revision". Copies from addresses are kept in the
+    cache folder, those from the hub in the hub's own cache.
     """
     text = str(source)
     if remote.is_remote(text) and not text.startswith("file://"):
@@ -41,7 +42,7 @@ def fetch(source: str | Path) -> Path:
 
 
 def _copy(address: str) -> Path:
-    """A local copy of a remote folder, or of a remote file with the settings beside it."""
+    """A local copy of a remote folder, or of a remote file with the JSON files beside it."""
     files, name = _tree(address), ""
     if not files:
         folder, _, name = address.rpartition("/")
@@ -63,7 +64,7 @@ def _copy(address: str) -> Path:
 
 
 def _tree(folder: str, deep: bool = True) -> dict[str, remote.File]:
-    """The files below a remote folder by their relative paths."""
+    """Relative path -> file, for all files below a remote folder."""
     files, folders = remote.listing(folder)
     found = {_name(file.path): file for file in files}
     for inner in folders if deep else ():
@@ -76,7 +77,7 @@ def _name(path: str) -> str:
 
 
 def _from_hub(source: str) -> Path:
-    # Slow to import.
+    # Imported late, because it is slow.
     from huggingface_hub import snapshot_download
 
     repository, _, revision = source.partition("@")

@@ -1,4 +1,4 @@
-"""How a weight format is described, and the names and sizes of tensors that follow from it."""
+"""The description of a weight format, and the names and sizes of tensors that follow from it."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,33 +10,33 @@ from simseg_jax.weights.containers import Settings, Tensors
 
 # Published ViTs whose heads are not 64 channels wide: width -> heads.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-# The last part of a path here -> what PyTorch calls it; Flax has the same words.
+# The last part of our paths -> PyTorch's name for it; Flax's names are ours.
 PYTORCH = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 class Format(NamedTuple):
     """How one code base stores a model.
 
-    Recognition: a file is of this format if it has a tensor named `signature`. What precedes that
-    name is the prefix of all tensors of the model. part: what the model is, the whole "model" or
-    its "image" or "text" encoder.
+    Recognition: a file has this format if the name of a tensor ends with `signature`. What comes
+    before it is the prefix of all tensors of the model. part: what the format stores, the whole
+    "model" or an "image" or "text" encoder.
 
-    Architecture: shapes give the sizes. The rest (heads, activation, epsilon, normalisation of the
-    images) leaves no trace in the tensors; facts(tensors, settings, heads) reads it from the JSON
-    files beside them. heads: what the user says, or None.
+    Architecture: sizes follow from the shapes of tensors. Heads, activation, epsilon and the
+    normalisation of images do not; facts(tensors, settings, heads) reads them from the JSON files
+    beside the weights. heads: the user's number, or None.
 
-    Parameters: `names` maps the layers here to the layers there, one line for all blocks, as in
+    Parameters: `names` maps our layers to theirs, one line for all blocks, as in
 
         "blocks/#/attn/qkv": "encoder.layers.#.self_attn.(q|k|v)_proj."
 
-    "#" is the number of a block. (q|k|v) are several tensors, side by side in one parameter here. A
-    name that ends with a separator is a layer, to which the kind of parameter is added, "weight" or
-    "bias"; any other is a tensor. "LAYER *" is a LayerScale, multiplied into that layer where a
-    file has it. The parameters of our model are looked up, not the tensors of the file: so the
-    table also tells what a file lacks, and serves for writing.
+    "#" is the number of a block. (q|k|v) stands for three tensors, which are concatenated to one
+    parameter here. A name that ends with a separator is a layer, to which "weight" or "bias" is
+    added; any other name is a tensor. "LAYER *" is a LayerScale, which is multiplied into that
+    layer if the file has it. Lookups go from our parameters to tensors, so that the table also
+    shows what a file lacks, and serves for writing.
 
-    unused: pattern of tensors that the method does not need (heads, poolers, buffers). free_bias:
-    linear layers may lack their bias, the same layer in all blocks; it is zero then.
+    unused: pattern for tensors that the method does not need (heads, poolers, buffers). free_bias:
+    linear layers may lack their bias, which is then zero. A layer lacks it in all blocks or none.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Format(NamedTuple):
     free_bias: bool = True
 
     def tensors(self, path: str) -> list[str]:
-        """The tensors of a file that make up the parameter `path`; none if the table lacks it."""
+        """The names of the tensors that form the parameter `path`; none if the table lacks it."""
         general = re.sub(r"/\d+/", "/#/", path)
         layer, _, leaf = general.rpartition("/")
         name = self.names.get(general) or self.names.get(layer, "")
@@ -67,9 +67,9 @@ class Format(NamedTuple):
 def architecture(
     form: Format, tensors: Tensors, settings: Settings, heads: int | None = None
 ) -> dict[str, Any]:
-    """Fields of `ViTConfig` or `BertConfig`, as far as the files of one encoder tell them."""
+    """Fields of `ViTConfig` or `BertConfig`, as far as the files of an encoder determine them."""
     sizes = _vit_sizes if form.part == "image" else _bert_sizes
-    facts = form.facts(tensors, settings, heads)  # First: it says best why a model has no place.
+    facts = form.facts(tensors, settings, heads)  # First: its errors explain best.
     found = {**sizes(form, tensors), **facts}
     if found["heads"] is None:
         found["heads"] = HEADS.get(found["width"], max(found["width"] // 64, 1))
@@ -90,8 +90,8 @@ def _vit_sizes(form: Format, tensors: Tensors) -> dict[str, Any]:
     if not rows or 1 + grid**2 != rows:
         raise UserError(
             f"The ViT cannot be used: its position embedding has {rows} rows, not one for a CLS "
-            "token and one for each patch of a square image (as SigLIP and other ViTs without CLS "
-            "token, with register tokens or with relative positions)."
+            "token and one for each patch of a square image (SigLIP and other ViTs without CLS "
+            "token, with register tokens or with relative positions are not supported)."
         )
     return {
         "image_size": grid * patch,
@@ -116,18 +116,18 @@ def _bert_sizes(form: Format, tensors: Tensors) -> dict[str, Any]:
 
 
 def _depth(tensors: Tensors, layer: str) -> int:
-    """The number of blocks: one more than the largest number in a name like that of `layer`."""
+    """The number of blocks: one more than the largest number in names that match `layer`."""
     pattern = re.escape(layer.partition("#")[0]) + r"(\d+)[./]"
     numbers = [m[1] for m in (re.match(pattern, name) for name in tensors) if m]
     largest = max(numbers, key=lambda number: (len(number), number), default="-1")
-    # Checked before anything is built for them.
+    # Checked before memory is allocated for the blocks.
     if len(largest) > 3 or int(largest) >= BLOCKS:
-        raise UserError(f"The weights number a block {largest[:20]}: at most {BLOCKS} are read.")
+        raise UserError(f"The weights have a block {largest[:20]}: at most {BLOCKS} are read.")
     return int(largest) + 1
 
 
 def shape_of(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
-    """The shape of a tensor, which must be there, have `dims` axes and not be empty."""
+    """The shape of a tensor, which must exist, have `dims` axes and not be empty."""
     if name not in tensors or tensors[name].ndim != dims or not tensors[name].size:
         found = f"of shape {tensors[name].shape}" if name in tensors else "missing"
         raise UserError(f"The weights cannot be used: {name} is {found}.")
@@ -135,8 +135,8 @@ def shape_of(tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
 
 
 def part_of(config: Mapping[str, Any], key: str) -> dict:
-    """An object inside the object of a JSON file; empty without it."""
+    """An object inside the object of a JSON file; {} if it is missing."""
     part = config.get(key) or {}
     if not isinstance(part, dict):
-        raise UserError(f"The JSON beside the weights has {key} that is no object.")
+        raise UserError(f"In the JSON beside the weights {key} is no object.")
     return part

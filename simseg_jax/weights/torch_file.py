@@ -1,9 +1,9 @@
-"""PyTorch's `.pth` files, read and written without PyTorch; nothing in a file is executed.
+"""Reads and writes PyTorch's `.pth` files without PyTorch; nothing in a file is executed.
 
-A `.pth` file is a zip archive: a pickle, data.pkl, that describes the objects, and one entry of raw
-numbers for each storage, data/KEY. The pickle may name any Python function to call. The reader
-knows those that build a dictionary of tensors, ignores those of what training loops keep beside it,
-and refuses all others.
+A `.pth` file is a zip archive. Its entry data.pkl is a pickle that describes the objects; each
+storage has an entry data/KEY of raw numbers. A pickle may ask to call any Python function. The
+reader interprets the functions that build dictionaries of tensors, ignores those of other objects
+that training loops save, and refuses all others.
 """
 
 import math
@@ -33,7 +33,7 @@ DTYPES = {
     "BoolStorage": np.bool_,
 }
 STORAGES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-# Opcodes of pickles that push their argument as it is.
+# Opcodes of pickles that push their argument unchanged.
 PLAIN = (
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING"),
     *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
@@ -43,10 +43,10 @@ PLAIN = (
 
 
 def load_tensors(path: Path) -> Any:
-    """The object stored in `path` with every tensor as a NumPy array (float32, int64, ...).
+    """The object stored in `path`, with every tensor as a NumPy array of the same type.
 
-    Tensors are read-only views of their storages, which they may share. Errors of the parsers for
-    damaged files pass: call it within `errors.reading`.
+    Tensors are read-only views of their storages, which they may share. The parsers' errors about
+    damaged files are not converted: call this within `errors.reading`.
     """
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -54,7 +54,7 @@ def load_tensors(path: Path) -> Any:
         if name is None:
             raise UserError(
                 f"{path} is a zip archive but no checkpoint of PyTorch: get the file again, or "
-                "unpack it if the weights are inside."
+                "unpack it if it contains the weights."
             )
         root = name.removesuffix("data.pkl")
         if any(n.startswith(f"{root}code/") for n in names):
@@ -77,12 +77,12 @@ class _Ignored:
     """Stands for an object that is no tensor."""
 
 
-# The names that a pickle may ask for, and what `_make` makes of a call.
+# The functions that a pickle may ask for -> what `_make` returns for a call.
 MADE: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): "dictionary",
     ("torch._utils", "_rebuild_tensor_v2"): "tensor",
     ("torch._utils", "_rebuild_parameter"): "parameter",
-    # Options and NumPy's scalars, which training loops keep beside the weights.
+    # Options and NumPy's scalars, which training loops save with the weights.
     ("argparse", "Namespace"): _Ignored,
     ("numpy", "dtype"): _Ignored,
     ("numpy.core.multiarray", "scalar"): _Ignored,
@@ -96,10 +96,10 @@ MADE: dict[tuple[str, str], Any] = {
 class _Reader:
     """Interprets the opcodes that PyTorch writes for dictionaries of tensors; nothing is called.
 
-    Why not Python's unpickler: it calls what a file names, and a few bytes suffice to exhaust it.
-    Its memo grows to any index, and nested tuples as a key take for ever to hash.
+    Python's unpickler is no alternative: it calls what a file names, and a few bytes can exhaust
+    it, since its memo grows to any index and hashing a key of nested tuples can take forever.
 
-    size: bytes of the file, which bound what its entries and tensors may take.
+    size: bytes of the file, which limit the bytes of its entries and tensors.
     """
 
     def __init__(self, archive: zipfile.ZipFile, root: str, size: int):
@@ -109,7 +109,7 @@ class _Reader:
         self.tensors = bounds.TENSORS
 
     def entry(self, name: str) -> bytes:
-        """An entry of the archive; all of them together have at most the bytes of the file."""
+        """An entry of the archive. All entries together may not exceed the file's size."""
         info = self.archive.getinfo(self.root + name)
         self.entry_bytes -= info.file_size
         if info.compress_type != zipfile.ZIP_STORED or self.entry_bytes < 0:
@@ -120,8 +120,8 @@ class _Reader:
         """The object that a pickle describes.
 
         A pickle is a program for a stack machine. Most opcodes push an object. MARK sets the stack
-        aside and begins an empty one, whose items a later opcode turns into a container or adds to
-        one. The memo keeps objects that are used again, by number.
+        aside and begins an empty one; a later opcode turns its items into a container, or adds them
+        to one, and restores the old stack. The memo keeps objects for later use, by number.
         """
         if len(pickled) > bounds.PICKLE:
             raise ValueError(f"its pickle has {len(pickled):,} bytes, more than {bounds.PICKLE:,}")
@@ -168,7 +168,7 @@ class _Reader:
                 case "REDUCE" | "NEWOBJ":
                     arguments, made = stack.pop(), stack.pop()
                     stack.append(self._make(made, arguments))
-                case "BUILD":  # Attributes of an object, such as the versions of a state dict.
+                case "BUILD":  # Sets attributes, such as the versions of a state dict: ignored.
                     stack.pop()
                 case "PROTO" | "FRAME":
                     pass
@@ -208,7 +208,7 @@ class _Reader:
             raise ValueError(
                 f"it has more than {bounds.TENSORS:,} tensors, or many that share their storage"
             )
-        # NumPy checks that every element lies in the storage.
+        # NumPy raises an error unless every element lies in the storage.
         strides = [s * itemsize for s in stride]
         return np.ndarray(size, storage.dtype, storage.data, offset * itemsize, strides)
 
@@ -244,9 +244,9 @@ def _extend(container: Any, items: list) -> None:
 
 
 def save_tensors(path: Path, content: dict) -> None:
-    """Writes what `torch.load(path, weights_only=True)` gives back with tensors for arrays.
+    """Writes `content` so that `torch.load(path, weights_only=True)` returns it with tensors.
 
-    content: nested dictionaries with string keys; arrays, strings, integers, floats, None.
+    content: nested dictionaries with string keys, of arrays, strings, integers, floats and None.
     """
     storages: list[np.ndarray] = []
     described = pickle.PROTO + b"\x02" + _pickled(content, storages) + pickle.STOP
@@ -261,17 +261,17 @@ def save_tensors(path: Path, content: dict) -> None:
         for name, data in entries.items():
             info = zipfile.ZipInfo(f"{path.stem}/{name}")
             assert archive.fp is not None
-            # It wants the data of an entry at a multiple of 64 bytes. Before them are a header of
-            # 30 bytes, the name, and a field of four bytes and any content, which fills the gap.
+            # PyTorch wants the data of an entry at a multiple of 64 bytes. They follow a header of
+            # 30 bytes, the name, and a field of four bytes plus padding that fills the gap.
             padding = -(archive.fp.tell() + 30 + len(info.filename.encode()) + 4) % 64
             info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
             archive.writestr(info, data if isinstance(data, bytes) else data.tobytes())
 
 
 def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
-    """The pickle of `value`, without the frame around it; its arrays are added to `storages`.
+    """The pickle of `value` without PROTO and STOP; appends its arrays to `storages`.
 
-    The names of PyTorch's functions are written as text: it need not be installed.
+    PyTorch's functions are written by name, so PyTorch need not be installed.
     """
 
     def call(module: str, name: str, *arguments: bytes) -> bytes:
@@ -299,7 +299,7 @@ def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
         "torch._utils",
         "_rebuild_tensor_v2",
         storage + pickle.BINPERSID,
-        plain(0),  # The first element in the storage.
+        plain(0),  # Offset of the first element in the storage.
         tuple_of(*map(plain, value.shape)),
         tuple_of(*(plain(int(stride)) for stride in strides)),
         pickle.NEWFALSE,  # requires_grad

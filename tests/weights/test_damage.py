@@ -67,10 +67,10 @@ def test_odd_settings_beside_the_weights_are_refused(tmp_path):
     folder = shutil.copytree(NEIGHBOURS / "timm", tmp_path / "timm")
     card = json.loads((folder / "config.json").read_text())
     for change, message in (
-        ({"pretrained_cfg": 3}, "pretrained_cfg that is no object"),
+        ({"pretrained_cfg": 3}, "pretrained_cfg is no object"),
         ({"pretrained_cfg": {"mean": "grey"}}, "mean='grey' must be of type tuple"),
         ({"pretrained_cfg": {"std": [0, 1, 1]}}, "must be three numbers"),
-        ({"model_args": [1]}, "model_args that is no object"),
+        ({"model_args": [1]}, "model_args is no object"),
         ({"model_args": {"num_heads": 5}}, "width=24 must be a multiple"),
         ({"model_args": {"num_heads": -1}}, "heads=-1 must be a whole number"),
         ({"model_args": {"num_heads": 0}}, "heads=0 must be a whole number"),

@@ -201,9 +201,9 @@ def test_other_kinds_of_text_encoders_are_refused(tmp_path):
     file = tmp_path / "roberta" / "config.json"
     card = json.loads(file.read_text())
     for change, message in (
-        ({"model_type": "roberta"}, "model_type='roberta', which cannot be represented"),
+        ({"model_type": "roberta"}, "model_type='roberta', which is not supported"),
         ({"is_decoder": True}, "is a decoder"),
-        ({"hidden_act": "swish"}, "'swish' is not known"),
+        ({"hidden_act": "swish"}, "'swish' is not supported"),
     ):
         file.write_text(json.dumps(card | change))
         with pytest.raises(UserError, match=message):
