@@ -20,11 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from simseg_jax.config import RunConfig, load_config
-from simseg_jax.data.pipeline import Examples, TrainBatches
-from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.data.text import load_tokenizer
 from simseg_jax.models.simseg import bind, make_model
 from simseg_jax.runtime.sharding import make_mesh
-from simseg_jax.train import set_up
+from simseg_jax.train import open_data, set_up
 from simseg_jax.training.loss import contrastive_loss
 
 DEVICES = (8, 32, 256)
@@ -97,15 +96,7 @@ def main() -> None:
     path = Path(__file__).parents[1] / "configs" / "shapes.py"
     config: RunConfig = load_config(str(path), [f"--config.batch_size={DEVICES[-1]}"])
     tokenizer = load_tokenizer(config.data.vocab)
-    encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
-    examples = Examples(
-        config.data,
-        image_size=config.model.image.image_size,
-        batch_size=config.batch_size,
-        encoder=encoder,
-        seed=config.seed,
-    )
-    data = TrainBatches(examples, batch_size=config.batch_size, process_index=0, process_count=1)
+    _, _, data = open_data(config, tokenizer)
     mesh = make_mesh(devices=jax.devices()[:1])
     setup = set_up(config, len(tokenizer), config.steps, mesh)
     half = make_model(setup.architecture, jnp.bfloat16)

@@ -67,7 +67,7 @@ class Ours:
         from simseg_jax.models.vit import ViTConfig
         from simseg_jax.runtime.hardware import chip_of
         from simseg_jax.runtime.sharding import make_mesh, state_sharding, to_global_batch
-        from simseg_jax.training.cost import collectives, forward_flops, step_flops
+        from simseg_jax.training.cost import collectives, computed_flops, step_flops
         from simseg_jax.training.optim import adamw
         from simseg_jax.training.roofline import bound
         from simseg_jax.training.step import initial_state, jit_update, make_update
@@ -96,8 +96,8 @@ class Ours:
         self.jax = jax
         mesh = make_mesh()
         options = dict(options)
-        again = (options.get("remat") == "full") + ("micro_batch" in options)
-        graphdef = make_model(config, dtype, options.pop("remat", "none"))
+        remat = options.pop("remat", "none")
+        graphdef = make_model(config, dtype, remat)
         shardings = state_sharding(state_shapes, mesh)
         with jax.set_mesh(mesh):
             examples = {
@@ -117,8 +117,9 @@ class Ours:
         memory: Any = self.compiled.memory_analysis()
         self.planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         sent = collectives(self.compiled.as_text() or "")
-        computed = (self.flops + again * forward_flops(config, batch, TOKENS)) / jax.device_count()
-        self.bound = bound(chip, self.compiled, computed, sent, mesh).seconds
+        computed = computed_flops(config, batch, TOKENS, remat, options.get("micro_batch", 0))
+        share = computed / jax.device_count()
+        self.bound = bound(chip, self.compiled, share, sent, mesh).seconds
 
     def step(self):
         self.state, self.metrics = self.compiled(self.state, self.batch)

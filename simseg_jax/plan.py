@@ -19,7 +19,7 @@ from simseg_jax.runtime.hardware import Target, chip_of
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.train import batch_shapes, check_batch, set_up
-from simseg_jax.training.cost import collectives, communication_bytes, forward_flops, step_flops
+from simseg_jax.training.cost import collectives, communication_bytes, computed_flops, step_flops
 from simseg_jax.training.roofline import bound, traffic
 
 EPILOG = """examples:
@@ -148,9 +148,9 @@ def compile_step(
             return {"options": options_of(config), "fits": False, "error": _first_line(error)}
     memory: Any = compiled.memory_analysis()
     tokens = config.data.max_length
-    model = step_flops(setup.architecture, config.batch_size, tokens) / mesh.size
-    forward = forward_flops(setup.architecture, config.batch_size, tokens) / mesh.size
-    again = (config.remat == "full") + (config.micro_batch > 0)
+    size = (setup.architecture, config.batch_size, tokens)
+    model = step_flops(*size) / mesh.size
+    computed = computed_flops(*size, config.remat, config.micro_batch) / mesh.size
     text = compiled.as_text()
     row: dict[str, Any] = {
         "options": options_of(config),
@@ -172,7 +172,7 @@ def compile_step(
     except ValueError as error:
         return row | {"communication": f"unknown: {error}"}
     row |= {"sent_bytes": communication_bytes(text), "network_bytes": traffic(sent, mesh)[1]}
-    least = bound(chip, compiled, model + again * forward, sent, mesh)
+    least = bound(chip, compiled, computed, sent, mesh)
     row |= {"seconds": dataclasses.asdict(least), "step_seconds": least.seconds}
     row["limit"] = least.limit
     if least.seconds and steps:

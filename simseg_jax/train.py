@@ -105,20 +105,7 @@ def _train(
         config, pretrained = adopt(config, tokenizer)
 
     # ---- data
-    encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
-    examples = Examples(
-        config.data,
-        image_size=config.model.image.image_size,
-        batch_size=config.batch_size,
-        encoder=encoder,
-        seed=config.seed,
-    )
-    data = TrainBatches(
-        examples,
-        batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    encoder, examples, data = open_data(config, tokenizer)
     identity = resume.identity(tokenizer, examples)
     changed = (
         resume.changes(saved, plain(config), identity, f"The checkpoint {restorable}", own)
@@ -228,6 +215,25 @@ def _train(
                 write_contact_sheet(path, evaluator, state["params"], images)
             reporter.say(f"Pictures: {pictures}")
     return results
+
+
+def open_data(config: RunConfig, tokenizer) -> tuple[TextEncoder, Examples, TrainBatches]:
+    """(encoder of captions, training examples, this process's share of their batches)."""
+    encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
+    examples = Examples(
+        config.data,
+        image_size=config.model.image.image_size,
+        batch_size=config.batch_size,
+        encoder=encoder,
+        seed=config.seed,
+    )
+    data = TrainBatches(
+        examples,
+        batch_size=config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return encoder, examples, data
 
 
 def check_batch(config: RunConfig, devices: int) -> None:

@@ -38,6 +38,15 @@ def step_flops(config: SimSegConfig, batch: int, tokens: int) -> int:
     return 3 * forward_flops(config, batch, tokens)
 
 
+def computed_flops(
+    config: SimSegConfig, batch: int, tokens: int, remat: str, micro_batch: int
+) -> int:
+    """`step_flops` and the forward passes that a step repeats to save memory."""
+    repeated = (remat == "full") + (micro_batch > 0)
+    forward = forward_flops(config, batch, tokens)
+    return step_flops(config, batch, tokens) + repeated * forward
+
+
 def describe_step(compiled: Any, flops: int, devices: int) -> str:
     """What a step costs every device, in one line, from the compiled program.
 
