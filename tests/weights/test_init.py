@@ -189,7 +189,7 @@ def test_minilm_agrees_with_transformers(minilm):
     tower = read_model(read_weights(Path(minilm)), "text")
     architecture = SimSegConfig(image=config.model.image, text=tower.config, embed_dim=8)
     params = init_params(architecture, jax.random.key(0))
-    params["text_encoder"] = pretrained.params["text_encoder"]
+    params["text_encoder"] = jax.tree.map(jnp.asarray, pretrained.params["text_encoder"])
     encoder = bind(make_model(architecture), params).text_encoder
     hidden = encoder(jnp.asarray(ids), jnp.asarray(mask))
     assert_close(hidden[:, :, ::12], golden["hidden"])
