@@ -67,7 +67,8 @@ class Ours:
         from simseg_jax.models.vit import ViTConfig
         from simseg_jax.runtime.hardware import chip_of
         from simseg_jax.runtime.sharding import make_mesh, state_sharding, to_global_batch
-        from simseg_jax.training.cost import collectives, computed_flops, step_flops
+        from simseg_jax.training.collectives import collectives
+        from simseg_jax.training.cost import computed_flops, step_flops
         from simseg_jax.training.optim import adamw
         from simseg_jax.training.roofline import bound
         from simseg_jax.training.step import initial_state, jit_update, make_update

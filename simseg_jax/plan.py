@@ -1,40 +1,57 @@
-"""Plans a training run for other hardware: `python -m simseg_jax.plan --devices=...`."""
+"""Plans a run for other hardware: `python -m simseg_jax.plan --devices=...`."""
 
 import argparse
 import dataclasses
+import math
 import os
+import re
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
+from PIL import Image
 from tqdm import tqdm
 
 from simseg_jax.config import RunConfig, load_config
-from simseg_jax.data.text import load_tokenizer
+from simseg_jax.data.testsets.classes import TEST_SETS, prompt_names
+from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.evaluators.build import entries_of
+from simseg_jax.evaluators.embedding import ImageEmbedder
+from simseg_jax.reports.plans import describe, recommendation
 from simseg_jax.runtime.command_line import accepted, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import write_json
 from simseg_jax.runtime.hardware import Target, chip_of
 from simseg_jax.runtime.ranges import whole
-from simseg_jax.runtime.sharding import make_mesh
+from simseg_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 from simseg_jax.train import batch_shapes, check_batch, set_up
-from simseg_jax.training.cost import collectives, communication_bytes, computed_flops, step_flops
+from simseg_jax.training.checkpoint import with_sharding
+from simseg_jax.training.collectives import collectives, communication_bytes
+from simseg_jax.training.cost import computed_flops, image_flops, least_communication, step_flops
 from simseg_jax.training.roofline import bound, traffic
+from simseg_jax.zeroshot.engine import PROTOCOLS
+from simseg_jax.zeroshot.model import Model
+from simseg_jax.zeroshot.settings import SegmentationConfig
 
 EPILOG = """examples:
   python -m simseg_jax.plan --config=configs/vits16.py --devices=v5e:4x8
   python -m simseg_jax.plan --config=configs/vits16.py --devices=h100:1 --search
+  python -m simseg_jax.plan --config=configs/vits16.py --devices=h100:1 --what=evaluate
   python -m simseg_jax.plan --config=configs/vits16.py --devices=v5e:16x16 --slices=2 \\
       --pairs=15000000 --output=plan.json --config.batch_size=16384
 
-Compiles the training step of the configuration for devices that this machine need not have, and
-prints the memory, communication and time per device. TPUs need the extra tpu, GPUs the extra cuda;
-cpu:8 needs neither. The time is a lower bound from data sheets, not a measurement. No data and no
-weights are read.
+Compiles the programs of the configuration for devices that this machine need not have, and prints
+the memory, communication and time per device. TPUs need the extra tpu, GPUs the extra cuda; cpu:8
+needs neither. The time is a lower bound from data sheets, not a measurement. No data and no weights
+are read. XLA_FLAGS of the environment are ignored.
 """
 # Sizes of known vocabularies, so that planning needs no download.
 VOCABULARIES = {"bert-base-uncased": 30522, "bert-base-cased": 28996}
+TRAINING = "training step"
 # Presumably the fastest first: recomputation costs time.
 SEARCHED: tuple[dict[str, Any], ...] = (
     {},
@@ -44,12 +61,13 @@ SEARCHED: tuple[dict[str, Any], ...] = (
     {"remat": "full", "micro_batch": 256},
     {"remat": "full", "micro_batch": 256, "loss_chunk": 1024},
 )
+PHOTOGRAPH = (375, 500)  # Height and width of most images of VOC.
 
 
 @report_user_errors
 def main() -> None:
     """Parses the command line, turns this process to the target and prints the plan."""
-    parser = make_parser("plan", "Plans a training run for other hardware.", EPILOG)
+    parser = make_parser("plan", "Plans a run for other hardware.", EPILOG)
     parser.add_argument("--config", required=True, help="configuration file, see configs/")
     parser.add_argument(
         "--devices",
@@ -60,9 +78,16 @@ def main() -> None:
         "--slices", type=accepted(whole(1)), default=1, help="TPU slices of that shape"
     )
     parser.add_argument(
+        "--what",
+        choices=("train", "evaluate"),
+        default="train",
+        help="the training step (default), or the programs of the test sets in evals, which every "
+        "process runs on its own devices",
+    )
+    parser.add_argument(
         "--search",
         action="store_true",
-        help="try remat, micro_batch and loss_chunk, recommend the fastest that fits",
+        help="try remat, micro_batch, loss_chunk and mesh.fsdp, recommend the fastest that fits",
     )
     parser.add_argument(
         "--pairs", type=accepted(whole(1)), help="pairs of the training data, to compute hours"
@@ -72,6 +97,8 @@ def main() -> None:
     )
     parser.add_argument("--output", help="JSON file for all figures")
     args, overrides = parser.parse_known_args()
+    if args.search and args.what == "evaluate":
+        parser.error("--search is for --what=train")
     target = Target.parse(args.devices, args.slices)
     # JAX reads the environment when it looks for devices, which nothing has made it do so far.
     os.environ.update(target.environment())
@@ -89,23 +116,17 @@ def plan(args: argparse.Namespace, overrides: list[str], target: Target) -> None
     name = f"{args.devices}{f' x {args.slices} slices' if args.slices > 1 else ''}"
     print(f"{args.config} on {name}: {len(devices)} devices ({devices[0].device_kind})", flush=True)
     rows: list[dict[str, Any]] = []
-    tried = [options for options in SEARCHED if args.search or not options]
-    for options in tqdm(tried, desc="compiling", unit="program", disable=not args.search):
-        chosen = dataclasses.replace(config, **options)
-        try:
-            rows.append(compile_step(chosen, vocabulary, devices, args.pairs))
-        except UserError as error:
-            if not args.search:
-                raise
-            rows.append({"options": options_of(chosen), "error": str(error)})
-            continue
-        if args.search and rows[-1]["fits"]:
-            # The remaining options only cost more time.
-            break
-    for row in rows:
-        print(describe(row))
+    if args.what == "evaluate":
+        programs = compile_evaluation(config, vocabulary, devices)
+    elif args.search:
+        programs = search(config, vocabulary, devices, args.pairs)
+    else:
+        programs = iter([compile_step(config, vocabulary, devices, args.pairs)])
+    for row in tqdm(programs, desc="compiling", unit="program", disable=None):
+        rows.append(row)
+        tqdm.write(describe(row))
     if args.search:
-        print(recommendation(rows))
+        print(recommendation(rows, options_of(config)))
     if args.output:
         record = {"config": args.config, "overrides": overrides, "devices": name, "plans": rows}
         path = Path(args.output)
@@ -125,6 +146,37 @@ def options_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def search(
+    config: RunConfig, vocabulary: int, devices: list, pairs: int | None
+) -> Iterator[dict[str, Any]]:
+    """The figures of one combination of options after the other, until one fits.
+
+    Parameters are split over the devices of a slice or machine only where that may be enough.
+    """
+    neighbours = Counter(
+        getattr(device, "slice_index", None) or device.process_index for device in devices
+    )
+    fsdp = min(neighbours.values())
+    for options in SEARCHED:
+        chosen = dataclasses.replace(config, **options)
+        tried = [chosen]
+        for chosen in tried:
+            try:
+                row = compile_step(chosen, vocabulary, devices, pairs)
+            except UserError as error:
+                row = {"program": TRAINING, "options": options_of(chosen), "error": str(error)}
+                yield row
+                continue
+            yield row
+            if row["fits"] or row["fits"] is None:
+                return
+            # The state shrinks, and so do gradients, which are no larger than a third of it.
+            excess = row.get("excess_bytes", 0)
+            if chosen.mesh.fsdp == 1 < fsdp and excess < 4 / 3 * row["state_bytes"]:
+                mesh = dataclasses.replace(config.mesh, fsdp=fsdp)
+                tried.append(dataclasses.replace(chosen, mesh=mesh))
+
+
 def compile_step(
     config: RunConfig, vocabulary: int, devices: list, pairs: int | None
 ) -> dict[str, Any]:
@@ -135,119 +187,131 @@ def compile_step(
     if config.epochs > 0:
         steps = max(1, round(config.epochs * pairs / config.batch_size)) if pairs else 0
     setup = set_up(config, vocabulary, max(steps, 1), mesh)
+    row: dict[str, Any] = {
+        "program": TRAINING,
+        "options": options_of(config),
+        "unit": "pairs",
+        "state": "state",
+        "state_bytes": _bytes_of(setup.state_shapes, setup.shardings),
+    }
     began = time.monotonic()
     with jax.set_mesh(mesh):
-        lowered = setup.update.lower(setup.state_shapes, batch_shapes(config))
-        traced = time.monotonic()
         try:
-            compiled = lowered.compile()
+            compiled = setup.update.lower(setup.state_shapes, batch_shapes(config)).compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
             # The TPU compiler rejects programs that do not fit into memory.
-            return {"options": options_of(config), "fits": False, "error": _first_line(error)}
-    memory: Any = compiled.memory_analysis()
-    tokens = config.data.max_length
-    size = (setup.architecture, config.batch_size, tokens)
-    model = step_flops(*size) / mesh.size
+            return row | {"fits": False, **_excess(error)}
+    row["seconds_to_compile"] = time.monotonic() - began
+    size = (setup.architecture, config.batch_size, config.data.max_length)
+    row["flops"] = step_flops(*size) / mesh.size
+    row["least_sent_bytes"] = least_communication(
+        setup.graphdef,
+        setup.state_shapes["params"],
+        setup.shardings["params"],
+        setup.frozen,
+        size[1:],
+        mesh,
+        config.micro_batch,
+    )
     computed = computed_flops(*size, config.remat, config.micro_batch) / mesh.size
-    text = compiled.as_text()
+    row |= figures(compiled, computed, mesh)
+    if row.get("step_seconds") and steps:
+        row |= {"steps": steps, "hours": steps * row["step_seconds"] / 3600}
+    return row
+
+
+def compile_evaluation(
+    config: RunConfig, vocabulary: int, devices: list
+) -> Iterator[dict[str, Any]]:
+    """The figures of the programs of every test set, per device of one process.
+
+    The embedding of texts is left out; it takes little.
+    """
+    entries = entries_of(config.evals)
+    if not entries:
+        raise UserError("--what=evaluate needs a test set in config.evals.")
+    own = [device for device in devices if device.process_index == devices[0].process_index]
+    mesh = make_mesh(1, own)
+    setup = set_up(config, vocabulary, 1, mesh)
+    params = with_sharding(setup.state_shapes["params"], setup.shardings["params"])
+    # No text is encoded here, so any vocabulary will do: this one needs no download.
+    encoder = TextEncoder(load_tokenizer("shapes"), config.data.max_length)
+    model = Model(setup.architecture, setup.graphdef, encoder, mesh)
+    for prefix, settings in entries.items():
+        size = -(-settings.batch_size // mesh.size) * mesh.size
+        row = {
+            "options": {"batch_size": size},
+            "unit": "images",
+            "state": "parameters",
+            "state_bytes": _bytes_of(params, setup.shardings["params"]),
+        }
+        with jax.set_mesh(mesh):
+            if isinstance(settings, SegmentationConfig):
+                windows, programs = _segmentation_programs(model, params, settings, size)
+            else:
+                windows = _shape((size, settings.crop, settings.crop, 3), "uint8", mesh)
+                embed = ImageEmbedder(model, settings, settings.batch_size).embed
+                programs = iter([("encoder", embed.lower(params, windows).compile())])
+            *several, height, width, _ = windows.shape
+            flops = math.prod(several) * image_flops(setup.architecture, height, width)
+            began = time.monotonic()
+            for name, compiled in programs:
+                took = {"seconds_to_compile": time.monotonic() - began}
+                title = {"program": f"{prefix}, {name}", "flops": flops / mesh.size}
+                yield row | title | took | figures(compiled, flops / mesh.size, mesh)
+                # Only the first program runs the encoder.
+                began, flops, row["state_bytes"] = time.monotonic(), 0, 0
+
+
+def _segmentation_programs(
+    model: Model, params, settings: SegmentationConfig, size: int
+) -> tuple[jax.ShapeDtypeStruct, Iterator[tuple[str, Any]]]:
+    """(shape of the encoder's input for a batch of photographs, the protocol's programs)."""
+    height, width = PHOTOGRAPH
+    background = TEST_SETS[settings.data].background
+    classes = len(prompt_names(settings.data, settings.names)) + (not background)
+    protocol = PROTOCOLS[settings.protocol](model, [settings], background)
+    loaded = protocol.load(Image.new("RGB", (width, height)), PHOTOGRAPH)
+    batch = {k: _shape((size, *v.shape), v.dtype, model.mesh) for k, v in loaded.items()}
+    texts = jax.ShapeDtypeStruct(
+        (classes, model.architecture.embed_dim), "float32", sharding=replicated(model.mesh)
+    )
+    programs = protocol.compile(params, {settings.m_text: texts}, batch)
+    return next(iter(batch.values())), programs
+
+
+def figures(compiled: Any, flops: float, mesh: Mesh) -> dict[str, Any]:
+    """Memory, communication and the bound on the time of a compiled program, per device.
+
+    flops: of its matrix products, on one device.
+    """
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     row: dict[str, Any] = {
-        "options": options_of(config),
-        "seconds_to_trace": traced - began,
-        "seconds_to_compile": time.monotonic() - traced,
-        "state_bytes": _bytes_of(setup.state_shapes, setup.shardings),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "model_flops": model,
         "fused_attention_calls": text.count('custom_call_target="__cudnn$fmha'),
+        "fits": None,
     }
-    chip = chip_of(devices[0])
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    row["fits"] = None
+    chip = chip_of(mesh.devices.flat[0])
     if chip and chip.memory:
-        row |= {"memory_bytes": chip.memory, "fits": needed <= chip.memory}
+        excess = row["argument_bytes"] + row["temporary_bytes"] - chip.memory
+        row |= {"memory_bytes": chip.memory, "fits": excess <= 0, "excess_bytes": max(0, excess)}
     try:
         sent = collectives(text)
     except ValueError as error:
         return row | {"communication": f"unknown: {error}"}
-    row |= {"sent_bytes": communication_bytes(text), "network_bytes": traffic(sent, mesh)[1]}
-    least = bound(chip, compiled, computed, sent, mesh)
+    axes: Counter[str] = Counter()
+    for collective in sent:
+        axes[collective.axes(mesh)] += round(collective.sent)
+    row |= {"sent_bytes": communication_bytes(text), "sent_by_axis": axes}
+    row["network_bytes"] = traffic(sent, mesh)[1]
+    least = bound(chip, compiled, flops, sent, mesh)
     row |= {"seconds": dataclasses.asdict(least), "step_seconds": least.seconds}
-    row["limit"] = least.limit
-    if least.seconds and steps:
-        row |= {"steps": steps, "hours": steps * least.seconds / 3600}
-    return row
+    return row | {"limit": least.limit}
 
 
-def describe(row: dict[str, Any]) -> str:
-    """A plan in a few lines of text."""
-    options = ", ".join(f"{key}={value}" for key, value in row["options"].items() if value)
-    if "error" in row:
-        return f"{options}\n  not possible: {row['error']}"
-    inputs = row["argument_bytes"] - row["state_bytes"]
-    needed = row["argument_bytes"] + row["temporary_bytes"]
-    lines = [
-        options,
-        f"  memory      {_size(row['state_bytes'])} state, {_size(inputs)} batch, "
-        f"{_size(row['temporary_bytes'])} temporaries: {_size(needed)} in all"
-        + _margin(row, needed),
-        f"  products    {row['model_flops'] / 1e12:.3g} TFLOP of the model",
-    ]
-    if "sent_bytes" in row:
-        kinds = ", ".join(f"{k} {v / 1e6:.4g}" for k, v in sorted(row["sent_bytes"].items()))
-        total = sum(row["sent_bytes"].values()) / 1e6
-        network = row["network_bytes"] / 1e6
-        lines.append(
-            f"  sent        {total:.4g} MB ({kinds or 'nothing'})"
-            + (f", {network:.4g} MB of it over the network" if network else "")
-        )
-    else:
-        lines.append(f"  sent        {row['communication']}")
-    if row["fused_attention_calls"]:
-        lines.append(f"  attention   {row['fused_attention_calls']} calls of cuDNN in the program")
-    lines.append(
-        f"  compiled    in {row['seconds_to_compile']:.0f} s, "
-        f"traced in {row['seconds_to_trace']:.0f} s, here"
-    )
-    if row.get("step_seconds"):
-        parts = ", ".join(f"{k} {v * 1e3:.3g}" for k, v in row["seconds"].items() if v is not None)
-        speed = row["options"]["batch_size"] / row["step_seconds"]
-        line = f"  at best     {row['step_seconds'] * 1e3:.3g} ms a step ({parts}), "
-        line += f"{speed:,.0f} pairs/s"
-        if "hours" in row:
-            line += f", {row['hours']:.3g} hours for {row['steps']:,} steps"
-        lines.append(line + "; a bound, not a measurement")
-    return "\n".join(lines)
-
-
-def recommendation(rows: list[dict[str, Any]]) -> str:
-    """The fastest plan that fits."""
-    fitting = [row for row in rows if row.get("fits")]
-    if not fitting:
-        if any("error" not in row and row["fits"] is None for row in rows):
-            return "The memory of these devices is not known here: nothing can be recommended."
-        return "Nothing fits: take more devices, a larger --config.mesh.fsdp or a smaller batch."
-    best = min(fitting, key=lambda row: row.get("step_seconds") or 0)
-    keys = ("remat", "micro_batch", "loss_chunk")
-    options = [f"--config.{key}={best['options'][key]}" for key in keys if best["options"][key]]
-    return "Recommended: " + " ".join(
-        option for option in options if option != "--config.remat=none"
-    )
-
-
-def _margin(row: dict[str, Any], needed: int) -> str:
-    if "memory_bytes" not in row:
-        return ""
-    free = row["memory_bytes"] - needed
-    there = _size(row["memory_bytes"])
-    if free < 0:
-        return f", {_size(-free)} more than the {there} of the device: does not fit"
-    return f", of {there} on the device: fits with {_size(free)} to spare"
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+def _shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
 def _bytes_of(shapes, shardings) -> int:
@@ -262,8 +326,16 @@ def _bytes_of(shapes, shardings) -> int:
     return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(parts))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+def _excess(error: Exception) -> dict[str, Any]:
+    """What the compiler says of a program that does not fit; other errors are raised again."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        raise error
+    row: dict[str, Any] = {"error": text.strip().splitlines()[0][:300]}
+    excess = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG])", text)
+    if excess:
+        row["excess_bytes"] = float(excess[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[excess[2]]
+    return row
 
 
 if __name__ == "__main__":

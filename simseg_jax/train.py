@@ -262,6 +262,7 @@ class Setup:
     init_state: Callable
     state_shapes: dict
     shardings: dict
+    frozen: Any
     update: Any
 
 
@@ -280,6 +281,7 @@ def set_up(config: RunConfig, vocabulary: int, steps: int, mesh: Mesh) -> Setup:
 
     state_shapes = jax.eval_shape(lambda params: initial_state(params, optimizer), shapes)
     shardings = state_sharding(state_shapes, mesh)
+    still = frozen(config.optim.lr_rules, shapes)
     update = make_update(
         graphdef,
         optimizer,
@@ -287,10 +289,18 @@ def set_up(config: RunConfig, vocabulary: int, steps: int, mesh: Mesh) -> Setup:
         autoaugment=config.data.autoaugment_on_device,
         micro_batch=config.micro_batch,
         loss_chunk=config.loss_chunk,
-        frozen=frozen(config.optim.lr_rules, shapes),
+        frozen=still,
     )
-    update = jit_update(update, shardings, mesh)
-    return Setup(architecture, graphdef, schedule, init_state, state_shapes, shardings, update)
+    return Setup(
+        architecture,
+        graphdef,
+        schedule,
+        init_state,
+        state_shapes,
+        shardings,
+        still,
+        jit_update(update, shardings, mesh),
+    )
 
 
 def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -46,9 +46,13 @@ def lower_step(
     model=MODEL,
     dtype=jnp.float32,
     gradient_dtype=None,
+    wrap=lambda update: update,
     **options,
 ):
-    """The step before compilation and its arguments; the state after it holds the gradients."""
+    """The step before compilation and its arguments; the state after it holds the gradients.
+
+    wrap: changes the function that is jitted.
+    """
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     optimizer = optax.trace(0.0)
     graphdef = make_model(model, dtype, remat, gradient_dtype)
@@ -59,7 +63,7 @@ def lower_step(
         return {**state, "step": jnp.int32(7)}
 
     shardings = state_sharding(jax.eval_shape(init), mesh)
-    step = jit_update(update, shardings, mesh)
+    step = jit_update(wrap(update), shardings, mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(init, out_shardings=shardings)()
         arguments = state, to_global_batch(batch(size), mesh)

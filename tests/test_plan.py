@@ -9,14 +9,13 @@ import sys
 import jax
 import pytest
 
-from simseg_jax.data.text import load_tokenizer
-from simseg_jax.models.bert import BertConfig
-from simseg_jax.models.simseg import SimSegConfig, init_params
-from simseg_jax.models.vit import ViTConfig
-from simseg_jax.runtime.sharding import MIN_SHARDED_SIZE
+from simseg_jax import plan
+from simseg_jax.config import load_config
+from simseg_jax.reports.plans import describe, recommendation
+from simseg_jax.runtime.errors import UserError
 
 CONFIG = """
-from simseg_jax.config import data_set, default_config
+from simseg_jax.config import data_set, default_config, retrieval_eval, segmentation_eval
 
 def get_config():
     config = default_config()
@@ -30,6 +29,8 @@ def get_config():
     config.model.embed_dim = 16
     config.data.train.shapes = data_set(format="shapes", split="train", size=64)
     config.data.update({"vocab": "shapes", "autoaugment": False})
+    config.evals.seg.shapes = segmentation_eval(data="shapes", resolution=64, batch_size=3)
+    config.evals.retrieval.shapes = retrieval_eval(format="shapes", crop=32, batch_size=3)
     return config
 """
 PARAMETERS = 4 * 307_937  # Bytes in float32.
@@ -65,13 +66,13 @@ def run_plan(tmp_path):
 
 @pytest.mark.slow
 def test_a_plan_for_cpus(run_plan):
-    printed, (plan,) = run_plan("--devices=cpu:4")
+    printed, (row,) = run_plan("--devices=cpu:4")
     assert "4 devices (cpu)" in printed
-    assert plan["sent_bytes"]["all-gather"] == EMBEDDINGS * 3 / 4
-    assert plan["state_bytes"] == pytest.approx(3 * PARAMETERS, rel=1e-3)  # And two moments.
-    assert plan["fits"] is None
-    assert plan["fused_attention_calls"] == 0
-    assert plan["step_seconds"] is None
+    assert row["sent_bytes"]["all-gather"] == EMBEDDINGS * 3 / 4
+    assert row["state_bytes"] == pytest.approx(3 * PARAMETERS, rel=1e-3)  # And two moments.
+    assert row["fits"] is None
+    assert row["fused_attention_calls"] == 0
+    assert row["step_seconds"] is None
     assert "at best" not in printed
 
 
@@ -86,54 +87,70 @@ def test_a_missing_compiler_is_named(run_plan):
     assert printed == "error: Compiling for v5e needs libtpu: pip install 'simseg-jax[tpu]'.\n"
 
 
+@pytest.mark.slow
+def test_programs_of_an_evaluation(run_plan):
+    """The encoder, the CRF on the devices and the composition; several devices share a batch."""
+    options = ("--what=evaluate", "--devices=cpu:2", "--config.evals.seg.shapes.crf.backend=jax")
+    _, plans = run_plan(*options)
+    names = [row["program"] for row in plans]
+    assert names == [
+        "seg/shapes, encoder and responses",
+        "seg/shapes, crf",
+        "seg/shapes, composition",
+        "retrieval/shapes, encoder",
+    ]
+    assert all(row["options"] == {"batch_size": 4} for row in plans)  # 3, rounded up.
+    assert [row["flops"] > 0 for row in plans] == [True, False, False, True]
+    first, crf, *_ = plans
+    assert first["state_bytes"] == pytest.approx(PARAMETERS, rel=1e-3)
+    assert crf["temporary_bytes"] > 10 * first["temporary_bytes"]
+
+
+def test_an_evaluation_needs_a_test_set(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text("".join(line for line in CONFIG.splitlines(True) if "evals." not in line))
+    with pytest.raises(UserError, match=r"needs a test set in config.evals"):
+        list(plan.compile_evaluation(load_config(path, []), 100, jax.devices()))
+
+
 @needs_libtpu
 def test_a_plan_for_a_tpu_slice_sends_the_minimum(run_plan):
-    printed, (plan,) = run_plan("--devices=v5e:2x2")
+    printed, (row,) = run_plan("--devices=v5e:2x2")
     assert "4 devices (TPU v5 lite)" in printed
-    assert plan["fits"]
-    sent = plan["sent_bytes"]
+    assert row["fits"]
+    assert row["sent_by_axis"].keys() == {"data"}
+    sent = row["sent_bytes"]
+    total = sum(sent.values())
     assert sent.pop("all-gather") == EMBEDDINGS * 3 / 4
     # Every gradient once, that of the embeddings, three numbers per text, and some scalars. The
     # second token type, which no caption has, gets no gradient.
     least = 2 * 3 / 4 * (PARAMETERS - 4 * 128 + EMBEDDINGS + 3 * 4 * 32)
     assert least <= sent.pop("all-reduce") <= least + 200
     assert not sent
-    bound = max(x for x in plan["seconds"].values() if x is not None)
-    assert plan["step_seconds"] == bound > 0
-    assert plan["hours"] == pytest.approx(100 * bound / 3600)
+    # It sums the embeddings' gradient whole, of which a part would do.
+    assert total == pytest.approx(row["least_sent_bytes"] + EMBEDDINGS * 3 / 4, abs=200)
+    bound = max(x for x in row["seconds"].values() if x is not None)
+    assert row["step_seconds"] == bound > 0
+    assert row["hours"] == pytest.approx(100 * bound / 3600)
 
 
 @needs_libtpu
-def test_split_parameters_are_gathered_and_their_gradients_scattered(run_plan):
-    _, (plan,) = run_plan("--devices=v5e:2x2", "--config.mesh.fsdp=4")
-    architecture = SimSegConfig(
-        image=ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2, mlp_width=64),
-        text=BertConfig(
-            vocab_size=len(load_tokenizer("shapes")),
-            **{"max_positions": 25, "width": 128, "depth": 2, "heads": 2, "mlp_width": 256},
-        ),
-        embed_dim=16,
-    )
-    shapes = jax.eval_shape(lambda: init_params(architecture, jax.random.key(0)))
-    leaves = jax.tree.leaves(shapes)
-    assert 4 * sum(leaf.size for leaf in leaves) == PARAMETERS
-    split = 4 * sum(leaf.size for leaf in leaves if leaf.size >= MIN_SHARDED_SIZE)
-    assert 0.8 * PARAMETERS < split < PARAMETERS
-    sent = plan["sent_bytes"]
-    # Most are kept for the backward pass, some gathered again.
-    least = (split + EMBEDDINGS) * 3 / 4
-    assert least <= sent["all-gather"] <= 1.5 * least
-    # XLA sums some whole that one part would be enough of; the rest and the embeddings are whole.
-    least = (split + 2 * (PARAMETERS - split + EMBEDDINGS)) * 3 / 4
-    assert least <= sent["reduce-scatter"] + sent["all-reduce"] <= 1.3 * least
-    assert set(sent) == {"all-gather", "reduce-scatter", "all-reduce"}
+@pytest.mark.parametrize("options", [[], ["--config.mesh.fsdp=4"]], ids=str)
+def test_a_plan_in_bfloat16_sends_the_minimum(run_plan, options):
+    """With split parameters, too: gathered for both passes in the type of products."""
+    _, (row,) = run_plan("--devices=v5e:2x2", "--config.dtype=bfloat16", *options)
+    sent = row["sent_bytes"]
+    whole = EMBEDDINGS * 3 / 4  # As above.
+    assert sum(sent.values()) == pytest.approx(row["least_sent_bytes"] + whole, abs=300)
+    assert row["sent_by_axis"].keys() <= {"data", "fsdp"}
+    assert ("reduce-scatter" in sent) == bool(options)
 
 
 @needs_libtpu
 def test_slices_sum_within_and_between(run_plan):
     """In float32; small arrays go whole over the network, the others a quarter from each device."""
-    _, (plan,) = run_plan("--devices=v5e:2x2", "--slices=2")
-    sent, network = plan["sent_bytes"], plan["network_bytes"]
+    _, (row,) = run_plan("--devices=v5e:2x2", "--slices=2")
+    sent, network = row["sent_bytes"], row["network_bytes"]
     assert network == sum(size for kind, size in sent.items() if kind.startswith("network "))
     least = 2 * 1 / 2 * PARAMETERS / 4
     assert least <= network <= 1.5 * least
@@ -142,8 +159,97 @@ def test_slices_sum_within_and_between(run_plan):
     assert least <= within <= 1.5 * least
 
 
-@needs_libtpu
-def test_bfloat16_halves_what_is_sent(run_plan):
-    _, (single,) = run_plan("--devices=v5e:2x2", "--config.dtype=bfloat16")
-    least = 2 * 3 / 4 * PARAMETERS
-    assert least / 2 <= single["sent_bytes"]["all-reduce"] <= 0.55 * least
+# ---- the search, with figures made up
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """(options tried, recommendation) of a search on eight devices, given what fits."""
+
+    def run(fits, excess):
+        def compile_step(config, vocabulary, devices, pairs):
+            options = plan.options_of(config)
+            fitting = fits(options)
+            return {
+                "program": "training step",
+                "options": options,
+                "state_bytes": 300,
+                "fits": fitting,
+                "excess_bytes": 0 if fitting else excess,
+            }
+
+        monkeypatch.setattr(plan, "compile_step", compile_step)
+        path = tmp_path / "tiny.py"
+        path.write_text(CONFIG)
+        config = load_config(path, [])
+        rows = list(plan.search(config, 100, jax.devices(), None))
+        tried = [{k: v for k, v in row["options"].items() if k != "batch_size"} for row in rows]
+        return tried, recommendation(rows, plan.options_of(config))
+
+    return run
+
+
+NONE = {"remat": "none", "micro_batch": 0, "loss_chunk": 0, "mesh.fsdp": 1}
+
+
+def test_a_search_ends_with_the_first_that_fits(searched):
+    tried, advice = searched(lambda options: options["remat"] == "full", excess=1000)
+    assert tried == [NONE, NONE | {"remat": "dots"}, NONE | {"remat": "full"}]
+    assert advice == "Recommended: --config.remat=full"
+    tried, advice = searched(lambda _: True, excess=0)
+    assert tried == [NONE]
+    assert advice == "Recommended: the configuration as it is"
+
+
+def test_a_search_splits_parameters_where_that_may_be_enough(searched):
+    tried, advice = searched(lambda options: options["mesh.fsdp"] > 1, excess=399)
+    assert tried == [NONE, NONE | {"mesh.fsdp": 8}]
+    assert advice == "Recommended: --config.mesh.fsdp=8"
+
+
+def test_a_search_without_success_says_so(searched):
+    tried, advice = searched(lambda _: False, excess=401)
+    assert len(tried) == len(plan.SEARCHED)
+    assert advice.startswith("Nothing fits: ")
+    tried, advice = searched(lambda _: None, excess=0)
+    assert len(tried) == 1
+    assert "not known" in advice
+
+
+def test_figures_as_text():
+    row = {
+        "program": "training step",
+        "options": {"batch_size": 64, "remat": "none", "micro_batch": 0},
+        "unit": "pairs",
+        "state": "state",
+        "state_bytes": 2**30,
+        "argument_bytes": 2**30 + 2**20,
+        "temporary_bytes": 2**31,
+        "memory_bytes": 4 * 2**30,
+        "fits": True,
+        "flops": 1e12,
+        "fused_attention_calls": 24,
+        "seconds_to_compile": 2.6,
+        "sent_bytes": {"all-gather": 1e6, "all-reduce": 3e6},
+        "sent_by_axis": {"data": 3e6, "fsdp": 1e6},
+        "least_sent_bytes": 4e6,
+        "network_bytes": 0,
+        "seconds": {"products": 0.001, "memory": 0.002, "links": None, "network": None},
+        "step_seconds": 0.002,
+        "steps": 1000,
+        "hours": 0.5,
+    }
+    assert describe(row).splitlines() == [
+        "training step: batch_size=64, remat=none",
+        "  memory      1.00 GiB state, 1.0 MiB batch, 2.00 GiB temporaries: 3.00 GiB in all, of "
+        "4.00 GiB on the device: fits with 1.00 GiB to spare",
+        "  products    1 TFLOP of the model",
+        "  sent        4 MB (all-gather 1, all-reduce 3), over data 3, fsdp 1; 4 MB is the minimum",
+        "  attention   24 calls of cuDNN in the program",
+        "  compiled    in 3 s here",
+        "  at best     2 ms (products 1, memory 2), 32,000 pairs/s, 0.5 hours for 1,000 steps; "
+        "a bound, not a measurement",
+    ]
+    assert "1.00 GiB more than the 4.00 GiB" in describe(row | {"temporary_bytes": 4 * 2**30})
+    failed = {"program": "training step", "options": {"batch_size": 8}, "error": "No."}
+    assert describe(failed) == "training step: batch_size=8\n  not possible: No."

@@ -22,8 +22,8 @@ POLICY_VARIANTS: tuple[Variant, ...] = (
     *dict.fromkeys((op, level, s) for p in IMAGENET_POLICY for _, op, level in p for s in (-1, 1)),
 )
 FILL = GREY[0]
-# On accelerators: the results of all families for so many images of 224 pixels take a gigabyte.
-IMAGES_AT_A_TIME = 128
+# By platform: a GPU needs many images per kernel; TPU programs take 27 MB for one of 224 pixels.
+IMAGES_AT_A_TIME = {"gpu": 128, "tpu": 16}
 
 
 def draw_keys(seed: int, step, batch_size: int) -> jax.Array:
@@ -69,8 +69,9 @@ def apply_variants(
     Otherwise all families run on many images at once and each image selects the result it needs,
     which is fast on accelerators.
     """
+    platform = target_device().platform
     if one_by_one is None:
-        one_by_one = target_device().platform == "cpu"
+        one_by_one = platform == "cpu"
     tables = variant_tables(variants, *images.shape[1:3])
     tables = {name: jnp.asarray(table) for name, table in tables.items()}
     operations = {operation for operation, *_ in variants}
@@ -82,13 +83,15 @@ def apply_variants(
     equalize = functools.partial(_equalize, histogram=histogram)
     branches = [equalize if family is _equalize else family for family in families]
 
-    def augment(image: jax.Array, numbers: jax.Array) -> jax.Array:
-        for i in range(chosen.shape[1]):
-            row = {name: table[numbers[i]] for name, table in tables.items()}
-            image = jax.lax.switch(branch_of[numbers[i]], branches, image, row)
-        return image
+    def apply(image: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        row = {name: table[number] for name, table in tables.items()}
+        return jax.lax.switch(branch_of[number], branches, image, row), None
 
-    size = None if one_by_one else IMAGES_AT_A_TIME
+    def augment(image: jax.Array, numbers: jax.Array) -> jax.Array:
+        # A loop, so that the operations are compiled once.
+        return jax.lax.scan(apply, image, numbers)[0]
+
+    size = None if one_by_one else IMAGES_AT_A_TIME.get(platform, 128)
     return jax.lax.map(lambda pair: augment(*pair), (images, chosen), batch_size=size)
 
 

@@ -64,6 +64,19 @@ class Refiner:
         arguments = images, maps, needed, positions_for(self.settings, self.size, share, self.mesh)
         return arguments, self.refine_jit(*arguments, vertices=self.vertices)
 
+    def compile(self, images, maps, needed) -> Any:
+        """The program of `start` on the devices; arguments: shape structs with shardings."""
+        positions = None
+        if self.settings.refine == "crf":
+            share = images.shape[0] // self.mesh.size
+            whole = replicated(self.mesh)
+            positions = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+                batch_positions(self.size, self.size, self.settings.crf.gaussian_sxy, share),
+            )
+        lowered = self.refine_jit.lower(images, maps, needed, positions, vertices=self.vertices)
+        return lowered.compile()
+
     def finish(self, started: Any) -> jax.Array | np.ndarray:
         """The masks; started: what `start` returned."""
         if self.on_host:

@@ -296,14 +296,27 @@ def linear(
     )
 
 
-def layer_norm(width: int, epsilon: float, dtype, rngs: Keys) -> nnx.LayerNorm:
-    """LayerNorm with float32 parameters and statistics, its result in `dtype`."""
-    return nnx.LayerNorm(
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm in float32, gradients included; the result is in `result_dtype`."""
+
+    result_dtype: Any = jnp.float32
+
+    def __call__(
+        self, x: Float[Array, "*B d"], *, mask: jax.Array | None = None
+    ) -> Float[Array, "*B d"]:
+        return super().__call__(x, mask=mask).astype(self.result_dtype)
+
+
+def layer_norm(width: int, epsilon: float, dtype, rngs: Keys) -> LayerNorm:
+    """LayerNorm whose result is in `dtype`."""
+    norm = LayerNorm(
         width,
         epsilon=epsilon,
-        dtype=dtype,
+        dtype=jnp.float32,
         rngs=rngs,  # pyright: ignore[reportArgumentType]
     )
+    norm.result_dtype = dtype
+    return norm
 
 
 def torch_linear_init():

@@ -115,6 +115,8 @@ class Target:
             "CUDA_VISIBLE_DEVICES": "-1",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
             "TPU_SKIP_MDS_QUERY": "1",
+            # Other processes may use the TPU compiler, or a TPU of this machine, meanwhile.
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_ACCELERATOR_TYPE": "v5litepod-4",
             "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -1,16 +1,17 @@
-"""What a training step costs: model FLOPs, memory and communication of the compiled program."""
+"""What a training step costs: FLOPs, the least communication, and a line about the program."""
 
-import dataclasses
-import math
-import re
-from collections import Counter
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
 
-from simseg_jax.models.simseg import SimSegConfig
-
-COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+from simseg_jax.models.bert import BertConfig
+from simseg_jax.models.layers import Linear
+from simseg_jax.models.simseg import SimSegConfig, bind, path_string
+from simseg_jax.models.vit import ViTConfig
+from simseg_jax.training.collectives import communication_bytes, ring
 
 
 def forward_flops(config: SimSegConfig, batch: int, tokens: int) -> int:
@@ -18,15 +19,23 @@ def forward_flops(config: SimSegConfig, batch: int, tokens: int) -> int:
 
     tokens: length of the (padded) captions. A multiply-add is two operations, as usual.
     """
-    image, text = config.image, config.text
-    patches = (image.image_size // image.patch_size) ** 2
-    per_pair = 2 * patches * 3 * image.patch_size**2 * image.width
-    for tower, length in ((image, patches + 1), (text, tokens)):
-        weights = 4 * tower.width**2 + 2 * tower.width * tower.mlp_width
-        attention = 2 * length * tower.width  # multiply-adds per token
-        per_pair += 2 * length * (weights + attention) * tower.depth
-        per_pair += 2 * length * tower.width * config.embed_dim
+    side = config.image.image_size
+    per_pair = image_flops(config, side, side) + _tower_flops(config.text, tokens, config.embed_dim)
     return batch * per_pair + 2 * batch**2 * config.embed_dim
+
+
+def image_flops(config: SimSegConfig, height: int, width: int) -> int:
+    """Operations of the projected tokens of one image; height, width: in pixels."""
+    image = config.image
+    patches = (height // image.patch_size) * (width // image.patch_size)
+    embedding = 2 * patches * 3 * image.patch_size**2 * image.width
+    return embedding + _tower_flops(image, patches + 1, config.embed_dim)
+
+
+def _tower_flops(tower: ViTConfig | BertConfig, length: int, embed_dim: int) -> int:
+    weights = 4 * tower.width**2 + 2 * tower.width * tower.mlp_width
+    attention = 2 * length * tower.width  # multiply-adds per token
+    return 2 * length * ((weights + attention) * tower.depth + tower.width * embed_dim)
 
 
 def step_flops(config: SimSegConfig, batch: int, tokens: int) -> int:
@@ -45,6 +54,69 @@ def computed_flops(
     repeated = (remat == "full") + (micro_batch > 0)
     forward = forward_flops(config, batch, tokens)
     return step_flops(config, batch, tokens) + repeated * forward
+
+
+def least_communication(
+    graphdef: nnx.GraphDef,
+    params,
+    shardings,
+    frozen,
+    batch: tuple[int, int],
+    mesh: Mesh,
+    micro_batch: int = 0,
+) -> float:
+    """Bytes that every device has to send in a step, but for some scalars.
+
+    To compare with the total of `communication_bytes`. The gradient of every parameter is summed
+    over the devices once, in the type in which it leaves its product. A parameter split over
+    `fsdp` is gathered before the forward pass, a weight again before the backward pass, and its
+    gradient is scattered. The embeddings of the texts and their gradients are sent once, and so
+    are three numbers per text for the loss over columns.
+
+    params, shardings, frozen: trees of shapes, `NamedSharding`s and bools (no gradient).
+    batch: (pairs, tokens of a caption).
+    """
+    model = bind(graphdef, params)
+    linear = {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear)
+    }
+    pairs, tokens = batch
+    # Rows of embeddings that no caption uses have no gradient.
+    rows = {"position_embeddings": tokens, "token_type_embeddings": 1}
+    fsdp = mesh.shape["fsdp"]
+    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+
+    def spread(size: float, members: int) -> float:
+        """Gathering or scattering an array over members in all slices: within, then between."""
+        within = members // slices
+        return ring(size, within) + ring(size / within, slices)
+
+    total = 2 * spread(4 * pairs * model.config.embed_dim, mesh.size)
+    total += 3 * 2 * spread(4 * pairs, mesh.size)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    trees = jax.tree.leaves(shardings), jax.tree.leaves(frozen)
+    for (path, leaf), sharding, still in zip(leaves, *trees, strict=True):
+        layer = path_string(path).rpartition("/")[0]
+        weight = slope = 4
+        gathers = 1
+        if layer in linear and not micro_batch:
+            weight = jnp.dtype(linear[layer].dtype).itemsize
+            slope = jnp.dtype(linear[layer].gradient_dtype or linear[layer].dtype).itemsize
+            gathers = 1 if still else 2
+        split = not sharding.is_fully_replicated
+        if split:
+            total += gathers * ring(weight * leaf.size, fsdp)
+        if still:
+            continue
+        used = rows.get(layer.rpartition("/")[2], leaf.shape[0] if leaf.shape else 1)
+        size = slope * leaf.size * (used / leaf.shape[0] if leaf.shape else 1)
+        if split:
+            total += ring(size, fsdp) + 2 * spread(size / fsdp, mesh.size // fsdp)
+        else:
+            total += 2 * spread(size, mesh.size)
+    return total
 
 
 def describe_step(compiled: Any, flops: int, devices: int) -> str:
@@ -66,207 +138,3 @@ def describe_step(compiled: Any, flops: int, devices: int) -> str:
         return f"{line}; communication unknown ({error})"
     kinds = ", ".join(f"{kind} {size / 1e6:.3g}" for kind, size in sorted(sent.items()))
     return f"{line}, and sends {sent.total() / 1e6:.3g} MB ({kinds})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective operation of a compiled program.
-
-    size: bytes of the whole array, that is of the result, or of what a reduce-scatter takes apart.
-    members: how many devices take part together. group: the positions in the mesh of one such
-    group, None where the program does not list them. times: how often one run of the program
-    performs it. network: between the same devices of TPU slices, over the data-center network.
-    """
-
-    kind: str
-    size: int
-    members: int
-    group: tuple[int, ...] | None
-    times: int
-    network: bool = False
-
-    @property
-    def sent(self) -> float:
-        """Bytes that every device sends in all, by a ring of the members."""
-        if self.kind == "collective-permute":
-            return self.times * self.size
-        rounds = 2 if self.kind == "all-reduce" else 1
-        return self.times * rounds * self.size * (self.members - 1) / self.members
-
-
-def communication_bytes(hlo: str) -> Counter[str]:
-    """Bytes that every device sends in one run of a compiled program, by kind of collective.
-
-    hlo: `compiled.as_text()` of a program for CPUs, GPUs or TPUs; a `ValueError` says what of it is
-    not understood. Counted as for ring algorithms among the n members of a group: an all-reduce
-    sends its array 2 (n - 1) / n times, an all-gather or reduce-scatter (n - 1) / n times. What
-    goes to other TPU slices is of a kind of its own, "network all-reduce" and so on.
-    """
-    total: Counter[str] = Counter()
-    for collective in collectives(hlo):
-        kind = f"network {collective.kind}" if collective.network else collective.kind
-        total[kind] += round(collective.sent)
-    return total
-
-
-def collectives(hlo: str) -> list[Collective]:
-    """The collective operations of a compiled program, each once; see `communication_bytes`."""
-    computations, entry = _computations(hlo)
-    found: list[Collective] = []
-    # The pieces into which XLA for TPUs spreads an operation over fusions repeat it; the first
-    # piece counts. {kind and channel: whether the first piece was seen}
-    spread: dict[tuple[str, str], bool] = {}
-
-    def visit(name: str, times: int) -> None:
-        lines = computations[name]
-        text = "\n".join(lines)
-        starts = '"AsyncCollectiveStart"' in text
-        piece = name.startswith("async_collective_fusion") or '"AsyncCollectiveDone"' in text
-        for line in lines:
-            transfer = _transfer(line)
-            if transfer:
-                found.append(dataclasses.replace(transfer, times=times))
-            operation = _operation(line)
-            if operation:
-                kind, size, members, group = operation
-                if name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"  # Every device takes its part out of the sum.
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = (kind, channel[1] if channel else line)
-                if starts or piece:
-                    spread[key] = spread.get(key, False) or starts
-                if not piece:
-                    found.append(Collective(kind, size, members, group, times))
-            turns = times
-            if " while(" in line:
-                turns *= _turns(line, computations)
-            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
-                visit(callee, turns)
-
-    visit(entry, 1)
-    for (kind, _), begun in spread.items():
-        if not begun:
-            raise ValueError(f"a piece of an {kind} without its beginning")
-    return found
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """({name: lines}, name of the entry); the body of a computation is indented, its head not."""
-    computations: dict[str, list[str]] = {}
-    name, entry = "", ""
-    for line in hlo.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head:
-            name = head[2]
-            entry = name if head[1] else entry
-            computations[name] = []
-        elif name and line.startswith(" "):
-            computations[name].append(line)
-    return computations, entry
-
-
-def _turns(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs: noted by XLA, or the bound that its condition compares with."""
-    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-    if noted:
-        return int(noted[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    text = "\n".join(computations[condition[1]]) if condition else ""
-    bounds = re.findall(r" = s32\[\]\S* constant\((\d+)\)", text)
-    if len(bounds) != 1 or "direction=LT" not in text:
-        body = re.search(r"body=%?([\w.\-]+)", line)
-        if body and not _communicates(body[1], computations):
-            return 1
-        raise ValueError("a loop of unknown length")
-    return int(bounds[0])
-
-
-def _communicates(name: str, computations: dict[str, list[str]]) -> bool:
-    """Whether a computation or one that it calls holds a collective."""
-    return any(
-        re.search(rf" ({COLLECTIVES})(-start)?\(", line)
-        or any(
-            _communicates(callee, computations)
-            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line)
-        )
-        for line in computations[name]
-    )
-
-
-def _operation(line: str) -> tuple[str, int, int, tuple[int, ...] | None] | None:
-    """(kind, bytes of the whole array, members, group) of an instruction, if it communicates."""
-    found = re.search(rf" = (.*?) ({COLLECTIVES})(-start)?\(", line)
-    if not found:
-        return None
-    shapes, kind, start = found.groups()
-    sizes = [_array_bytes(*shape) for shape in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)]
-    if kind == "collective-permute":
-        return kind, sum(sizes[:1] if start else sizes), 2, None
-    if start and kind in ("all-gather", "reduce-scatter"):
-        sizes = sizes[len(sizes) // 2 :]  # Operands, then results.
-    members, group = _group(line)
-    # A reduce-scatter's result is one member's share.
-    return kind, sum(sizes) * (members if kind == "reduce-scatter" else 1), members, group
-
-
-def _transfer(line: str) -> Collective | None:
-    """What an instruction sends to the other slices: each device to its like there."""
-    found = re.search(r" = \(([a-z]+\d*\w*)\[([\d,]*)\].* send\(", line)
-    if not found:
-        return None
-    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', line)
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
-    if not slices or not kind:
-        raise ValueError("a transfer of unknown kind")
-    members, name = len(slices[1].split(",")), kind[1].lower().replace("_", "-")
-    if name not in ("all-reduce", "all-gather", "reduce-scatter"):
-        raise ValueError(f"a transfer of unknown kind: {name}")
-    size = _array_bytes(found[1], found[2]) * (members if name == "all-gather" else 1)
-    return Collective(name, size, members, None, 1, network=True)
-
-
-def _group(line: str) -> tuple[int, tuple[int, ...] | None]:
-    """(members of a group, the first group if the program lists it)."""
-    # XLA has three notations: {{0,1},{2,3}}, [2,2]<=[4], and mesh['a'=2,'b'=4] {'a','b':(1)2}, of
-    # whose second axis only a part of size 2 is meant.
-    groups = line.partition("replica_groups=")[2]
-    listed = re.match(r"\{\{([\d,]+)\}", groups)
-    if listed:
-        group = tuple(map(int, listed[1].split(",")))
-        return len(group), group
-    iota = re.match(r"\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups)
-    if iota:
-        members = int(iota[1])
-        return members, tuple(_iota(iota[2], iota[3]).reshape(-1, members)[0].tolist())
-    mesh = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", groups)
-    if mesh is None:
-        raise ValueError(f"unknown notation of replica groups: {groups[:80]}")
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[3])
-    members = math.prod(int(part or sizes[axis]) for axis, part in axes)
-    order = re.fullmatch(
-        r"\[([\d,]+)\](?:T\(([\d,]+)\))?", mesh[2] or f"[{math.prod(sizes.values())}]"
-    )
-    if order is None or any(part for _, part in axes):
-        return members, None
-    devices = _iota(order[1], order[2])
-    if devices.size != math.prod(sizes.values()):
-        return members, None
-    chosen = {axis for axis, _ in axes}
-    index = tuple(slice(None) if axis in chosen else 0 for axis in sizes)
-    return members, tuple(devices.reshape(tuple(sizes.values()))[index].reshape(-1).tolist())
-
-
-def _iota(shape: str, transposed: str | None) -> np.ndarray:
-    """Device numbers in order, in a shape like "4,2" whose axes then change places like "1,0"."""
-    sizes = [int(size) for size in shape.split(",")]
-    numbers = np.arange(math.prod(sizes)).reshape(sizes)
-    return (
-        numbers.transpose([int(axis) for axis in transposed.split(",")]) if transposed else numbers
-    )
-
-
-def _array_bytes(dtype: str, dimensions: str) -> int:
-    size = math.prod(int(dimension) for dimension in dimensions.split(",") if dimension)
-    bits = re.search(r"\d+", dtype)
-    return size * (max(8, int(bits[0])) if bits else 8) // 8

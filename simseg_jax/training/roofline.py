@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from simseg_jax.runtime.hardware import Chip
-from simseg_jax.training.cost import Collective
+from simseg_jax.training.collectives import Collective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ the first four, `masks.refine` the fifth, `compose` the last; `PaperProtocol` ru
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from simseg_jax.data.images import resize
 from simseg_jax.masks.postprocess import closing, label_type, resize_nearest
 from simseg_jax.masks.refine import Refiner
 from simseg_jax.models.simseg import SimSeg, bind, l2_normalize
-from simseg_jax.runtime.sharding import to_global_batch
+from simseg_jax.runtime.sharding import batch_sharding, to_global_batch
 from simseg_jax.runtime.threads import thread_count
 from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.settings import SegmentationConfig
@@ -191,6 +191,26 @@ class PaperProtocol:
         ]
         labels = self.compose_jit(masks, responses)
         return np.asarray(labels), jax.tree.map(np.asarray, responses)
+
+    def compile(self, params, class_embeddings, batch: dict) -> Iterator[tuple[str, Any]]:
+        """(name, compiled program) of all that `start` and `finish` run on the devices.
+
+        The arguments are those of `start` as shape structs with shardings.
+        """
+        images, sharding = batch["image"], batch_sharding(self.mesh)
+        encode = self.respond_jit.lower(params, class_embeddings, images).compile()
+        yield "encoder and responses", encode
+        responses, slots = jax.tree.map(
+            lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+            encode.out_info,
+        )
+        masks = []
+        for (refiner, _), arrays in zip(self.stages, slots, strict=True):
+            shape = (*arrays[1].shape, self.size, self.size)
+            masks.append(jax.ShapeDtypeStruct(shape, bool, sharding=sharding))
+            if not refiner.on_host:
+                yield refiner.settings.refine, refiner.compile(images, *arrays)
+        yield "composition", self.compose_jit.lower(masks, responses).compile()
 
     def _respond(self, params, class_embeddings, images):
         """(a response per setting, per stage (maps [B, K, g, g] in [0, 1], needed [B, K])).

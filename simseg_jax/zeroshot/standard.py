@@ -8,8 +8,8 @@ image, and only labels leave it.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,10 @@ class StandardProtocol:
     def start(self, params, class_embeddings: dict[int, jax.Array], batch: dict):
         """Starts work on a batch of arrays from `load`; class_embeddings: M^T -> [C, D]."""
         return self.predict_jit(params, class_embeddings, to_global_batch(batch, self.mesh))
+
+    def compile(self, params, class_embeddings, batch: dict) -> Iterator[tuple[str, Any]]:
+        """The one compiled program, as `PaperProtocol.compile` yields several."""
+        yield "all steps", self.predict_jit.lower(params, class_embeddings, batch).compile()
 
     def finish(self, started) -> tuple[np.ndarray, list[Scores]]:
         """(masks [V, B, H, W], scores under each of the V settings) as NumPy arrays."""

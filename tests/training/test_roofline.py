@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from simseg_jax.runtime.hardware import Chip
-from simseg_jax.training.cost import Collective
+from simseg_jax.training.collectives import Collective
 from simseg_jax.training.roofline import bound, traffic
 
 
