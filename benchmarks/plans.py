@@ -1,0 +1,120 @@
+"""The table of plans in docs/guides/scaling.md: compiles each row and checks what is expected of it.
+
+Expected: the program fits, sends the minimum (on one slice or machine; more are printed only) and,
+for an H100, calls cuDNN's attention forward and backward in the image encoder. Rows already in the
+folder are not compiled again. A row takes one to ten minutes on two cores. TPUs need the extra tpu,
+GPUs the extra cuda.
+
+python benchmarks/plans.py --folder=plans
+python benchmarks/plans.py --folder=plans --match=h100
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FULL, CACHED = "remat=full", "remat=full micro_batch=256 loss_chunk=1024"
+# Devices -> options for batches of 4096, 16,384 and 32,768, the least that fits.
+VITS16 = {
+    "h100:1": (FULL, CACHED, CACHED),
+    "h100:8": ("", "", FULL),
+    "h100:4x8": ("", "", ""),
+    "v5e:4x8": ("", FULL, FULL),
+    "v6e:4x8": ("", "", FULL),
+    "v4:2x2x4": ("", FULL, FULL),
+    "v5p:2x4x4": ("", "", ""),
+    "v5e:16x16": ("", "", ""),
+}
+VITB16 = {
+    "h100:1": (FULL, CACHED, CACHED),
+    "h100:8": ("", FULL, FULL),
+    "h100:4x8": ("", "", ""),
+    "v5e:4x8": ("", FULL, FULL),
+    "v6e:4x8": ("", FULL, FULL),
+    "v4:2x2x4": ("", FULL, FULL),
+    "v5p:2x4x4": ("", "", ""),
+    "v5e:16x16": ("", "", ""),
+}
+BATCHES = (4096, 16384, 32768)
+# Not in the table: parameters split over all devices, and two slices.
+CHECKS = (
+    ("vits16", "h100:8", 4096, "mesh.fsdp=8"),
+    ("vits16", "v5e:4x8", 4096, "mesh.fsdp=32"),
+    ("vits16", "v5e:4x8 --slices=2", 8192, ""),
+)
+
+
+def main() -> None:
+    """Compiles the rows that match and are not in the folder yet; prints all that are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="for a JSON file per row")
+    parser.add_argument("--match", default="", help="compile rows that contain this text only")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        (model, devices, batch, options)
+        for model, table in (("vits16", VITS16), ("vitb16", VITB16))
+        for devices, several in table.items()
+        for batch, options in zip(BATCHES, several, strict=True)
+    ]
+    wrong = []
+    print("| model | devices | batch | options | memory, GiB | sent, MB | bound, ms a step |")
+    print("|---|---|---|---|---|---|---|")
+    for row in (*rows, *CHECKS):
+        name = " ".join(map(str, row))
+        path = args.folder / f"{name.replace('/', '_').replace(' ', '_')}.json"
+        if not path.exists():
+            if args.match not in name:
+                continue
+            compile_row(*row, path)
+        plan = json.loads(path.read_text())["plans"][0]
+        print(table_row(row, plan), flush=True)
+        wrong += [f"{name}: {problem}" for problem in problems(row, plan)]
+    raise SystemExit("\n".join(wrong) or None)
+
+
+def compile_row(model: str, devices: str, batch: int, options: str, path: Path) -> None:
+    """Writes the plan of one row as JSON."""
+    keys = [f"--config.{option}" for option in options.split()]
+    command = [sys.executable, "-m", "simseg_jax.plan", f"--config=configs/{model}.py"]
+    command += f"--devices={devices}".split() + [f"--config.batch_size={batch}", *keys]
+    subprocess.run(
+        [*command, f"--output={path}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def table_row(row: tuple, plan: dict) -> str:
+    """A row of the table in Markdown."""
+    model, devices, batch, options = row
+    if "error" in plan:
+        return f"| {model} | {devices} | {batch:,} | {options} | {plan['error']} | | |"
+    needed = (plan["argument_bytes"] + plan["temporary_bytes"]) / 2**30
+    sent = f"{sum(plan['sent_bytes'].values()) / 1e6:.4g}" if "sent_bytes" in plan else "unknown"
+    if plan.get("network_bytes"):
+        sent += f" ({plan['network_bytes'] / 1e6:.3g} between machines)"
+    bound = f"{plan['step_seconds'] * 1e3:.3g} ({plan['limit']})"
+    marked = f"`{options}`" if options else "none"
+    return f"| {model} | {devices} | {batch:,} | {marked} | {needed:.1f} | {sent} | {bound} |"
+
+
+def problems(row: tuple, plan: dict) -> list[str]:
+    """How the plan differs from what is expected."""
+    _, devices, _, options = row
+    if "error" in plan:
+        return [plan["error"]]
+    found = [] if plan["fits"] else ["does not fit"]
+    if "slices" not in devices and "4x8" not in devices.replace("v5e", "").replace("v6e", ""):
+        sent, least = sum(plan.get("sent_bytes", {"": 0}).values()), plan["least_sent_bytes"]
+        if "communication" in plan or not 0.999 * least <= sent <= 1.005 * least:
+            found.append(f"sends {sent:,}, the minimum is {least:,.0f}")
+    expected = 0 if "h100" not in devices else 36 if "remat=full" in options else 24
+    return found
+
+
+if __name__ == "__main__":
+    main()
