@@ -126,7 +126,8 @@ def _train(
     # ---- restore
     abstract = with_sharding(setup.state_shapes, setup.shardings)
     if restorable and saved:
-        state, data.position = restore_state(restorable, abstract, saved)
+        state = restore_state(restorable, abstract, saved)
+        data.position = saved.position
     else:
         state = jax.jit(setup.init_state, out_shardings=setup.shardings)()
         for name, values in pretrained.params.items():
@@ -175,7 +176,7 @@ def _train(
             update = setup.update.lower(state, batch_shapes(config)).compile()
             reporter.say(f"Compiled in {time.monotonic() - began:.1f} s.")
             reporter.say(describe_step(update, flops, mesh.size))
-            reporter.pause()
+            reporter.restart_clock()
         pending = None  # Metrics of the newest step, which the device may still be computing.
         for step in range(start, steps + 1):
             last, stopping = step == steps, stop.requested(step)
@@ -190,7 +191,7 @@ def _train(
                 # Before the next batch is taken, because the position in the data must be this
                 # step's; before the evaluation, so that a failure there loses no training.
                 checkpoints.save(step, state, Record(plain(config), data.position, identity))
-                reporter.pause()
+                reporter.restart_clock()
             if measure:
                 results = evaluate(evaluators, state["params"], reporter, step)
             if last or stopping:
@@ -314,7 +315,7 @@ def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[st
         results |= numbers
     if results:
         reporter.write(step, results)
-    reporter.pause()
+    reporter.restart_clock()
     return results
 
 
