@@ -40,7 +40,8 @@ from simseg_jax.runtime.settings import (
     unknown_key,
 )
 from simseg_jax.runtime.sharding import MeshConfig
-from simseg_jax.training.checkpoint import CheckpointConfig, Record, damaged, read_record
+from simseg_jax.training.arrays import damaged
+from simseg_jax.training.checkpoint import CheckpointConfig, Record, read_record
 from simseg_jax.training.optim import OptimConfig
 from simseg_jax.zeroshot.settings import SegmentationConfig
 

@@ -27,6 +27,7 @@ from simseg_jax.runtime.remote import is_remote
 from simseg_jax.runtime.settings import plain, to_json
 from simseg_jax.runtime.sharding import make_mesh, place, state_sharding, to_global_batch
 from simseg_jax.training import resume
+from simseg_jax.training.arrays import with_sharding
 from simseg_jax.training.checkpoint import (
     CONFIG,
     TOKENIZER,
@@ -35,7 +36,6 @@ from simseg_jax.training.checkpoint import (
     checkpoints_folder,
     completed_steps,
     restore_state,
-    with_sharding,
 )
 from simseg_jax.training.cost import describe_step, step_flops
 from simseg_jax.training.optim import OptimConfig, adamw, cosine_schedule, frozen
