@@ -171,6 +171,9 @@ def draw_responses(args: argparse.Namespace):
 
 def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     """Figures 11 to 13: one row per image."""
+    # Imported late: only figures need it, and it takes a second.
+    from matplotlib.patches import Patch
+
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
     _, settings = first_of(config, args.test_set, "seg")
@@ -195,8 +198,10 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
         seen.update(labels)
         names = [evaluator.class_names[label] for label in labels]
         axes[row, 0].set_ylabel(textwrap.fill(", ".join(names), 22), fontsize=7)
+    colours = palette() / 255
     patches = [
-        _patch(palette()[label] / 255, evaluator.class_names[label]) for label in sorted(seen)
+        Patch(facecolor=tuple(colours[label]), label=evaluator.class_names[label])
+        for label in sorted(seen)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=7)
     return figure
@@ -232,7 +237,6 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
 
 def _panels(rows: int, columns: int, extra: float) -> tuple[Any, Any]:
     """A figure with a grid of square panels without ticks, and its axes [rows, columns]."""
-    # Imported late: only figures need it, and it takes a second.
     from matplotlib.figure import Figure
 
     size = (CELL * columns, CELL * rows + extra)
@@ -242,12 +246,6 @@ def _panels(rows: int, columns: int, extra: float) -> tuple[Any, Any]:
         axis.set_xticks([])
         axis.set_yticks([])
     return figure, axes
-
-
-def _patch(colour: np.ndarray, name: str):
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor=tuple(colour), label=name)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _train(
     mesh = make_mesh(config.mesh.fsdp)
     check_batch(config, mesh.size)
 
-    # ---- what to start from: own checkpoint, another run's, pretrained encoders, nothing
+    # ---- what to start from: the run's own checkpoint, another run's, pretrained weights, none
     tokenizer = load_tokenizer(config.data.vocab)
     restorable, own = _newest_checkpoint(folder, config.checkpoint.resume)
     pretrained = Pretrained({}, [])
@@ -105,7 +105,13 @@ def _train(
         config, pretrained = adopt(config, tokenizer)
 
     # ---- data
-    encoder, examples, data = open_data(config, tokenizer)
+    encoder, examples = open_examples(config, tokenizer)
+    data = TrainBatches(
+        examples,
+        batch_size=config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     identity = resume.identity(tokenizer, examples)
     changed = (
         resume.changes(saved, plain(config), identity, f"The checkpoint {restorable}", own)
@@ -146,7 +152,6 @@ def _train(
     # ---- loop
     flops = step_flops(setup.architecture, config.batch_size, config.data.max_length)
     results: dict[str, float] = {}
-    stop = StopSignal()
     with (
         jax.set_mesh(mesh),
         Checkpoints(folder, config.checkpoint.keep) as checkpoints,
@@ -159,7 +164,7 @@ def _train(
             flops=flops,
         ) as reporter,
         Profile(workdir / "profile", start, profile) as trace,
-        stop,
+        StopSignal() as stop,
     ):
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
         reporter.say(
@@ -188,8 +193,8 @@ def _train(
                 _report(reporter, checkpoints, step, pending, setup.schedule, data)
                 pending = None
             if save:
-                # Before the next batch is taken, because the position in the data must be this
-                # step's; before the evaluation, so that a failure there loses no training.
+                # Before the next batch, which changes the position in the data; before the
+                # evaluation, so that a failure there loses no training.
                 checkpoints.save(step, state, Record(plain(config), data.position, identity))
                 reporter.restart_clock()
             if measure:
@@ -218,8 +223,8 @@ def _train(
     return results
 
 
-def open_data(config: RunConfig, tokenizer) -> tuple[TextEncoder, Examples, TrainBatches]:
-    """(encoder of captions, training examples, this process's share of their batches)."""
+def open_examples(config: RunConfig, tokenizer) -> tuple[TextEncoder, Examples]:
+    """(encoder of captions, training examples) of a run."""
     encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
     examples = Examples(
         config.data,
@@ -228,17 +233,11 @@ def open_data(config: RunConfig, tokenizer) -> tuple[TextEncoder, Examples, Trai
         encoder=encoder,
         seed=config.seed,
     )
-    data = TrainBatches(
-        examples,
-        batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return encoder, examples, data
+    return encoder, examples
 
 
 def check_batch(config: RunConfig, devices: int) -> None:
-    """Raises a `UserError` unless the batch divides evenly into devices, micro-batches, chunks."""
+    """Raises a `UserError` unless the batch divides into devices, micro-batches and chunks."""
     if config.batch_size % devices:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of the {devices} devices."
@@ -255,7 +254,7 @@ def check_batch(config: RunConfig, devices: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that a run compiles, without values of parameters or data; `plan` uses it, too."""
+    """What a run compiles, without values of parameters or data; `plan` uses it, too."""
 
     architecture: SimSegConfig
     graphdef: nnx.GraphDef
@@ -295,7 +294,7 @@ def set_up(config: RunConfig, vocabulary: int, steps: int, mesh: Mesh) -> Setup:
 
 
 def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of the global batch that the training step takes."""
+    """Shapes and types of a global batch."""
     size, side = config.batch_size, config.model.image.image_size
     words = (size, config.data.max_length)
     return {
@@ -306,7 +305,7 @@ def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[str, float]:
-    """Runs all evaluators; reports and returns {"seg/<name>/miou": fraction, ...}."""
+    """Runs all evaluators; reports and returns their numbers {"seg/NAME/miou": fraction, ...}."""
     results = {}
     for prefix, evaluator in evaluators.items():
         values = evaluator.run(params, lambda images, p=prefix: reporter.progress(images, p))
