@@ -65,7 +65,11 @@ class InitConfig:
         "image_size, to which the position embedding is resized",
         TEXT,
     )
-    text: str = setting("", "start BERT from this; it decides model.text except dropout", TEXT)
+    text: str = setting(
+        "",
+        "start BERT from this file, folder, URL or hub id; it decides model.text except dropout",
+        TEXT,
+    )
 
     def check(self, prefix: str) -> None:
         """Raises a `UserError` if fields contradict each other; prefix: precedes their names."""

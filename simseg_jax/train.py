@@ -47,20 +47,8 @@ from simseg_jax.zeroshot.model import Model
 
 def make_optimizer(optim: OptimConfig, steps: int, params):
     """(optimiser, learning-rate schedule) for a run of `steps` steps."""
-    warmup = round(optim.warmup * steps)
-    schedule = cosine_schedule(optim.lr, steps, warmup, optim.final_lr)
-    optimizer = adamw(
-        schedule,
-        params,
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip_norm=optim.clip_norm,
-        lr_rules=optim.lr_rules,
-        decay_rules=optim.decay_rules,
-    )
-    return optimizer, schedule
+    schedule = cosine_schedule(optim.lr, steps, round(optim.warmup * steps), optim.final_lr)
+    return adamw(optim, schedule, params), schedule
 
 
 def train(

@@ -104,25 +104,14 @@ def frozen(lr_rules: Rules, params):
     return jax.tree.map(lambda factor: factor == 0, factors)
 
 
-def adamw(
-    schedule: optax.Schedule,
-    params,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-    lr_rules: Rules,
-    decay_rules: Rules,
-) -> optax.GradientTransformation:
+def adamw(optim: OptimConfig, schedule: optax.Schedule, params) -> optax.GradientTransformation:
     """AdamW whose rules multiply the learning rate and the weight decay per parameter.
 
     A learning-rate multiplier of 0 freezes a parameter: it has no moments and never changes.
-    clip_norm: bound on the global gradient norm; 0: none. params: arrays or shape structs.
+    schedule: step -> learning rate before its multiplier. params: arrays or shape structs.
     """
-    lr = match_rules(lr_rules, params, "optim.lr_rules")
-    decay = match_rules(decay_rules, params, "optim.decay_rules")
+    lr = match_rules(optim.lr_rules, params, "optim.lr_rules")
+    decay = match_rules(optim.decay_rules, params, "optim.decay_rules")
     groups = jax.tree.map(lambda *factors: factors, lr, decay)
     labels = jax.tree.map(str, groups, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -130,15 +119,15 @@ def adamw(
         if lr_factor == 0:
             return optax.set_to_zero()
         return optax.chain(
-            optax.scale_by_adam(b1, b2, eps),
-            optax.add_decayed_weights(weight_decay * decay_factor),
+            optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+            optax.add_decayed_weights(optim.weight_decay * decay_factor),
             optax.scale_by_learning_rate(schedule),
             optax.scale(lr_factor),
         )
 
     pairs = set(zip(jax.tree.leaves(lr), jax.tree.leaves(decay), strict=True))
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
         optax.partition({str(pair): group_update(*pair) for pair in pairs}, labels),
     )
 
