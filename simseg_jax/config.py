@@ -98,12 +98,13 @@ class RunConfig:
     )
     gradient_dtype: str = setting(
         "products",
-        "type in which gradients of weights are summed over devices; products: that of dtype",
+        "type in which gradients of weights are summed over devices; products: as in dtype",
         one_of("products", "float32"),
     )
     remat: str = setting(
         "none",
-        "rematerialisation: none; dots: all but products with weights; full: whole blocks",
+        "what the gradient computes again; none: at most cheap operations; dots: all but products "
+        "with weights; full: whole blocks",
         one_of(*REMAT),
     )
     micro_batch: int = setting(
@@ -115,7 +116,9 @@ class RunConfig:
     log_every: int = setting(10, "steps between two lines of metrics", whole(1))
     eval_every: int = setting(0, "steps between evaluations; 0: only after training", whole(0))
     pictures: int = setting(
-        8, "images on the contact sheet written after training; 0: none", whole(0, 1000)
+        8,
+        "images on the contact sheet of each evals.seg, made after training; 0: none",
+        whole(0, 1000),
     )
     model: SimSegConfig = group(SimSegConfig)
     init: InitConfig = group(InitConfig)

@@ -250,8 +250,8 @@ def collect(
     remaining = [i for i, (image, _) in enumerate(evaluator.images) if image not in records]
     if any(kept) and jax.process_index() == 0:
         missing = [evaluator.images[index][0] for index in remaining]
-        said = kept.describe(len(records), missing, evaluator.source.names)
-        tqdm.write(f"{name}: {said}")
+        note = kept.describe(len(records), missing, evaluator.source.names)
+        tqdm.write(f"{name}: {note}")
 
     fresh = store.extend(evaluator.records(model.params, remaining, image_bar(name)))
     records = gather([*records.values(), *fresh])

@@ -34,13 +34,13 @@ from simseg_jax.weights.load import TrainedModel, load_model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 EPILOG = """examples:
-  figures 3 and 10, where an image responds to itself and to captions, the first one its own:
+  figures 3 and 10, similarities of patches with their image and with captions:
     python -m simseg_jax.figures responses --checkpoint=runs/shapes --output=figures/responses \\
         --image=assets/scene.png --caption="a leaf and an apple on the water" \\
         --caption="a leaf and a wheel on the water"
   figures 11 to 13, masks with and without dense CRF:
     python -m simseg_jax.figures gallery --checkpoint=runs/shapes --count=6 --output=figures/gallery
-  the images nearest to captions of a retrieval test set, the right one framed:
+  the images nearest to captions of a retrieval test set, each caption's own image framed:
     python -m simseg_jax.figures retrieved --checkpoint=runs/shapes --output=figures/retrieved
   figure 7, sorted IoU per class of one or several evaluations:
     python -m simseg_jax.figures classes --output=figures/classes \\

@@ -30,7 +30,7 @@ class SimSegConfig:
     embed_dim: int = setting(512, "channels of the common embedding", WIDTH)
     pool: str = setting(
         "loda",
-        "loda: the M largest per channel; mean: of all tokens; cls: CLS tokens, as in CLIP",
+        "pooling; loda: mean of the M largest per channel; mean: of all tokens; cls: only CLS",
         one_of(*POOLS),
     )
     m_image: int = setting(5, "M^I in training: responses per channel over patches", RESPONSES)

@@ -47,7 +47,7 @@ class ViTConfig:
     depth: int = setting(12, "blocks of the ViT", DEPTH)
     heads: int = setting(6, "attention heads of the ViT", HEADS)
     mlp_width: int = setting(1536, "hidden channels of the ViT's MLPs", WIDTH)
-    pre_norm: bool = setting(False, "LayerNorm before the first block, as in CLIP", FLAG)
+    pre_norm: bool = setting(False, "another LayerNorm before the first block, as in CLIP", FLAG)
     activation: str = setting("gelu", "activation function of the ViT's MLPs", one_of(*ACTIVATIONS))
     norm_eps: float = setting(1e-6, "epsilon of the ViT's LayerNorms", EPSILON)
     mean: tuple[float, ...] = setting(

@@ -35,9 +35,8 @@ def contrastive_loss(
     loss = (to_texts.sum() + to_images.sum()) / (2 * len(images))
     # argmax(axis=0): the first image with the highest logit. XLA would gather the maxima of all
     # devices on each of them for argmax, while max and min send B numbers each.
-    best = jnp.where(logits == logits.max(axis=0, keepdims=True), pairs[:, None], len(images)).min(
-        axis=0
-    )
+    highest = logits.max(axis=0, keepdims=True)
+    best = jnp.where(logits == highest, pairs[:, None], len(images)).min(axis=0)
     metrics = {
         "i2t_accuracy": jnp.mean(jnp.argmax(logits, axis=1) == pairs),
         "t2i_accuracy": jnp.mean(best == pairs),
@@ -85,9 +84,9 @@ def chunked_contrastive_loss(
         matched = jnp.take_along_axis(logits, pairs[..., None], axis=2)[..., 0]
         to_texts = jax.nn.logsumexp(logits, axis=2) - 2 * matched
         logits = jax.lax.stop_gradient(logits)
-        higher = logits.max(axis=1) > best
+        highest = logits.max(axis=1)
         first = jnp.take_along_axis(pairs, jnp.argmax(logits, axis=1), axis=1)
-        columns = total, jnp.maximum(best, logits.max(axis=1)), jnp.where(higher, first, where)
+        columns = total, jnp.maximum(best, highest), jnp.where(highest > best, first, where)
         return columns, (to_texts, jnp.argmax(logits, axis=2) == pairs)
 
     nothing = jnp.full((devices, batch), -jnp.inf)
