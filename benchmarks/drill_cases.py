@@ -124,11 +124,11 @@ def checkpoints(home: Path) -> Case:
     config = load_config(home / "config.py")
 
     def start(workdir: Path):
-        """State and position in the data that a training goes on from."""
+        """The state and the position in the data from which a training continues."""
         restored: list = []
 
-        def restore(*arguments):
-            restored.append(restore_state(*arguments))
+        def restore(path, shapes, record):
+            restored.append((restore_state(path, shapes, record), record.position))
             raise StartedError
 
         restore_state = train_lib.restore_state

@@ -20,10 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from simseg_jax.config import RunConfig, load_config
+from simseg_jax.data.pipeline import TrainBatches
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.models.simseg import bind, make_model
 from simseg_jax.runtime.sharding import make_mesh
-from simseg_jax.train import open_data, set_up
+from simseg_jax.train import open_examples, set_up
 from simseg_jax.training.loss import contrastive_loss
 
 DEVICES = (8, 32, 256)
@@ -96,7 +97,8 @@ def main() -> None:
     path = Path(__file__).parents[1] / "configs" / "shapes.py"
     config: RunConfig = load_config(str(path), [f"--config.batch_size={DEVICES[-1]}"])
     tokenizer = load_tokenizer(config.data.vocab)
-    _, _, data = open_data(config, tokenizer)
+    _, examples = open_examples(config, tokenizer)
+    data = TrainBatches(examples, batch_size=config.batch_size)
     mesh = make_mesh(devices=jax.devices()[:1])
     setup = set_up(config, len(tokenizer), config.steps, mesh)
     half = make_model(setup.architecture, jnp.bfloat16)

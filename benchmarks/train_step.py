@@ -69,7 +69,7 @@ class Ours:
         from simseg_jax.runtime.sharding import make_mesh, state_sharding, to_global_batch
         from simseg_jax.training.collectives import collectives
         from simseg_jax.training.cost import computed_flops, step_flops
-        from simseg_jax.training.optim import adamw
+        from simseg_jax.training.optim import OptimConfig, adamw
         from simseg_jax.training.roofline import bound
         from simseg_jax.training.step import initial_state, jit_update, make_update
 
@@ -83,12 +83,9 @@ class Ours:
         )  # fmt: skip
         on_cpu = jax.default_backend() == "cpu"
         dtype = jnp.float32 if on_cpu else jnp.bfloat16
-        rules = ((".*", 1.0),)
         shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-        optimizer = adamw(
-            lambda _: 1e-4, shapes, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2, clip_norm=0.0,
-            lr_rules=rules, decay_rules=rules,
-        )  # fmt: skip
+        optim = OptimConfig(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
+        optimizer = adamw(optim, lambda _: 1e-4, shapes)
 
         def init():
             return initial_state(init_params(config, jax.random.key(0)), optimizer)

@@ -7,10 +7,9 @@ from typing import Any
 
 from simseg_jax.config import RunConfig, load_config
 from simseg_jax.data.pairs import content, open_source
-from simseg_jax.data.pipeline import Examples
 from simseg_jax.data.testsets.labelled import labelled_source
 from simseg_jax.data.testsets.segmentation import segmentation_source
-from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.data.text import load_tokenizer
 from simseg_jax.evaluators.build import entries_of, summary
 from simseg_jax.reports.tables import (
     Table,
@@ -28,7 +27,7 @@ from simseg_jax.runtime.files import digest, read_json, write_json
 from simseg_jax.runtime.processes import exit_stopped
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import changed, first_difference, to_json
-from simseg_jax.train import train
+from simseg_jax.train import open_examples, train
 from simseg_jax.training.resume import identity
 
 EPILOG = """examples:
@@ -132,15 +131,7 @@ def name_of(table: Table, combination: tuple) -> str:
 def inputs_of(config: RunConfig) -> dict[str, Any]:
     """Identifies the content of a run's inputs: vocabulary, training pairs and test sets."""
     tokenizer = load_tokenizer(config.data.vocab)
-    encoder = TextEncoder(tokenizer, config.data.max_length)
-    size = config.model.image.image_size
-    examples = Examples(
-        config.data,
-        image_size=size,
-        batch_size=config.batch_size,
-        encoder=encoder,
-        seed=config.seed,
-    )
+    _, examples = open_examples(config, tokenizer)
     evals = {}
     for prefix, settings in entries_of(config.evals).items():
         kind = prefix.partition("/")[0]

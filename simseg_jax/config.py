@@ -40,7 +40,8 @@ from simseg_jax.runtime.settings import (
     unknown_key,
 )
 from simseg_jax.runtime.sharding import MeshConfig
-from simseg_jax.training.checkpoint import CheckpointConfig, Record, damaged, read_record
+from simseg_jax.training.arrays import damaged
+from simseg_jax.training.checkpoint import CheckpointConfig, Record, read_record
 from simseg_jax.training.optim import OptimConfig
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
@@ -64,7 +65,11 @@ class InitConfig:
         "image_size, to which the position embedding is resized",
         TEXT,
     )
-    text: str = setting("", "start BERT from this; it decides model.text except dropout", TEXT)
+    text: str = setting(
+        "",
+        "start BERT from this file, folder, URL or hub id; it decides model.text except dropout",
+        TEXT,
+    )
 
     def check(self, prefix: str) -> None:
         """Raises a `UserError` if fields contradict each other; prefix: precedes their names."""
@@ -93,12 +98,13 @@ class RunConfig:
     )
     gradient_dtype: str = setting(
         "products",
-        "type in which gradients of weights are summed over devices; products: that of dtype",
+        "type in which gradients of weights are summed over devices; products: as in dtype",
         one_of("products", "float32"),
     )
     remat: str = setting(
         "none",
-        "rematerialisation: none; dots: all but products with weights; full: whole blocks",
+        "what the gradient computes again; none: at most cheap operations; dots: all but products "
+        "with weights; full: whole blocks",
         one_of(*REMAT),
     )
     micro_batch: int = setting(
@@ -110,7 +116,9 @@ class RunConfig:
     log_every: int = setting(10, "steps between two lines of metrics", whole(1))
     eval_every: int = setting(0, "steps between evaluations; 0: only after training", whole(0))
     pictures: int = setting(
-        8, "images on the contact sheet written after training; 0: none", whole(0, 1000)
+        8,
+        "images on the contact sheet of each evals.seg, made after training; 0: none",
+        whole(0, 1000),
     )
     model: SimSegConfig = group(SimSegConfig)
     init: InitConfig = group(InitConfig)

@@ -155,7 +155,9 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
     if args.to == "safetensors":
         weights, use = folder.SAFETENSORS, use + PYTORCH_USE
     elif args.to == "stablehlo":
-        segmenter = _segmenter(model, args)
+        names = words_of(first_segmentation(model.config))
+        words = split_words(args.words) if args.words else names
+        segmenter = Segmenter(model, words, **protocol_settings(args))
         weights, use = folder.PROGRAMS, _programs_use(model, segmenter, platforms)
     card = model_card(destination.name, architecture, model.origin, use)
     with folder.writing(
@@ -202,12 +204,6 @@ def _print_model(architecture: SimSegConfig, origin: dict[str, Any]) -> None:
 
 def _print_fields(title: str, fields: dict[str, Any]) -> None:
     print(f"{title}: " + ", ".join(f"{key}={value}" for key, value in fields.items()))
-
-
-def _segmenter(model: TrainedModel, args: argparse.Namespace) -> Segmenter:
-    classes = words_of(first_segmentation(model.config))
-    words = split_words(args.words) if args.words else classes
-    return Segmenter(model, words, **protocol_settings(args))
 
 
 def _programs_use(model: TrainedModel, segmenter: Segmenter, platforms: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The batch evaluation job: a checkpoint and its test sets -> tables, JSON, CSV and pictures."""
+"""The evaluation command: a checkpoint and its test sets -> tables, JSON, CSV and pictures."""
 
 import contextlib
 import dataclasses
@@ -45,11 +45,11 @@ EPILOG = """examples:
 
 --output receives result.json (numbers and settings) and, for segmentation, classes.csv, pictures of
 the worst and best images, and one record per image. The same command continues a killed job. It
-evaluates an image again if the size or modification time of its file or its mask's has changed, and
-all images if class names have. A mask with the stored size of its image is rotated with the image
-as EXIF says; if the size cannot tell, such masks are counted and named. A test set that cannot be
-evaluated does not stop the others, but the exit status is 2. With --distributed every process of a
-SLURM job, TPU pod or MPI launch takes its share.
+evaluates an image again if the size or modification time of the image or mask file has changed, and
+all images if class names have changed. A mask that has the stored size of its image is rotated with
+the image as EXIF says; where the size does not decide this, masks are counted and named. A test set
+that cannot be evaluated does not stop the others, but the exit status is 2. With --distributed each
+process of a SLURM job, TPU pod or MPI launch takes its share.
 """
 WRITTEN = ("classes.csv", "worst.png", "best.png")  # For every segmentation test set.
 
@@ -241,8 +241,8 @@ def collect(
 
     Records that `folder` holds for unchanged files are reused; new ones are appended at once.
     """
-    several = [plain(settings) for settings in evaluator.several]
-    material = [{k: v for k, v in s.items() if k not in IMMATERIAL} for s in several]
+    settings = (plain(each) for each in evaluator.several)
+    material = [{k: v for k, v in each.items() if k not in IMMATERIAL} for each in settings]
     identity = {"checkpoint": model.identity, "settings": dict(enumerate(material))}
     store = RecordStore(folder, identity, evaluator.inputs)
     kept = store.read()
@@ -250,8 +250,8 @@ def collect(
     remaining = [i for i, (image, _) in enumerate(evaluator.images) if image not in records]
     if any(kept) and jax.process_index() == 0:
         missing = [evaluator.images[index][0] for index in remaining]
-        said = kept.describe(len(records), missing, evaluator.source.names)
-        tqdm.write(f"{name}: {said}")
+        note = kept.describe(len(records), missing, evaluator.source.names)
+        tqdm.write(f"{name}: {note}")
 
     fresh = store.extend(evaluator.records(model.params, remaining, image_bar(name)))
     records = gather([*records.values(), *fresh])

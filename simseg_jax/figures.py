@@ -34,13 +34,13 @@ from simseg_jax.weights.load import TrainedModel, load_model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 EPILOG = """examples:
-  figures 3 and 10, where an image responds to itself and to captions, the first one its own:
+  figures 3 and 10, similarities of patches with their image and with captions:
     python -m simseg_jax.figures responses --checkpoint=runs/shapes --output=figures/responses \\
         --image=assets/scene.png --caption="a leaf and an apple on the water" \\
         --caption="a leaf and a wheel on the water"
   figures 11 to 13, masks with and without dense CRF:
     python -m simseg_jax.figures gallery --checkpoint=runs/shapes --count=6 --output=figures/gallery
-  the images nearest to captions of a retrieval test set, the right one framed:
+  the images nearest to captions of a retrieval test set, each caption's own image framed:
     python -m simseg_jax.figures retrieved --checkpoint=runs/shapes --output=figures/retrieved
   figure 7, sorted IoU per class of one or several evaluations:
     python -m simseg_jax.figures classes --output=figures/classes \\
@@ -171,6 +171,9 @@ def draw_responses(args: argparse.Namespace):
 
 def draw_gallery(args: argparse.Namespace, overrides: list[str]):
     """Figures 11 to 13: one row per image."""
+    # Imported late: only figures need it, and it takes a second.
+    from matplotlib.patches import Patch
+
     model = load_model(args.checkpoint, args.step)
     config = evaluation_config(model.config, args.config, overrides)
     _, settings = first_of(config, args.test_set, "seg")
@@ -195,8 +198,10 @@ def draw_gallery(args: argparse.Namespace, overrides: list[str]):
         seen.update(labels)
         names = [evaluator.class_names[label] for label in labels]
         axes[row, 0].set_ylabel(textwrap.fill(", ".join(names), 22), fontsize=7)
+    colours = palette() / 255
     patches = [
-        _patch(palette()[label] / 255, evaluator.class_names[label]) for label in sorted(seen)
+        Patch(facecolor=tuple(colours[label]), label=evaluator.class_names[label])
+        for label in sorted(seen)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=7)
     return figure
@@ -232,7 +237,6 @@ def draw_retrieved(args: argparse.Namespace, overrides: list[str]):
 
 def _panels(rows: int, columns: int, extra: float) -> tuple[Any, Any]:
     """A figure with a grid of square panels without ticks, and its axes [rows, columns]."""
-    # Imported late: only figures need it, and it takes a second.
     from matplotlib.figure import Figure
 
     size = (CELL * columns, CELL * rows + extra)
@@ -242,12 +246,6 @@ def _panels(rows: int, columns: int, extra: float) -> tuple[Any, Any]:
         axis.set_xticks([])
         axis.set_yticks([])
     return figure, axes
-
-
-def _patch(colour: np.ndarray, name: str):
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor=tuple(colour), label=name)
 
 
 if __name__ == "__main__":

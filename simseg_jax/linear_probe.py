@@ -134,7 +134,7 @@ def _kept(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray]:
     except Exception as error:
         arrays, reason = {}, f"it is damaged: {one_line(error)}"
     if reason:
-        print(f"The features in {path} are computed anew ({reason}).", flush=True)
+        print(f"The features in {path} are computed again ({reason}).", flush=True)
     return {} if reason else arrays
 
 

@@ -247,10 +247,10 @@ def main() -> None:
         if earlier:
             print(f"Not of this run, and not in scores.json any more: {some(earlier)}")
     if failed:
-        first, *_ = names = [str(file) for file in files.values() if str(file) in failed]
+        names = [str(file) for file in files.values() if str(file) in failed]
         sys.exit(
             f"error: {len(names)} of {len(files)} images could not be segmented: {some(names)}. "
-            f"The first: {one_line(failed[first])}"
+            f"The first: {one_line(failed[names[0]])}"
         )
 
 

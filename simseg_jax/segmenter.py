@@ -235,7 +235,7 @@ def check_words(words: Sequence[str], what: str = "words") -> tuple[str, ...]:
         words = [words]
     words = tuple(words) if isinstance(words, Iterable) else (words,)
     for word in words:
-        if not isinstance(word, str) or not word.strip() or (not word.isascii() and _broken(word)):
+        if not isinstance(word, str) or not word.strip() or _has_surrogates(word):
             raise UserError(f"{what} are texts that are not empty, not {word!r}: leave it out.")
     words = tuple(" ".join(word.split()) for word in words)
     if not words and what == "words":
@@ -248,8 +248,8 @@ def check_words(words: Sequence[str], what: str = "words") -> tuple[str, ...]:
     return words
 
 
-def _broken(word: str) -> bool:
-    """Whether a text has lone surrogates, which cannot be encoded."""
+def _has_surrogates(word: str) -> bool:
+    """Whether a text has lone surrogates, which cannot be encoded as UTF-8."""
     return any("\ud800" <= character <= "\udfff" for character in word)
 
 

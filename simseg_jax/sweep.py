@@ -3,10 +3,9 @@
 import itertools
 from pathlib import Path
 
-import jax
-
 from simseg_jax.evaluate import collect, evaluation_config, first_of
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.models.vit import ViTConfig
 from simseg_jax.reports.tables import (
     Table,
     add_table_options,
@@ -101,18 +100,17 @@ def main() -> None:
     folder = Path(args.output or results_folder(args.checkpoint) / f"sweep-{model.step}" / title)
     with keeping(lambda: f"Records are kept in {folder}: the same command continues from there."):
         rows = sweep(model, settings, table, folder)
-    if jax.process_index() == 0:
-        print(format_rows(table, rows))
-        write_table(folder, table, rows)
-        print(f"{len(rows)} settings on {name}; table.csv and table.png are in {folder}")
+    print(format_rows(table, rows))
+    write_table(folder, table, rows)
+    print(f"{len(rows)} settings on {name}; table.csv and table.png are in {folder}")
 
 
-def fit(table: Table, image) -> Table:
-    """The table with resolutions in proportion to the model's image size (224 in the paper)."""
+def fit(table: Table, image: ViTConfig) -> Table:
+    """The table with resolutions in proportion to the model's image size, 224 in the paper."""
     if "resolution" not in table.values or image.image_size == 224:
         return table
-    unit = image.patch_size
-    sizes = [round(s * image.image_size / 224 / unit) * unit for s in table.values["resolution"]]
+    patch = image.patch_size
+    sizes = [round(s * image.image_size / 224 / patch) * patch for s in table.values["resolution"]]
     paper = {
         data: dict(zip(((size,) for size in sizes), row.values(), strict=True))
         for data, row in table.paper.items()

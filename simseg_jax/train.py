@@ -27,6 +27,7 @@ from simseg_jax.runtime.remote import is_remote
 from simseg_jax.runtime.settings import plain, to_json
 from simseg_jax.runtime.sharding import make_mesh, place, state_sharding, to_global_batch
 from simseg_jax.training import resume
+from simseg_jax.training.arrays import with_sharding
 from simseg_jax.training.checkpoint import (
     CONFIG,
     TOKENIZER,
@@ -35,7 +36,6 @@ from simseg_jax.training.checkpoint import (
     checkpoints_folder,
     completed_steps,
     restore_state,
-    with_sharding,
 )
 from simseg_jax.training.cost import describe_step, step_flops
 from simseg_jax.training.optim import OptimConfig, adamw, cosine_schedule, frozen
@@ -47,20 +47,8 @@ from simseg_jax.zeroshot.model import Model
 
 def make_optimizer(optim: OptimConfig, steps: int, params):
     """(optimiser, learning-rate schedule) for a run of `steps` steps."""
-    warmup = round(optim.warmup * steps)
-    schedule = cosine_schedule(optim.lr, steps, warmup, optim.final_lr)
-    optimizer = adamw(
-        schedule,
-        params,
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip_norm=optim.clip_norm,
-        lr_rules=optim.lr_rules,
-        decay_rules=optim.decay_rules,
-    )
-    return optimizer, schedule
+    schedule = cosine_schedule(optim.lr, steps, round(optim.warmup * steps), optim.final_lr)
+    return adamw(optim, schedule, params), schedule
 
 
 def train(
@@ -91,7 +79,7 @@ def _train(
     mesh = make_mesh(config.mesh.fsdp)
     check_batch(config, mesh.size)
 
-    # ---- what to start from: own checkpoint, another run's, pretrained encoders, nothing
+    # ---- what to start from: the run's own checkpoint, another run's, pretrained weights, none
     tokenizer = load_tokenizer(config.data.vocab)
     restorable, own = _newest_checkpoint(folder, config.checkpoint.resume)
     pretrained = Pretrained({}, [])
@@ -105,7 +93,13 @@ def _train(
         config, pretrained = adopt(config, tokenizer)
 
     # ---- data
-    encoder, examples, data = open_data(config, tokenizer)
+    encoder, examples = open_examples(config, tokenizer)
+    data = TrainBatches(
+        examples,
+        batch_size=config.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     identity = resume.identity(tokenizer, examples)
     changed = (
         resume.changes(saved, plain(config), identity, f"The checkpoint {restorable}", own)
@@ -126,7 +120,8 @@ def _train(
     # ---- restore
     abstract = with_sharding(setup.state_shapes, setup.shardings)
     if restorable and saved:
-        state, data.position = restore_state(restorable, abstract, saved)
+        state = restore_state(restorable, abstract, saved)
+        data.position = saved.position
     else:
         state = jax.jit(setup.init_state, out_shardings=setup.shardings)()
         for name, values in pretrained.params.items():
@@ -145,7 +140,6 @@ def _train(
     # ---- loop
     flops = step_flops(setup.architecture, config.batch_size, config.data.max_length)
     results: dict[str, float] = {}
-    stop = StopSignal()
     with (
         jax.set_mesh(mesh),
         Checkpoints(folder, config.checkpoint.keep) as checkpoints,
@@ -158,7 +152,7 @@ def _train(
             flops=flops,
         ) as reporter,
         Profile(workdir / "profile", start, profile) as trace,
-        stop,
+        StopSignal() as stop,
     ):
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
         reporter.say(
@@ -175,7 +169,7 @@ def _train(
             update = setup.update.lower(state, batch_shapes(config)).compile()
             reporter.say(f"Compiled in {time.monotonic() - began:.1f} s.")
             reporter.say(describe_step(update, flops, mesh.size))
-            reporter.pause()
+            reporter.restart_clock()
         pending = None  # Metrics of the newest step, which the device may still be computing.
         for step in range(start, steps + 1):
             last, stopping = step == steps, stop.requested(step)
@@ -187,10 +181,10 @@ def _train(
                 _report(reporter, checkpoints, step, pending, setup.schedule, data)
                 pending = None
             if save:
-                # Before the next batch is taken, because the position in the data must be this
-                # step's; before the evaluation, so that a failure there loses no training.
+                # Before the next batch, which changes the position in the data; before the
+                # evaluation, so that a failure there loses no training.
                 checkpoints.save(step, state, Record(plain(config), data.position, identity))
-                reporter.pause()
+                reporter.restart_clock()
             if measure:
                 results = evaluate(evaluators, state["params"], reporter, step)
             if last or stopping:
@@ -217,8 +211,8 @@ def _train(
     return results
 
 
-def open_data(config: RunConfig, tokenizer) -> tuple[TextEncoder, Examples, TrainBatches]:
-    """(encoder of captions, training examples, this process's share of their batches)."""
+def open_examples(config: RunConfig, tokenizer) -> tuple[TextEncoder, Examples]:
+    """(encoder of captions, training examples) of a run."""
     encoder = TextEncoder(tokenizer, config.data.max_length, config.data.edit_rate)
     examples = Examples(
         config.data,
@@ -227,17 +221,11 @@ def open_data(config: RunConfig, tokenizer) -> tuple[TextEncoder, Examples, Trai
         encoder=encoder,
         seed=config.seed,
     )
-    data = TrainBatches(
-        examples,
-        batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return encoder, examples, data
+    return encoder, examples
 
 
 def check_batch(config: RunConfig, devices: int) -> None:
-    """Raises a `UserError` unless the batch divides evenly into devices, micro-batches, chunks."""
+    """Raises a `UserError` unless the batch divides into devices, micro-batches and chunks."""
     if config.batch_size % devices:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of the {devices} devices."
@@ -254,7 +242,7 @@ def check_batch(config: RunConfig, devices: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that a run compiles, without values of parameters or data; `plan` uses it, too."""
+    """What a run compiles, without values of parameters or data; `plan` uses it, too."""
 
     architecture: SimSegConfig
     graphdef: nnx.GraphDef
@@ -304,7 +292,7 @@ def set_up(config: RunConfig, vocabulary: int, steps: int, mesh: Mesh) -> Setup:
 
 
 def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of the global batch that the training step takes."""
+    """Shapes and types of a global batch."""
     size, side = config.batch_size, config.model.image.image_size
     words = (size, config.data.max_length)
     return {
@@ -315,7 +303,7 @@ def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[str, float]:
-    """Runs all evaluators; reports and returns {"seg/<name>/miou": fraction, ...}."""
+    """Runs all evaluators; reports and returns their numbers {"seg/NAME/miou": fraction, ...}."""
     results = {}
     for prefix, evaluator in evaluators.items():
         values = evaluator.run(params, lambda images, p=prefix: reporter.progress(images, p))
@@ -324,7 +312,7 @@ def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[st
         results |= numbers
     if results:
         reporter.write(step, results)
-    reporter.pause()
+    reporter.restart_clock()
     return results
 
 

@@ -308,7 +308,7 @@ def test_a_run_that_lost_something_is_told_in_one_sentence(workdir):
     for change, expected in (
         (
             lambda: (workdir / "config.json").write_text("[]"),
-            r"Cannot read .*config\.json.*command of the run",
+            r"Cannot read .*config\.json.*Run its command again",
         ),
         (lambda: (workdir / "config.json").unlink(), "no checkpoint of step 77, only of 2, 4"),
         (lambda: shutil.rmtree(workdir / "tokenizer"), "has no tokenizer/"),

@@ -158,7 +158,7 @@ def test_features_belong_to_their_images(monkeypatch, capsys, tmp_path):
         change()
         found = features(out)
         (line,) = capsys.readouterr().out.splitlines()
-        assert line.startswith(f"The features in {out / 'train.npz'} are computed anew ({why}")
+        assert line.startswith(f"The features in {out / 'train.npz'} are computed again ({why}")
         assert found == features(tmp_path / change.__name__)
         assert found == features(out)
         assert not capsys.readouterr().out

@@ -370,7 +370,7 @@ def test_checkpoints_may_live_elsewhere(tmp_path, capsys):
     assert [r["step"] for r in lines(tmp_path / "second")] == [3]
     assert load_model(tmp_path / "second").step == 3
     (tmp_path / "second" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"Cannot read .*config.json: .* command of the run again"):
+    with pytest.raises(UserError, match=r"Cannot read .*config.json: .* Run its command again"):
         load_model(tmp_path / "second")
     config.checkpoint.update({"directory": "", "resume": str(tmp_path / "first")})
     config.steps = 4

@@ -30,10 +30,12 @@ from simseg_jax.runtime.ranges import BELOW_ONE, one_of, whole
 from simseg_jax.runtime.settings import setting
 from simseg_jax.runtime.sharding import constrain_batch
 
+PAD = 0  # The id of [PAD] in every BERT vocabulary.
+
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Architecture of the text encoder; the default is BERT-base, the paper's."""
+    """Architecture of the text encoder; by default the paper's BERT-base."""
 
     vocab_size: int = setting(
         0, "rows of the word embedding; 0: the size of the vocabulary", whole(0, 2**24)
@@ -42,10 +44,10 @@ class BertConfig:
     width: int = setting(768, "channels of BERT", WIDTH)
     depth: int = setting(12, "layers of BERT", DEPTH)
     heads: int = setting(12, "attention heads of BERT", HEADS)
-    mlp_width: int = setting(3072, "hidden channels of its MLPs", WIDTH)
+    mlp_width: int = setting(3072, "hidden channels of BERT's MLPs", WIDTH)
     dropout: float = setting(0.1, "dropout of embeddings, attention and residuals", BELOW_ONE)
-    activation: str = setting("gelu", "of its MLPs", one_of(*ACTIVATIONS))
-    norm_eps: float = setting(1e-12, "epsilon of its LayerNorms", EPSILON)
+    activation: str = setting("gelu", "activation function of BERT's MLPs", one_of(*ACTIVATIONS))
+    norm_eps: float = setting(1e-12, "epsilon of BERT's LayerNorms", EPSILON)
 
     @classmethod
     def base(cls) -> "BertConfig":
@@ -53,27 +55,20 @@ class BertConfig:
         return cls(vocab_size=30522)
 
     def check(self, prefix: str) -> None:
-        """Raises a `UserError` if the fields do not fit each other; prefix: of their names."""
+        """Raises a `UserError` if fields contradict each other; prefix: precedes their names."""
         check_heads(self.width, self.heads, prefix)
 
 
-PAD = 0  # id of [PAD] in every BERT vocabulary
-
-
-def _layer_norm(config: BertConfig, dtype, rngs: Keys) -> nnx.LayerNorm:
-    return layer_norm(config.width, config.norm_eps, dtype, rngs)
-
-
 def _init_words(key: jax.Array, shape, dtype) -> jax.Array:
-    # As Hugging Face's: the row of [PAD] starts at zero.
+    # As in Hugging Face's BERT, the row of [PAD] starts at zero.
     return INIT(key, shape, dtype).at[PAD].set(0)
 
 
 class Embeddings(nnx.Module):
     """Sum of word, position and token-type (row 0) embeddings, normalised.
 
-    In float32 up to the normalisation: the gradient of a frequent word is a sum of thousands, in
-    which bfloat16 would lose most terms.
+    The sum is float32, and so are the gradients of the tables: the gradient of a frequent word has
+    thousands of terms, most of which bfloat16 would lose.
     """
 
     def __init__(self, config: BertConfig, dtype, rngs: Keys):
@@ -89,14 +84,14 @@ class Embeddings(nnx.Module):
         self.word_embeddings = table(config.vocab_size, _init_words)
         self.position_embeddings = table(config.max_positions)
         self.token_type_embeddings = table(2)
-        self.LayerNorm = _layer_norm(config, dtype, rngs)
+        self.LayerNorm = layer_norm(config.width, config.norm_eps, dtype, rngs)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T width"]:
         words = self.word_embeddings(ids)
-        # PyTorch's padding_idx: the row of [PAD] gets no gradient.
+        # As with PyTorch's padding_idx, the row of [PAD] gets no gradient.
         words = jnp.where((ids == PAD)[:, :, None], jax.lax.stop_gradient(words), words)
-        # Rows that all examples share are sliced: looked up, their gradient would be a scatter of
-        # the whole batch to one place, which took half of the step on an H100.
+        # Rows that all examples share are sliced, not looked up: the gradient of a lookup adds the
+        # whole batch to these rows by a scatter, which took half of the step on an H100.
         x = words + self.token_type_embeddings.embedding[...][None, :1]
         x = x + self.position_embeddings.embedding[...][None, : ids.shape[1]]
         return self.LayerNorm(x)
@@ -117,10 +112,10 @@ class Layer(nnx.Module):
         self.key = layer(config.width, config.width)
         self.value = layer(config.width, config.width)
         self.attention_output = layer(config.width, config.width)
-        self.attention_norm = _layer_norm(config, dtype, rngs)
+        self.attention_norm = layer_norm(config.width, config.norm_eps, dtype, rngs)
         self.intermediate = layer(config.width, config.mlp_width)
         self.output = layer(config.mlp_width, config.width)
-        self.output_norm = _layer_norm(config, dtype, rngs)
+        self.output_norm = layer_norm(config.width, config.norm_eps, dtype, rngs)
 
     def __call__(
         self,
@@ -130,12 +125,12 @@ class Layer(nnx.Module):
         index: int | Int[Array, ""],
     ) -> Float[Array, "B T width"]:
         batch, tokens, width = x.shape
-        number = 3 * index  # of the first of three dropouts
+        number = 3 * index  # Of the first of this layer's three dropouts.
 
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(batch, tokens, self.heads, width // self.heads)
 
-        # One product for all three, as x and its gradient are read and written once then.
+        # One product for all three, so that x is read once and its gradient is written once.
         parts: tuple[Any, ...] = (self.query, self.key, self.value)
         kernel = jnp.concatenate([part.kernel[...] for part in parts], axis=1)
         bias = jnp.concatenate([part.bias[...] for part in parts])
@@ -152,8 +147,9 @@ class Layer(nnx.Module):
 class Bert(nnx.Module):
     """ids [B, T] int, mask [B, T] bool (False = padding) -> tokens [B, T, width].
 
-    `keys`, a random key per example [B], switch dropout on; None is evaluation. Padding is masked
-    as attention key, yet its own outputs are returned as well. remat: as `layers.apply_blocks`.
+    keys: a random key per example [B], for dropout; None, as in evaluation, switches it off. No
+    token attends to padding, but the outputs of padding are returned, too. remat: as for
+    `layers.apply_blocks`.
     """
 
     def __init__(self, config: BertConfig, dtype, rngs: Keys, remat: str = "none"):

@@ -1,7 +1,7 @@
 """LoDA's maximum response selection: per channel, the mean of the M largest values over tokens.
 
-The forward pass keeps the positions of the maxima only (one or two bytes each); the gradient is
-written from them in one pass. Ties go to the token that comes first.
+For the gradient only the positions of the maxima are kept, in one or two bytes each up to 65,536
+tokens. Among equal values the first token's counts as the largest.
 """
 
 import functools
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from simseg_jax.runtime.sharding import map_batch, target_device
 
-# What one program of the Triton kernel holds in registers.
+# What one program of the Triton kernel keeps in registers.
 TRITON_TOKENS, TRITON_CHANNELS = 256, 64
 
 
@@ -75,7 +75,7 @@ def _forward(x: jax.Array, weights: jax.Array, m: int):
         pooled = jnp.sum(values * weights[:, :, None], axis=1)
         small = jnp.uint8 if tokens <= 256 else jnp.uint16 if tokens <= 65536 else jnp.int32
         positions = positions.astype(small)
-    # An empty array carries the shape and dtype of x without keeping x itself.
+    # An empty array tells the gradient N and the dtype of x without keeping x itself.
     return pooled, (positions, weights, jnp.empty((0, tokens, 0), x.dtype))
 
 
@@ -83,7 +83,7 @@ def _backward(m: int, residuals, gradient: jax.Array):
     positions, weights, like = residuals
     shape = (gradient.shape[0], like.shape[1], gradient.shape[1])
     token = jax.lax.broadcasted_iota(positions.dtype, shape, 1)
-    # M comparisons fused into one write: no scatter, and no atomics on a GPU.
+    # M comparisons that are fused into one write, where a scatter would need atomics on a GPU.
     total = jnp.zeros(shape, jnp.float32)
     for rank in range(m):
         share = gradient * weights[:, rank, None]
@@ -106,11 +106,11 @@ def weighted_top_m_triton(
     """Weighted sum of the M maxima of every channel, and their tokens, on an NVIDIA GPU.
 
     x: [B, N, D] with at most TRITON_TOKENS tokens and a multiple of TRITON_CHANNELS channels.
-    Returns float32 [B, D] and uint8 [B, R, D], of whose R >= m rows the first m are the positions,
-    with the order and the ties of `top_m`. Every program keeps all tokens of its channels in
-    registers, so that x is read once; `top_m` reads it M times. interpret: runs anywhere, slowly.
+    Returns float32 [B, D] and uint8 [B, R, D] with R >= m; the first m rows are the positions, in
+    the order of `top_m`. Every program keeps all tokens of its channels in registers, so that x is
+    read once; `top_m` reads it M times. interpret: runs on any device, slowly.
     """
-    # Here, as their import takes most of a second.
+    # Imported late: it takes most of a second.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
 
@@ -151,7 +151,7 @@ def weighted_top_m_triton(
 def mean_pool(
     x: Float[Array, "B N D"], mask: Shaped[Array, "B N"] | None = None
 ) -> Float[Array, "B D"]:
-    """Mean over (unmasked) tokens, the "w/o LoDA" baseline: [B, N, D] -> float32 [B, D]."""
+    """Mean of the unmasked tokens, the paper's "w/o LoDA": [B, N, D] -> float32 [B, D]."""
     x = x.astype(jnp.float32)
     if mask is None:
         return x.mean(axis=1)

@@ -1,4 +1,4 @@
-"""The two towers: encoder, projection of every token, pooling, L2 normalisation."""
+"""The model: for images and texts each an encoder, projection, pooling and L2 normalisation."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class SimSegConfig:
     embed_dim: int = setting(512, "channels of the common embedding", WIDTH)
     pool: str = setting(
         "loda",
-        "loda: top-M per channel; mean: dense alignment; cls: CLS tokens, as CLIP",
+        "pooling; loda: mean of the M largest per channel; mean: of all tokens; cls: only CLS",
         one_of(*POOLS),
     )
     m_image: int = setting(5, "M^I in training: responses per channel over patches", RESPONSES)
@@ -42,7 +42,7 @@ class SimSegConfig:
 
 
 class Projection(Linear):
-    """Linear without bias; products in `dtype`, sums and result in float32 for the pooling."""
+    """Linear without bias; multiplies in `dtype`, sums and returns float32 for the pooling."""
 
     def __init__(self, width: int, embed_dim: int, dtype, rngs: Keys):
         super().__init__(
@@ -60,7 +60,7 @@ class Projection(Linear):
 
 
 class SimSeg(nnx.Module):
-    """Image and text encoders that meet in one embedding space."""
+    """Image and text encoders with a common embedding space of D channels."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class SimSeg(nnx.Module):
                 module.gradient_dtype = gradient_dtype
 
     def normalize(self, images: UInt8[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
-        """uint8 [..., 3] -> float32 with the mean and deviation that the encoder expects."""
+        """uint8 [..., 3] -> float32, normalised with the mean and deviation of `ViTConfig`."""
         leading = (None,) * (images.ndim - 1)
         mean, std = (
             jnp.array(values, jnp.float32)[leading]
@@ -103,13 +103,7 @@ class SimSeg(nnx.Module):
         self, tokens: Float[Array, "B N D"], m: int | None = None
     ) -> Float[Array, "B D"]:
         """Unit-length embedding [B, D] of projected tokens; m: M^I, by default that of training."""
-        if self.config.pool == "cls":
-            pooled = tokens[:, 0]
-        elif self.config.pool == "mean":
-            pooled = mean_pool(tokens[:, 1:])
-        else:
-            pooled = top_m_pool(tokens[:, 1:], m or self.config.m_image)
-        return constrain_batch(l2_normalize(pooled))
+        return self._pool(tokens, 1, m or self.config.m_image)
 
     def encode_text(
         self,
@@ -121,18 +115,21 @@ class SimSeg(nnx.Module):
     ) -> Float[Array, "B D"]:
         """Token ids and padding mask [B, T] -> unit-length embeddings [B, D].
 
-        m (M^T) and mask_padding default to the training values; keys, a random key per example
-        [B], switch dropout on.
+        m (M^T) and mask_padding: by default those of training. keys: as for `Bert`.
         """
         tokens = constrain_batch(self.text_projection(self.text_encoder(ids, mask, keys)))
-        masked = self.config.mask_padding if mask_padding is None else mask_padding
-        pool_mask = mask if masked else None
+        if mask_padding is None:
+            mask_padding = self.config.mask_padding
+        return self._pool(tokens, 0, m or self.config.m_text, mask if mask_padding else None)
+
+    def _pool(self, tokens, first: int, m: int, mask=None) -> jax.Array:
+        """Unit-length embedding [B, D] of tokens [B, N, D]; those before `first` are not pooled."""
         if self.config.pool == "cls":
             pooled = tokens[:, 0]
         elif self.config.pool == "mean":
-            pooled = mean_pool(tokens, pool_mask)
+            pooled = mean_pool(tokens[:, first:], mask)
         else:
-            pooled = top_m_pool(tokens, m or self.config.m_text, pool_mask)
+            pooled = top_m_pool(tokens[:, first:], m, mask)
         return constrain_batch(l2_normalize(pooled))
 
 
@@ -148,8 +145,8 @@ def make_model(
 ) -> nnx.GraphDef:
     """The model's structure without parameters; `bind(graphdef, params)` makes it callable.
 
-    dtype: of matrix products. remat: what the gradient keeps of every block, as
-    `layers.apply_blocks`. gradient_dtype: of gradients of weights, as `layers.dense`.
+    dtype: of matrix products. remat: as for `layers.apply_blocks`. gradient_dtype: as for
+    `layers.dense`.
     """
     abstract = nnx.eval_shape(
         lambda: SimSeg(config, dtype, Keys(jax.random.key(0)), remat, gradient_dtype)
@@ -160,7 +157,7 @@ def make_model(
 
 def bind(graphdef: nnx.GraphDef, params: dict) -> SimSeg:
     """The model with these parameters."""
-    # NNX puts parameters into the structure in sorted order: "10" before "2", but 2 before 10.
+    # NNX expects the blocks in sorted order, and as strings "10" comes before "2".
     return nnx.merge(graphdef, _with_keys(params, lambda key: int(key) if key.isdigit() else key))
 
 
@@ -173,13 +170,13 @@ def init_params(config: SimSegConfig, key: jax.Array) -> dict:
 def params_of(module: nnx.Module) -> dict:
     """The parameters of a module as a nested dict with string keys."""
     _, state = nnx.split(module, nnx.Param)
-    # Lists of blocks come out with integer keys, which checkpoints and path rules spell as strings.
+    # NNX numbers blocks with integers; checkpoints and path rules have strings.
     return _with_keys(nnx.to_pure_dict(state), str)
 
 
 def path_string(path) -> str:
-    """A JAX key path into parameters as "image_encoder/blocks/0/attn/qkv/kernel"."""
-    return "/".join(str(entry.key) for entry in path)
+    """A JAX key path as text, such as "image_encoder/blocks/0/attn/qkv/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _with_keys(tree, convert: Callable):

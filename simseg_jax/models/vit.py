@@ -39,45 +39,41 @@ CHANNELS = range(3, 4)
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Architecture of the image encoder; the default is ViT-S/16 at 224, the paper's."""
+    """Architecture of the image encoder; by default the paper's ViT-S/16 at 224 x 224 pixels."""
 
     image_size: int = setting(224, "side of training images in pixels", SIDE)
     patch_size: int = setting(16, "side of a patch in pixels", SIDE)
     width: int = setting(384, "channels of the ViT", WIDTH)
     depth: int = setting(12, "blocks of the ViT", DEPTH)
     heads: int = setting(6, "attention heads of the ViT", HEADS)
-    mlp_width: int = setting(1536, "hidden channels of its MLPs", WIDTH)
-    pre_norm: bool = setting(False, "LayerNorm before the first block, as in CLIP", FLAG)
-    activation: str = setting("gelu", "of its MLPs", one_of(*ACTIVATIONS))
-    norm_eps: float = setting(1e-6, "epsilon of its LayerNorms", EPSILON)
+    mlp_width: int = setting(1536, "hidden channels of the ViT's MLPs", WIDTH)
+    pre_norm: bool = setting(False, "another LayerNorm before the first block, as in CLIP", FLAG)
+    activation: str = setting("gelu", "activation function of the ViT's MLPs", one_of(*ACTIVATIONS))
+    norm_eps: float = setting(1e-6, "epsilon of the ViT's LayerNorms", EPSILON)
     mean: tuple[float, ...] = setting(
         IMAGENET_MEAN,
-        "of the channels in [0, 1]: what images are normalised with",
+        "mean of each colour in [0, 1], subtracted from images",
         several(SHARE, CHANNELS, "three numbers"),
     )
     std: tuple[float, ...] = setting(
         IMAGENET_STD,
-        "deviation of the channels",
+        "standard deviation of each colour, which images are divided by",
         several(number(0.001, 10), CHANNELS, "three numbers"),
     )
 
     @classmethod
     def b16(cls) -> "ViTConfig":
-        """ViT-B/16 at 224."""
+        """ViT-B/16 at 224 x 224 pixels."""
         return cls(width=768, heads=12, mlp_width=3072)
 
     def check(self, prefix: str) -> None:
-        """Raises a `UserError` if the fields do not fit each other; prefix: of their names."""
+        """Raises a `UserError` if fields contradict each other; prefix: precedes their names."""
         if self.image_size % self.patch_size:
             raise UserError(
                 f"{prefix}image_size={self.image_size} must be a multiple of "
                 f"{prefix}patch_size={self.patch_size}."
             )
         check_heads(self.width, self.heads, prefix)
-
-
-def _layer_norm(config: ViTConfig, dtype, rngs: Keys) -> nnx.LayerNorm:
-    return layer_norm(config.width, config.norm_eps, dtype, rngs)
 
 
 class Attention(nnx.Module):
@@ -113,9 +109,9 @@ class Block(nnx.Module):
     """Pre-norm attention and MLP with residuals."""
 
     def __init__(self, config: ViTConfig, dtype, rngs: Keys):
-        self.norm1 = _layer_norm(config, dtype, rngs)
+        self.norm1 = layer_norm(config.width, config.norm_eps, dtype, rngs)
         self.attn = Attention(config, dtype, rngs)
-        self.norm2 = _layer_norm(config, dtype, rngs)
+        self.norm2 = layer_norm(config.width, config.norm_eps, dtype, rngs)
         self.mlp = Mlp(config, dtype, rngs)
 
     def __call__(self, x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
@@ -125,7 +121,7 @@ class Block(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches -> tokens: the strided convolution written as one matrix product."""
+    """Non-overlapping patches -> tokens: a convolution with stride p, as one matrix product."""
 
     def __init__(self, config: ViTConfig, dtype, rngs: Keys):
         self.patch_size = config.patch_size
@@ -145,27 +141,29 @@ class PatchEmbed(nnx.Module):
 class ViT(nnx.Module):
     """images [B, H, W, 3] (float, normalised) -> tokens [B, 1 + (H/p)(W/p), width], CLS first.
 
-    H and W may be any multiple of the patch size: the position embedding is resized. remat: as
+    H and W may be any multiple of the patch size: the position embedding is resized. remat: as for
     `layers.apply_blocks`.
     """
 
     def __init__(self, config: ViTConfig, dtype, rngs: Keys, remat: str = "none"):
         self.remat = remat
-        self.grid = config.image_size // config.patch_size
         self.patch_embed = PatchEmbed(config, dtype, rngs)
         self.cls_token = nnx.Param(1e-6 * jax.random.normal(rngs.params(), (1, 1, config.width)))
-        shape = (1, 1 + self.grid**2, config.width)
+        patches = (config.image_size // config.patch_size) ** 2
+        shape = (1, 1 + patches, config.width)
         self.pos_embed = nnx.Param(INIT(rngs.params(), shape, jnp.float32))
-        self.norm_pre = _layer_norm(config, dtype, rngs) if config.pre_norm else None
+        self.norm_pre = (
+            layer_norm(config.width, config.norm_eps, dtype, rngs) if config.pre_norm else None
+        )
         self.blocks = make_blocks(lambda rngs: Block(config, dtype, rngs), config.depth, rngs)
-        self.norm = _layer_norm(config, dtype, rngs)
+        self.norm = layer_norm(config.width, config.norm_eps, dtype, rngs)
         self.dtype = dtype
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N width"]:
         p = self.patch_embed.patch_size
         grid = (images.shape[1] // p, images.shape[2] // p)
         x = self.patch_embed(images.astype(self.dtype))
-        # In float32, in which the gradients of both parameters are summed over the batch then.
+        # In float32, so that the gradients of both parameters are summed over the batch in it.
         cls = jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[2]))
         positions = resize_position_embedding(self.pos_embed[...], grid)
         x = jnp.concatenate([cls, x.astype(jnp.float32)], axis=1) + positions
@@ -178,9 +176,9 @@ class ViT(nnx.Module):
 def resize_position_embedding(
     embedding: Float[Array, "1 N width"], grid: tuple[int, int]
 ) -> Float[Array, "1 M width"]:
-    """[1, 1 + g*g, width] -> [1, 1 + grid[0]*grid[1], width].
+    """[1, 1 + g*g, width] -> [1, 1 + grid[0]*grid[1], width]; the first token, CLS, is kept.
 
-    Bicubic as PyTorch interpolates (align_corners=False, no antialiasing); CLS is left as it is.
+    The others are interpolated bicubically as in PyTorch (align_corners=False, no antialiasing).
     """
     side = round((embedding.shape[1] - 1) ** 0.5)
     if grid == (side, side):

@@ -27,7 +27,7 @@ def make_parser(module: str, description: str, epilog: str) -> argparse.Argument
 
 
 def results_folder(checkpoint: str) -> Path:
-    """Default folder for results: the checkpoint's, or one of its name here if that is remote."""
+    """Default folder for results: the checkpoint's; if it is remote, a local one of its name."""
     folder = Path(checkpoint)
     return folder if folder.is_dir() else Path(checkpoint.rstrip("/").rpartition("/")[2])
 

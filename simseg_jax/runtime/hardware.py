@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+from typing import Any
 
 from simseg_jax.runtime.errors import UserError
 
@@ -68,7 +69,8 @@ dnn_version_info { major: 9 minor: 8 }
 runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-KINDS = ("v4", "v5e", "v5p", "v6e", "h100", "cpu")
+# Kinds of devices to compile for, with the number of axes of their shapes.
+KINDS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "h100": 2, "cpu": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +85,17 @@ class Target:
     def parse(cls, text: str, slices: int = 1) -> "Target":
         """From "v5e:4x8", "h100:8", "h100:4x8" (machines x GPUs) or "cpu:8"; else a `UserError`."""
         kind, _, sizes = text.partition(":")
-        shape = tuple(map(int, re.findall(r"[0-9]+", sizes)))
         if kind not in KINDS or not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", sizes):
             raise UserError(
                 f"--devices={text} must be KIND:SHAPE with a KIND of {', '.join(KINDS)}, such as "
                 "v5e:4x8, v5p:4x4x4, h100:8, h100:4x8 (machines x GPUs) or cpu:8."
             )
-        axes = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2, "cpu": 1}.get(kind)
-        if axes is None and len(shape) == 1:
+        shape, axes = tuple(map(int, sizes.split("x"))), KINDS[kind]
+        if kind == "h100" and len(shape) == 1:
             shape = (1, *shape)
-        if len(shape) != (axes or 2):
-            example = "x".join(["4"] * (axes or 2))
-            raise UserError(
-                f"--devices={text} must have {axes or 2} axes, such as {kind}:{example}."
-            )
+        if len(shape) != axes:
+            example = "x".join(["4"] * axes)
+            raise UserError(f"--devices={text} must have {axes} axes, such as {kind}:{example}.")
         if slices > 1 and kind in ("h100", "cpu"):
             raise UserError(f"--slices={slices} is for TPUs: write --devices=h100:MACHINESxGPUS.")
         return cls(kind, shape, slices)
@@ -105,7 +104,7 @@ class Target:
         """The environment variables of a process that compiles for these devices only."""
         flags = {
             "cpu": f"--xla_force_host_platform_device_count={math.prod(self.shape)}",
-            # Autotuning needs a device; without it Triton finds no tiles for some products.
+            # Autotuning needs a device. Without autotuning Triton finds no tiles for some products.
             "h100": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
         }
         return {
@@ -129,29 +128,27 @@ class Target:
 
         if self.kind == "cpu":
             return jax.devices()
-        tpu = self.kind != "h100"
-        packages = ("libtpu",) if tpu else ("jax_cuda12_plugin", "jax_cuda13_plugin")
+        shape = "x".join(map(str, self.shape))
+        name = f"{self.kind}:{shape}"
+        options: dict[str, Any] = {"platform": "tpu", "topology_name": name}
+        if self.kind == "h100":
+            packages = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+            install = "pip install 'simseg-jax[cuda]', which is 3 GB"
+            options = {"platform": "cuda", "topology_name": "", "topology": f"1x{shape}"}
+            options["target_config"] = H100
+        else:
+            packages = ("libtpu",)
+            install = "pip install 'simseg-jax[tpu]'"
+            if self.slices > 1:
+                options["num_slices"] = self.slices
+            if self.kind == "v4":
+                # JAX runs both cores of a chip as one device.
+                options["chip_config_name"] = "megacore"
         if not any(map(importlib.util.find_spec, packages)):
-            extra = "tpu" if tpu else "cuda"
-            raise UserError(
-                f"Compiling for {self.kind} needs {packages[0]}: pip install 'simseg-jax[{extra}]'"
-                f"{'' if tpu else ', which is 3 GB'}."
-            )
-        name = "x".join(map(str, self.shape))
-        options: dict = {"target_config": H100} if not tpu else {}
-        if self.slices > 1:
-            options["num_slices"] = self.slices
-        if self.kind == "v4":
-            # JAX runs both cores of a chip as one device.
-            options["chip_config_name"] = "megacore"
+            raise UserError(f"Compiling for {self.kind} needs {packages[0]}: {install}.")
         try:
-            found = topologies.get_topology_desc(
-                platform="tpu" if tpu else "cuda",
-                topology_name=f"{self.kind}:{name}" if tpu else "",
-                **({"topology": f"1x{name}"} if not tpu else {}),
-                **options,
-            )
+            found = topologies.get_topology_desc(**options)
         except Exception as error:
             first = str(error).strip().splitlines()[0]
-            raise UserError(f"The compiler has no topology {self.kind}:{name}: {first}") from error
+            raise UserError(f"The compiler has no topology {name}: {first}") from error
         return list(found.devices)

@@ -1,8 +1,8 @@
 """Device mesh, batch sharding and the two parameter rules (replicate, FSDP).
 
 The mesh has two axes, `data` and `fsdp`. The batch is split over both; with fsdp > 1 every large
-parameter (and its optimiser moments) is also split over `fsdp`. All functions run under plain
-`jax.jit`, where XLA inserts the collectives; only `gather_batch` is one of our own.
+parameter (and its optimiser moments) is also split over `fsdp`. XLA inserts the communication into
+programs under plain `jax.jit`; only `gather_batch` asks for one explicitly.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import setting
 
 BATCH = P(("data", "fsdp"))
-# Below this many elements gathering a parameter costs more than holding it everywhere.
+# Smaller parameters are kept whole: gathering them costs more than their memory.
 MIN_SHARDED_SIZE = 2**14
 
 
@@ -29,22 +29,22 @@ class MeshConfig:
     """How the devices are arranged."""
 
     fsdp: int = setting(
-        1, "devices that share one copy of the parameters; the rest is data", whole(1)
+        1, "devices that share one copy of the parameters; the other axis is data", whole(1)
     )
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence | None = None) -> Mesh:
     """A (data, fsdp) mesh over all devices, `fsdp` of them sharing one copy of the parameters.
 
-    Of several TPU slices each holds whole copies: only gradients and embeddings cross the network
-    between them.
+    With several TPU slices, each holds whole copies, so that only gradients and embeddings cross
+    the network between slices.
     """
     devices = devices or jax.devices()
     if fsdp < 1 or len(devices) % fsdp:
         raise UserError(
             f"mesh.fsdp={fsdp} must divide the number of devices, which is {len(devices)}."
         )
-    # Explicit axes (JAX's default) would ask every module for sharding annotations.
+    # Explicit axes, JAX's default, require sharding annotations in every module.
     auto = (AxisType.Auto, AxisType.Auto)
     shape, names = (len(devices) // fsdp, fsdp), ("data", "fsdp")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -59,12 +59,12 @@ def make_mesh(fsdp: int = 1, devices: Sequence | None = None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over every device."""
+    """The sharding of a batch: its leading axis is split over all devices."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """One copy on every device."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
@@ -87,9 +87,9 @@ def state_sharding(state, mesh: Mesh):
 
 
 def place(values, shapes):
-    """Host arrays on the devices: each process hands over the parts that its devices hold.
+    """Host arrays as JAX arrays; each process copies the parts of its devices.
 
-    shapes: shape structs with the shardings and types wanted.
+    shapes: shape structs with the wanted shardings and types.
     """
 
     def put(value, shape) -> jax.Array:
@@ -102,7 +102,7 @@ def place(values, shapes):
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Pins the leading axis of an activation to the batch axes of the mesh in context, if any.
 
-    Without it XLA may propagate an FSDP weight's sharding into the features of the activations.
+    Without it XLA may split the channels of activations as it splits FSDP parameters.
     """
     if device_count() == 1:
         return x
@@ -110,7 +110,7 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def constrain_whole(x: jax.Array) -> jax.Array:
-    """Pins a parameter, or the gradient of one, to be whole on every device of the mesh."""
+    """Pins a parameter, or its gradient, to be whole on every device of the mesh in context."""
     mesh = jax.sharding.get_abstract_mesh()
     if device_count() == 1 or mesh.shape["fsdp"] == 1:
         return x
@@ -118,19 +118,19 @@ def constrain_whole(x: jax.Array) -> jax.Array:
 
 
 def device_count() -> int:
-    """Devices among which the batch is split: those of the mesh in context.
+    """The number of devices over which the batch is split: those of the mesh in context.
 
-    1 without a mesh, and inside of `map_batch`.
+    1 without a mesh and inside `map_batch`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or AxisType.Manual in mesh.axis_types else mesh.size
 
 
 def target_device() -> Any:
-    """The kind of device that a program is traced for: of the mesh in context, else JAX's default.
+    """The device that a program is traced for: of the mesh in context, else JAX's default.
 
-    With `platform` ("cpu", "gpu", "tpu") and `device_kind`. Kernels are chosen by it, so that a
-    program compiled for other hardware than this machine's is the one that runs there.
+    It has `platform` ("cpu", "gpu", "tpu") and `device_kind`. Kernels are chosen by them, so that a
+    program compiled here for other hardware equals the one compiled there.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.devices()[0] if mesh.empty else mesh.abstract_device
@@ -139,23 +139,24 @@ def target_device() -> Any:
 def map_batch(function: Callable, *arrays, shared=None):
     """function(*arrays) on every device's own part of the batch, without communication.
 
-    arrays, results: pytrees of arrays [B, ...]. shared: a pytree that the function takes before
-    the arrays if given, whole on every device. For work on single examples: left to itself XLA
-    would gather the whole batch for a loop over it, or sum gradients over devices in every turn.
+    arrays, results: pytrees of arrays [B, ...]. shared: if given, a pytree that is whole on every
+    device and precedes the arrays as argument. For work on single examples: XLA alone would gather
+    the whole batch for a loop over it, or sum gradients over devices in every iteration.
     """
-    arguments = arrays if shared is None else (shared, *arrays)
+    first = () if shared is None else (shared,)
     if device_count() == 1:
-        return function(*arguments)
-    specs = (BATCH,) * len(arrays) if shared is None else (P(), *(BATCH for _ in arrays))
+        return function(*first, *arrays)
+    specs = (*(P() for _ in first), *(BATCH for _ in arrays))
     # Unchecked: the gradient with respect to `shared` must not be summed over devices inside.
-    return jax.shard_map(function, in_specs=specs, out_specs=BATCH, check_vma=False)(*arguments)
+    mapped = jax.shard_map(function, in_specs=specs, out_specs=BATCH, check_vma=False)
+    return mapped(*first, *arrays)
 
 
 def gather_batch(x: jax.Array) -> jax.Array:
     """[B, ...] split over devices -> [devices, B, ...], where every device holds the whole batch.
 
-    The gradient is summed and scattered in one go (reduce-scatter): half of what XLA on CPUs
-    would send for a sharding constraint.
+    Its gradient is a reduce-scatter, which sends half as much as what XLA on CPUs makes of a
+    sharding constraint.
     """
     if device_count() == 1:
         return x[None]
@@ -167,19 +168,21 @@ def gather_batch(x: jax.Array) -> jax.Array:
 
 
 def to_global_batch(batch, mesh: Mesh):
-    """This process's part of a batch (dict of NumPy arrays) -> global arrays over the mesh."""
+    """This process's part of a batch (a dict of NumPy arrays) -> arrays split over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """The mesh of this process alone; the same mesh if there is only one process."""
+    """A mesh of the devices of this process; the same mesh if there is only one process."""
     return mesh if jax.process_count() == 1 else make_mesh(devices=jax.local_devices())
 
 
 def local_params(params, mesh: Mesh):
-    """`params` for a mesh of `local_mesh`: complete on each of its devices if they are spread over
-    several processes, which must then call this together; as they are otherwise.
+    """Parameters for `mesh`, which is a `local_mesh`.
+
+    If they are spread over several processes, all must call this together, and every device gets a
+    whole copy. Otherwise they are returned as they are.
     """
     leaves = jax.tree.leaves(params)
     if all(leaf.is_fully_addressable for leaf in leaves):
@@ -194,7 +197,7 @@ def local_params(params, mesh: Mesh):
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-    """What every process passed, in their order. All processes must call this together."""
+    """The data of all processes, in their order. All processes must call this together."""
     if jax.process_count() == 1:
         return [data]
     sizes = multihost_utils.process_allgather(np.array([len(data)]))[:, 0]

@@ -1,7 +1,7 @@
 """Symmetric InfoNCE over the global batch (paper section 3.1) with the learnable temperature.
 
-`contrastive_loss` is the plain form. `chunked_contrastive_loss` gives the same without ever holding
-all similarities.
+`contrastive_loss` is the plain form. `chunked_contrastive_loss` gives the same result without
+keeping all similarities.
 """
 
 import jax
@@ -21,23 +21,22 @@ def contrastive_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean of the image-to-text and text-to-image cross entropies; pair i belongs to row i.
 
-    images, texts: unit-length embeddings [B, D], B the global batch. Under jit with the batch
-    sharded, the texts are gathered and every device compares its own images with all of them: the
-    value and gradient are those of one device.
-    Returns the loss and its metrics: accuracies of both directions, the clipped temperature.
+    images, texts: unit-length embeddings [B, D] of the global batch. If it is split over devices,
+    each compares its own images with all texts; loss and gradient are as on one device.
+    Returns the loss and the metrics: accuracies of both directions, the clipped temperature.
     """
     tau, pairs = clip_temperature(temperature), jnp.arange(len(images))
     logits = similarities(images, texts) / tau
     to_images = jax.nn.logsumexp(logits, axis=0)
     matched = jnp.take_along_axis(logits, pairs[:, None], axis=1)[:, 0]
-    # A cross entropy is the logarithm of the sum over a row or a column, less the pair's logit.
+    # A cross entropy is the log-sum-exp of a row or column minus the pair's logit; the logit is
+    # subtracted here for both directions.
     to_texts = jax.nn.logsumexp(logits, axis=1) - 2 * matched
     loss = (to_texts.sum() + to_images.sum()) / (2 * len(images))
-    # The first of the best images of a text, as argmax finds it; that would gather all logits'
-    # maxima on every device, while these two send B numbers each.
-    best = jnp.where(logits == logits.max(axis=0, keepdims=True), pairs[:, None], len(images)).min(
-        axis=0
-    )
+    # argmax(axis=0): the first image with the highest logit. XLA would gather the maxima of all
+    # devices on each of them for argmax, while max and min send B numbers each.
+    highest = logits.max(axis=0, keepdims=True)
+    best = jnp.where(logits == highest, pairs[:, None], len(images)).min(axis=0)
     metrics = {
         "i2t_accuracy": jnp.mean(jnp.argmax(logits, axis=1) == pairs),
         "t2i_accuracy": jnp.mean(best == pairs),
@@ -47,7 +46,7 @@ def contrastive_loss(
 
 
 def similarities(images: Float[Array, "B D"], texts: Float[Array, "B D"]) -> Float[Array, "B B"]:
-    """Cosines [B, B] of every image (row) and text; rows are split over devices as the images."""
+    """Cosines [B, B] of every image (row) and text; rows are split over devices as images are."""
     rows = images.reshape(device_count(), -1, images.shape[1])
     cosines = _cosines(rows, gather_batch(texts))
     return constrain_batch(cosines.reshape(len(images), -1))
@@ -61,32 +60,33 @@ def chunked_contrastive_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`contrastive_loss` in less memory: no more than chunk x B similarities per device at a time.
 
-    chunk: images per device compared at a time; it divides those a device has, or is larger. Sums
-    over rows are complete after each turn; those over columns are carried from turn to turn. The
-    gradient computes the similarities again.
+    chunk: images per device compared at a time; a divisor of the images per device, or larger. Each
+    chunk completes the sums over its rows and adds to the sums over columns. The gradient computes
+    the similarities again.
     """
     tau = clip_temperature(temperature)
     batch, devices = len(images), device_count()
     rows = min(chunk, batch // devices)
     if batch % (devices * rows):
-        raise ValueError(f"{batch} images on {devices} devices are no multiple of chunk={rows}.")
-    # Everything has a leading axis over the devices, so that each sums up on its own and they
-    # exchange embeddings, gradients and statistics of columns once, not once per turn.
+        raise ValueError(f"{batch} images on {devices} devices are not a multiple of chunk={rows}.")
+    # All arrays have a leading axis over devices: each device sums on its own, and embeddings,
+    # gradients and statistics of columns are exchanged once, not once per chunk.
     queries = constrain_batch(images.reshape(devices, -1, rows, images.shape[1]))
     keys = gather_batch(texts)
     pairs = constrain_batch(jnp.arange(batch).reshape(devices, -1, rows))
 
-    def turn(columns, inputs):
-        total, best, where = columns  # [devices, B]: logarithm of the sum, best logit, whose it is
+    def compare(columns, inputs):
+        # [devices, B] each: log-sum-exp, highest logit and the image that has it.
+        total, best, where = columns
         queries, pairs = inputs
         logits = _cosines(queries, keys) / tau
         total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=1))
         matched = jnp.take_along_axis(logits, pairs[..., None], axis=2)[..., 0]
         to_texts = jax.nn.logsumexp(logits, axis=2) - 2 * matched
         logits = jax.lax.stop_gradient(logits)
-        higher = logits.max(axis=1) > best
+        highest = logits.max(axis=1)
         first = jnp.take_along_axis(pairs, jnp.argmax(logits, axis=1), axis=1)
-        columns = total, jnp.maximum(best, logits.max(axis=1)), jnp.where(higher, first, where)
+        columns = total, jnp.maximum(best, highest), jnp.where(highest > best, first, where)
         return columns, (to_texts, jnp.argmax(logits, axis=2) == pairs)
 
     nothing = jnp.full((devices, batch), -jnp.inf)
@@ -94,7 +94,7 @@ def chunked_contrastive_loss(
         constrain_batch, (nothing, nothing, jnp.zeros((devices, batch), jnp.int32))
     )
     inputs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (queries, pairs))
-    columns, (to_texts, found) = jax.lax.scan(jax.checkpoint(turn), start, inputs)
+    columns, (to_texts, found) = jax.lax.scan(jax.checkpoint(compare), start, inputs)
     total, best, where = columns
     to_images = jax.nn.logsumexp(total, axis=0)
     first = jnp.where(best == best.max(axis=0, keepdims=True), where, batch).min(axis=0)
@@ -107,6 +107,6 @@ def chunked_contrastive_loss(
 
 
 def _cosines(images: jax.Array, texts: jax.Array) -> jax.Array:
-    """[P, R, B] of R images of each of P devices and all texts [P, B, D]."""
-    # Full float32 products: GPUs and TPUs would otherwise round the inputs.
+    """[P, R, B] from images [P, R, D] and, on each of the P devices, all texts [P, B, D]."""
+    # Full float32 products; GPUs and TPUs round the inputs by default.
     return jnp.einsum("prd,pbd->prb", images, texts, precision=jax.lax.Precision.HIGHEST)

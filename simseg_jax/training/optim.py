@@ -43,7 +43,7 @@ RULES = several(
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and the rules of single parameters."""
+    """AdamW, its learning-rate schedule and the multipliers of single parameters."""
 
     lr: float = setting(3e-4, "peak learning rate", LEARNING_RATE)
     warmup: float = setting(0.025, "share of the steps with linear warm-up from 0", BELOW_ONE)
@@ -66,7 +66,7 @@ class OptimConfig:
 def cosine_schedule(
     peak: float, steps: int, warmup_steps: int, final_fraction: float
 ) -> optax.Schedule:
-    """0 at step 0, linear to `peak` at `warmup_steps`, half a cosine to `final_fraction * peak`."""
+    """Linear from 0 to `peak` in `warmup_steps`, then half a cosine to `final_fraction * peak`."""
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup_steps else peak, peak, warmup_steps, steps, end_value=final_fraction * peak
     )
@@ -75,11 +75,10 @@ def cosine_schedule(
 def match_rules(rules: Rules, params, what: str):
     """The value of the first rule whose pattern fully matches each parameter's path.
 
-    Paths read "image_encoder/blocks/0/attn/qkv/kernel". A parameter without a rule and a pattern
-    without a parameter are errors: a typo must not silently change a run.
+    Paths are those of `path_string`. A `UserError` names a parameter without a rule and a rule
+    without a parameter: a typo must not silently change a run. what: names the rules.
     """
-    used = set()
-    missed = []
+    used, missed = set(), []
 
     def value(path, _leaf) -> float:
         name = path_string(path)
@@ -93,7 +92,7 @@ def match_rules(rules: Rules, params, what: str):
     values = jax.tree_util.tree_map_with_path(value, params)
     unused = [pattern for index, (pattern, _) in enumerate(rules) if index not in used]
     if missed:
-        raise UserError(f'{what} covers no {missed[0]} (add a last rule (".*", value)).')
+        raise UserError(f'{what} covers no {missed[0]}: add a last rule (".*", value).')
     if unused:
         raise UserError(f"{what} has a pattern that matches no parameter first: {unused[0]!r}.")
     return values
@@ -105,25 +104,14 @@ def frozen(lr_rules: Rules, params):
     return jax.tree.map(lambda factor: factor == 0, factors)
 
 
-def adamw(
-    schedule: optax.Schedule,
-    params,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-    lr_rules: Rules,
-    decay_rules: Rules,
-) -> optax.GradientTransformation:
+def adamw(optim: OptimConfig, schedule: optax.Schedule, params) -> optax.GradientTransformation:
     """AdamW whose rules multiply the learning rate and the weight decay per parameter.
 
-    A learning-rate multiplier of 0 freezes a parameter: it keeps no moments and never changes.
-    clip_norm: bound on the global gradient norm, 0 for none. params: arrays or shape structs.
+    A learning-rate multiplier of 0 freezes a parameter: it has no moments and never changes.
+    schedule: step -> learning rate before its multiplier. params: arrays or shape structs.
     """
-    lr = match_rules(lr_rules, params, "optim.lr_rules")
-    decay = match_rules(decay_rules, params, "optim.decay_rules")
+    lr = match_rules(optim.lr_rules, params, "optim.lr_rules")
+    decay = match_rules(optim.decay_rules, params, "optim.decay_rules")
     groups = jax.tree.map(lambda *factors: factors, lr, decay)
     labels = jax.tree.map(str, groups, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -131,15 +119,15 @@ def adamw(
         if lr_factor == 0:
             return optax.set_to_zero()
         return optax.chain(
-            optax.scale_by_adam(b1, b2, eps),
-            optax.add_decayed_weights(weight_decay * decay_factor),
+            optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+            optax.add_decayed_weights(optim.weight_decay * decay_factor),
             optax.scale_by_learning_rate(schedule),
             optax.scale(lr_factor),
         )
 
     pairs = set(zip(jax.tree.leaves(lr), jax.tree.leaves(decay), strict=True))
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
         optax.partition({str(pair): group_update(*pair) for pair in pairs}, labels),
     )
 
@@ -147,9 +135,9 @@ def adamw(
 def lars(
     schedule: optax.Schedule, *, momentum: float = 0.9, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """LARS (You et al., 2017) as the authors probe: every parameter, biases too, is adapted.
+    """LARS (You et al., 2017) as in the authors' linear probe, for every parameter, biases too.
 
-    The gradient is scaled by 0.001 * |parameter| / (|gradient| + 1e-8), or by 1 where one of them
-    is zero, and by the learning rate; then it is summed with momentum.
+    The gradient g, with weight decay added, is scaled by 0.001 * |parameter| / (|g| + 1e-8), or by
+    1 if one of the norms is zero, and by the learning rate; then it is summed with momentum.
     """
     return optax.lars(schedule, weight_decay, eps=1e-8, momentum=momentum)

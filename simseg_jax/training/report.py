@@ -21,9 +21,9 @@ from simseg_jax.runtime.hardware import chip_of
 class Reporter:
     """Writes WORKDIR/metrics.jsonl (one object per line) and WORKDIR/tensorboard.
 
-    A context manager. After a resume the lines beyond the restored step are dropped, so that the
-    file reads like that of an uninterrupted run. flops: of a step on all devices, for their
-    throughput and, where their peak is known, its share of that (MFU).
+    A context manager. A resumed run drops the lines beyond the restored step, so that the file is
+    as if the run had never been interrupted. flops: of a step on all devices, for the FLOP/s and,
+    if the peak of the devices is known, their utilisation (MFU).
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Reporter:
             dynamic_ncols=True,
             disable=not self.enabled,
             smoothing=0.1,
-            # A log file gets a line now and then, a terminal a moving bar.
+            # A log file should not get a line for every step.
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
         self.waited = 0.0
-        self.pause()
+        self.restart_clock()
         if not self.enabled:
             return
         # Imported late: reading a configuration or segmenting images never needs it.
@@ -63,7 +63,7 @@ class Reporter:
             _keep_until(self.path, start)
             self.file = self.path.open("a", encoding="utf-8")
             (workdir / "tensorboard").mkdir(exist_ok=True)
-            # Written at once: a thread of its own would die of a full disk unseen.
+            # Written at once. `SummaryWriter` writes in a thread, where a full disk goes unnoticed.
             self.tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
             self._event(start, session_log={"status": "START"})
 
@@ -87,25 +87,24 @@ class Reporter:
         replaced: int,
         unknown: int,
     ) -> None:
-        """Metrics of the update that led to `step`: moves the bar, logs every `log_every` steps.
+        """Moves the bar; every `log_every` steps, logs metrics of the update that led to `step`.
 
-        waited, replaced, unknown: seconds that this process has waited for data, damaged examples
-        that it has replaced and captions without a word that the vocabulary knows, all since it
-        started.
+        waited: seconds that this process has waited for data since it started. replaced: damaged
+        examples that it has replaced. unknown: captions in which the vocabulary knows no word.
         """
         self.waited = waited
         self.bar.update(step - self.bar.n)
         if not self.enabled or (step % self.log_every and step < self.steps):
             return
         values = {name: float(value) for name, value in metrics.items()}
-        # Computed for logged steps only: on an accelerator it waits behind the step in progress.
+        # Only for logged steps, because an accelerator finishes the step in progress first.
         values["lr"] = float(jnp.asarray(schedule(step - 1)))
-        # Over the whole stretch since the last pause: a single step is reported when the next one
-        # has been started, which tells little about its own time.
-        seconds = max(time.monotonic() - self.stretch_time, 1e-9)
-        steps = max(step - self.stretch_step, 1)
+        # Averages since the clock was restarted: a step is reported after the next one has been
+        # dispatched, so the time between two reports is not that of a step.
+        seconds = max(time.monotonic() - self.clock_time, 1e-9)
+        steps = max(step - self.clock_step, 1)
         speed = steps * self.batch_size / seconds
-        waited -= self.stretch_waited
+        waited -= self.clock_waited
         values |= {"pairs_per_second": speed, "data_wait_seconds": waited / steps}
         values |= {"data_replaced": replaced, "data_unknown": unknown}
         flops = self.flops * steps / seconds
@@ -123,7 +122,7 @@ class Reporter:
         )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl and the same numbers to TensorBoard."""
+        """Appends a line to metrics.jsonl and writes the same numbers for TensorBoard."""
         if not self.enabled:
             return
         values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
@@ -140,28 +139,28 @@ class Reporter:
         self.tensorboard.flush()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        advice = "The newest checkpoint stays: make room or mend the folder, then run again."
+        advice = "Checkpoints are kept: make room or repair the folder, then run again."
         return writing(f"the metrics in {self.path.parent}", lambda: advice)
 
-    def pause(self) -> None:
-        """Starts a new stretch for the pairs per second: what came before does not count."""
-        self.stretch_step, self.stretch_time = int(self.bar.n), time.monotonic()
-        self.stretch_waited = self.waited
+    def restart_clock(self) -> None:
+        """Excludes what was done until now from the speed and the waiting times to be reported."""
+        self.clock_step, self.clock_time = int(self.bar.n), time.monotonic()
+        self.clock_waited = self.waited
 
     def progress(self, images: Iterable, name: str) -> Iterable:
-        """`images` under a bar of their own that vanishes when they are done."""
+        """Wraps `images` in a second bar, which vanishes at their end."""
         return tqdm(images, desc=name, unit="image", leave=False, disable=not self.enabled or None)
 
     def say(self, message: str) -> None:
-        """A line above the progress bar."""
+        """Prints a line above the progress bar."""
         if self.enabled:
             tqdm.write(message)
 
 
 class Profile:
-    """Writes `folder` with a trace of `steps` training steps of process 0; 0: none.
+    """Traces `steps` training steps of process 0 into `folder`; 0: none. A context manager.
 
-    A context manager. The first steps after the start are left out: they fill the pipeline.
+    The first steps after `start` are not traced, because the data pipeline is still filling.
     """
 
     WARM_UP = 3
@@ -180,13 +179,13 @@ class Profile:
             jax.profiler.stop_trace()
 
     def before(self, step: int, pending, reporter: Reporter) -> None:
-        """Starts or ends the trace if it is time; to be called before every step.
+        """Starts or ends the trace if it is time; call this before every step.
 
-        pending: results of the step before, which belong to it.
+        pending: results of the previous step, which the trace must include.
         """
         if step == self.first:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # Every Python call would slow down what is measured.
+            options.python_tracer_level = 0  # Tracing Python would slow down what is measured.
             jax.profiler.start_trace(
                 str(self.folder), create_perfetto_trace=True, profiler_options=options
             )
@@ -196,11 +195,11 @@ class Profile:
             jax.profiler.stop_trace()
             self.running = False
             reporter.say(f"Trace of steps {self.first + 1} to {step}: {self.folder}")
-            reporter.pause()
+            reporter.restart_clock()
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines beyond `step`, those that are no metrics and those out of order."""
+    """Drops lines of a metrics file that are beyond `step`, damaged or out of order."""
     if not path.is_file():
         return
     kept, newest = [], -1
@@ -210,7 +209,7 @@ def _keep_until(path: Path, step: int) -> None:
             if newest <= at <= step and line.endswith(b"\n"):
                 kept.append(line)
                 newest = at
-        # What a killed process left half written, or what is no line of ours.
+        # A killed process may have left half a line.
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     with appearing(path) as partial:

@@ -1,4 +1,4 @@
-"""What a run may change when it goes on from a checkpoint, and what identifies its inputs."""
+"""What a run may change when it continues from a checkpoint, and what identifies its inputs."""
 
 import re
 from typing import Any
@@ -9,37 +9,37 @@ from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.runtime.settings import leaves
 from simseg_jax.training.checkpoint import Record
 
-# Keys and groups of keys that a run may change when it goes on from its own checkpoint: its length,
-# how it computes, reads, reports and evaluates, and the two remedies for a loss that is not finite.
-# Where data and vocabulary are found may change as well: their content is compared instead.
+# Keys and groups of keys that a run may change when it continues from its own checkpoint: its
+# length, how it computes, reads, reports and evaluates, and the two remedies for a loss that is not
+# finite. Of the vocabulary and the data sets the location may change: their content is compared.
 MAY_CHANGE = (
     *("steps", "epochs", "log_every", "eval_every", "pictures", "evals", "checkpoint", "init"),
     *("dtype", "remat", "micro_batch", "loss_chunk", "mesh", "optim.lr", "optim.clip_norm"),
     *("data.vocab", "data.threads", "data.workers", "data.prefetch", "data.cache"),
     *("data.max_bad", "data.max_pixels"),
 )
-CONTENT = re.compile(r"data\.train\.[^.]+\.(?!weight$)[^.]+")
+LOCATION = re.compile(r"data\.train\.[^.]+\.(?!weight$)[^.]+")
 
 
 def identity(tokenizer, examples: Examples) -> dict[str, Any]:
-    """Identifies vocabulary and training data by content; every checkpoint stores it."""
+    """Identifies the vocabulary and the training data by content; every checkpoint stores it."""
     return {"vocabulary": vocabulary_identity(tokenizer), "data": examples.identity()}
 
 
 def changes(
     saved: Record, config: dict[str, Any], now: dict[str, Any], where: str, own: bool
 ) -> list[str]:
-    """What differs from the checkpoint, `key old -> new` each; a `UserError` for what must not.
+    """What differs from the checkpoint, as "key old -> new" or a sentence.
 
-    config: of this run, as nested dicts. now: its `identity`. where: names the checkpoint. own: it
-    belongs to this very run; when it is another's (`checkpoint.resume`), only the model and the
-    vocabulary must be the same.
+    A `UserError` refuses differences that are not allowed. config: of this run, as nested dicts.
+    now: the run's `identity`. where: names the checkpoint. own: whether it belongs to this run; if
+    it belongs to another one (`checkpoint.resume`), only model and vocabulary must be the same.
     """
     advice = (
         "Set it back, or start a new run from this one: another --workdir and "
         "checkpoint.resume=this --workdir."
         if own
-        else "Set it back: a run that goes on from another's checkpoint keeps its model."
+        else "Set it back: a run that starts from another run's checkpoint keeps its model."
     )
     differences = _differences(saved.config, config)
     refused = [
@@ -53,7 +53,13 @@ def changes(
     if differences.keys() & {"steps", "epochs"}:
         found.append("the learning rate follows the new length")
     if saved.identity is not None:
-        _compare_vocabularies(saved, config, now, where)
+        old, new = saved.identity["vocabulary"], now["vocabulary"]
+        if old != new:
+            raise UserError(
+                f"{where} was trained with the vocabulary {_vocabulary(saved.config, old)}, this "
+                f"run has {_vocabulary(config, new)}: words would get each other's embeddings. Set "
+                "data.vocab back; the folder tokenizer of the run's --workdir holds it."
+            )
         other = _other_data(saved.identity["data"], now["data"])
         if other and own:
             raise UserError(f"{where} was trained on other data: {some(other)}. {advice}")
@@ -62,7 +68,7 @@ def changes(
 
 
 def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Key -> (old, new) as text; an evaluation or data set that is there only once is one entry."""
+    """Key -> (old, new) as text; a test set or data set that only one side has is a single key."""
     before, after = dict(leaves(saved)), dict(leaves(config))
     different = {}
     for key in sorted({*before, *after}):
@@ -77,29 +83,18 @@ def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
 
 
 def _may_change(key: str) -> bool:
-    return bool(CONTENT.fullmatch(key)) or any(
+    return bool(LOCATION.fullmatch(key)) or any(
         key == name or key.startswith(f"{name}.") for name in MAY_CHANGE
     )
 
 
-def _compare_vocabularies(
-    saved: Record, config: dict[str, Any], now: dict[str, Any], where: str
-) -> None:
-    there, here = (x["vocabulary"] for x in (saved.identity or now, now))
-    if there != here:
-        names = [
-            f"data.vocab={name!r} ({x['tokens']} tokens, digest {x['digest']})"
-            for name, x in ((saved.config["data"]["vocab"], there), (config["data"]["vocab"], here))
-        ]
-        raise UserError(
-            f"{where} was trained with the vocabulary {names[0]}, this run has {names[1]}: words "
-            "would get each other's embeddings. Set data.vocab back; the folder tokenizer of the "
-            "run's --workdir holds it."
-        )
+def _vocabulary(config: dict[str, Any], identity: dict[str, Any]) -> str:
+    name = config["data"]["vocab"]
+    return f"data.vocab={name!r} ({identity['tokens']} tokens, digest {identity['digest']})"
 
 
 def _other_data(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs between the data sets of one name, in words."""
+    """What differs between data sets of the same name, as sentences."""
     found = []
     for name in here.keys() & there.keys():
         old, new = there[name], here[name]

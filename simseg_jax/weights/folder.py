@@ -31,13 +31,8 @@ from simseg_jax.runtime.errors import UserError, one_line, some
 from simseg_jax.runtime.files import appearing, sha256
 from simseg_jax.runtime.settings import to_json
 from simseg_jax.runtime.sharding import place
-from simseg_jax.training.checkpoint import (
-    CONFIG,
-    TOKENIZER,
-    first_error_only,
-    load_arrays,
-    refuse_unusable,
-)
+from simseg_jax.training.arrays import first_error_only, load_arrays, refuse_unusable
+from simseg_jax.training.checkpoint import CONFIG, TOKENIZER
 from simseg_jax.weights.containers import META, read_settings, read_weights
 from simseg_jax.weights.read import architecture_json, fit, state_dict
 

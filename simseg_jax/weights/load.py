@@ -14,6 +14,7 @@ from simseg_jax.models.simseg import SimSegConfig, init_params, make_model
 from simseg_jax.runtime.errors import UserError, reading, some
 from simseg_jax.runtime.files import sha256
 from simseg_jax.runtime.sharding import make_mesh, state_sharding
+from simseg_jax.training.arrays import with_sharding
 from simseg_jax.training.checkpoint import (
     CONFIG,
     TOKENIZER,
@@ -22,7 +23,6 @@ from simseg_jax.training.checkpoint import (
     completed_steps,
     load_run,
     read_metadata,
-    with_sharding,
 )
 from simseg_jax.weights.containers import Weights, read_weights
 from simseg_jax.weights.folder import MANIFEST, is_model_folder, read_manifest, read_params

@@ -11,7 +11,7 @@ from simseg_jax.models.pooling import mean_pool, top_m_pool
 from simseg_jax.models.simseg import bind, path_string
 from simseg_jax.models.vit import resize_position_embedding
 from simseg_jax.training.loss import contrastive_loss
-from simseg_jax.training.optim import adamw, cosine_schedule
+from simseg_jax.training.optim import OptimConfig, adamw, cosine_schedule
 from simseg_jax.weights.read import fit
 from simseg_jax.weights.torch_file import load_tensors
 
@@ -113,18 +113,8 @@ def test_twelve_adamw_steps(golden_model, golden):
     _, graphdef, params = golden_model
     params = jax.tree.map(jnp.asarray, {**params, "temperature": np.float32(0.07)})
     schedule = cosine_schedule(3e-4, steps=12, warmup_steps=3, final_fraction=0.1)
-    everything = ((".*", 1.0),)
-    optimizer = adamw(
-        schedule,
-        params,
-        b1=0.9,
-        b2=0.98,
-        eps=1e-6,
-        weight_decay=0.2,
-        clip_norm=0.0,
-        lr_rules=everything,
-        decay_rules=everything,
-    )
+    optim = OptimConfig(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
+    optimizer = adamw(optim, schedule, params)
     value_and_grad = jax.value_and_grad(training_loss(graphdef, golden), has_aux=True)
 
     @jax.jit

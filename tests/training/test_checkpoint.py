@@ -19,17 +19,15 @@ from support import assert_trees_equal, tiny_config
 from simseg_jax.config import of_checkpoint, run_config
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.sharding import make_mesh
+from simseg_jax.training.arrays import checksums, shapes, with_sharding
 from simseg_jax.training.checkpoint import (
     METADATA,
     Checkpoints,
     Record,
-    _by_path,
     checkpoints_folder,
-    checksums,
     completed_steps,
     load_run,
     read_record,
-    with_sharding,
 )
 
 # Orbax leaves the reads of the other arrays behind when one of them fails.
@@ -117,8 +115,8 @@ def test_a_flipped_bit_is_never_loaded(copy):
 
 def read_record_of_the_original(config):
     """With `config` in the place of its own, as JSON makes lists of tuples."""
-    shapes = {name: list(x.shape) for name, x in _by_path(trees(state())).items()}
-    return Record(config, 80, record().identity, checksums(trees(state())), shapes)
+    arrays = trees(state())
+    return Record(config, 80, record().identity, checksums(arrays), shapes(arrays))
 
 
 def test_the_damaged_array_is_named(saved):

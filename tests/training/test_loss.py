@@ -81,5 +81,5 @@ def test_chunks_save_memory():
 
 
 def test_a_chunk_divides_the_batch():
-    with pytest.raises(ValueError, match="no multiple of chunk=5"):
+    with pytest.raises(ValueError, match="not a multiple of chunk=5"):
         chunked_contrastive_loss(unit_rows(0, (12, 8)), unit_rows(1, (12, 8)), jnp.float32(1), 5)

@@ -4,21 +4,17 @@ import numpy as np
 import pytest
 
 from simseg_jax.runtime.errors import UserError
-from simseg_jax.training.optim import adamw, cosine_schedule, match_rules
+from simseg_jax.training.optim import OptimConfig, adamw, cosine_schedule, match_rules
 
 PARAMS = {
     "tower": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
     "temperature": jnp.float32(1),
 }
-ALL = ((".*", 1.0),)
 
 
-def optimizer(lr_rules=ALL, decay_rules=ALL, **settings):
-    defaults = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.1, "clip_norm": 0.0}
+def optimizer(**settings):
     schedule = cosine_schedule(1.0, steps=10, warmup_steps=0, final_fraction=0.1)
-    return adamw(
-        schedule, PARAMS, lr_rules=lr_rules, decay_rules=decay_rules, **{**defaults, **settings}
-    )
+    return adamw(OptimConfig(**{"weight_decay": 0.1, **settings}), schedule, PARAMS)
 
 
 def updates(transform, gradients):
