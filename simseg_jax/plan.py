@@ -29,7 +29,7 @@ from simseg_jax.runtime.hardware import Target, chip_of
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 from simseg_jax.train import batch_shapes, check_batch, set_up
-from simseg_jax.training.checkpoint import with_sharding
+from simseg_jax.training.arrays import with_sharding
 from simseg_jax.training.collectives import collectives, communication_bytes
 from simseg_jax.training.cost import computed_flops, image_flops, least_communication, step_flops
 from simseg_jax.training.roofline import bound, traffic

@@ -14,7 +14,8 @@ from simseg_jax.training.checkpoint import Record
 # finite. Of the vocabulary and the data sets the location may change: their content is compared.
 MAY_CHANGE = (
     *("steps", "epochs", "log_every", "eval_every", "pictures", "evals", "checkpoint", "init"),
-    *("dtype", "remat", "micro_batch", "loss_chunk", "mesh", "optim.lr", "optim.clip_norm"),
+    *("dtype", "gradient_dtype", "remat", "micro_batch", "loss_chunk", "mesh"),
+    *("optim.lr", "optim.clip_norm"),
     *("data.vocab", "data.threads", "data.workers", "data.prefetch", "data.cache"),
     *("data.max_bad", "data.max_pixels"),
 )

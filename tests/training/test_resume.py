@@ -21,6 +21,7 @@ ALLOWED = {
     "log_every": 7,
     "pictures": 2,
     "micro_batch": 2,
+    "gradient_dtype": "float32",
     "remat": "full",
     "optim.lr": 2e-3,
     "optim.clip_norm": 1.0,
