@@ -70,9 +70,10 @@ class Refiner:
         if self.settings.refine == "crf":
             share = images.shape[0] // self.mesh.size
             whole = replicated(self.mesh)
+            sxy = self.settings.crf.gaussian_sxy
             positions = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-                batch_positions(self.size, self.size, self.settings.crf.gaussian_sxy, share),
+                jax.eval_shape(lambda: batch_positions(self.size, self.size, sxy, share)),
             )
         lowered = self.refine_jit.lower(images, maps, needed, positions, vertices=self.vertices)
         return lowered.compile()

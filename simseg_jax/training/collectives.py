@@ -128,19 +128,43 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _turns(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop runs: noted by XLA, or the bound that its condition compares with."""
+    """How often a loop runs: noted by XLA, or from the bound and the step of its counter."""
     noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if noted:
         return int(noted[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    text = "\n".join(computations[condition[1]]) if condition else ""
-    bounds = re.findall(r" = s32\[\]\S* constant\((\d+)\)", text)
-    if len(bounds) != 1 or "direction=LT" not in text:
-        body = re.search(r"body=%?([\w.\-]+)", line)
-        if body and not _communicates(body[1], computations):
-            return 1
-        raise ValueError("a loop of unknown length")
-    return int(bounds[0])
+    names = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+    condition, body = (computations[name] for name in names.groups()) if names else ([], [])
+    bounds = re.findall(r" = [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    step = _step(condition, body)
+    if len(bounds) == 1 and step:
+        return -(-int(bounds[0]) // step)
+    if names and not _communicates(names[2], computations):
+        return 1
+    raise ValueError("a loop of unknown length")
+
+
+def _step(condition: list[str], body: list[str]) -> int:
+    """By how much a turn raises the counter that the condition compares; 0: not understood."""
+    compared = re.search(r"compare\(%?([\w.\-]+), .*direction=LT", "\n".join(condition))
+    counter = compared and _line_of(compared[1], condition)
+    index = counter and re.search(r"get-tuple-element\(.*\), index=(\d+)", counter)
+    root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
+    results = re.search(r" tuple\((.*?)\)", root)
+    if not index or not results:
+        return 0
+    result = results[1].split(", ")[int(index[1])].rpartition("%")[2]
+    sum_ = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", _line_of(result, body))
+    for operand in sum_.groups() if sum_ else ():
+        constant = re.search(r" constant\((\d+)\)", _line_of(operand, body))
+        if constant:
+            return int(constant[1])
+    return 0
+
+
+def _line_of(name: str, computation: list[str]) -> str:
+    """The instruction of this name, "" if there is none."""
+    pattern = re.compile(rf"\s+(ROOT )?%?{re.escape(name)} = ")
+    return next((line for line in computation if pattern.match(line)), "")
 
 
 def _communicates(name: str, computations: dict[str, list[str]]) -> bool:

@@ -77,11 +77,7 @@ def least_communication(
     batch: (pairs, tokens of a caption).
     """
     model = bind(graphdef, params)
-    linear = {
-        "/".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, Linear)
-    }
+    layers = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     pairs, tokens = batch
     # Rows of embeddings that no caption uses have no gradient.
     rows = {"position_embeddings": tokens, "token_type_embeddings": 1}
@@ -99,23 +95,25 @@ def least_communication(
     trees = jax.tree.leaves(shardings), jax.tree.leaves(frozen)
     for (path, leaf), sharding, still in zip(leaves, *trees, strict=True):
         layer = path_string(path).rpartition("/")[0]
-        weight = slope = 4
-        gathers = 1
-        if layer in linear and not micro_batch:
-            weight = jnp.dtype(linear[layer].dtype).itemsize
-            slope = jnp.dtype(linear[layer].gradient_dtype or linear[layer].dtype).itemsize
+        module = layers.get(layer)
+        weight, slope, gathers = 4, 4, 1
+        if isinstance(module, Linear) and not micro_batch:
+            weight = jnp.dtype(module.dtype).itemsize
+            slope = jnp.dtype(module.gradient_dtype or module.dtype).itemsize
             gathers = 1 if still else 2
-        split = not sharding.is_fully_replicated
-        if split:
-            total += gathers * ring(weight * leaf.size, fsdp)
-        if still:
+        used = rows.get(layer.rpartition("/")[2], 0) / leaf.shape[0] if leaf.shape else 1
+        size = slope * leaf.size * (used or 1)
+        if sharding.is_fully_replicated:
+            total += 0 if still else 2 * spread(size, mesh.size)
             continue
-        used = rows.get(layer.rpartition("/")[2], leaf.shape[0] if leaf.shape else 1)
-        size = slope * leaf.size * (used / leaf.shape[0] if leaf.shape else 1)
-        if split:
-            total += ring(size, fsdp) + 2 * spread(size / fsdp, mesh.size // fsdp)
-        else:
-            total += 2 * spread(size, mesh.size)
+        there, back = ring(weight * leaf.size, fsdp), ring(size, fsdp)
+        if isinstance(module, nnx.Embed):
+            # Or the rows of the captions' words instead of the table.
+            looked_up = ring(4 * pairs // mesh.size * tokens * module.features, fsdp)
+            there, back = min(there, looked_up), min(back, looked_up)
+        total += gathers * there
+        if not still:
+            total += back + 2 * spread(size / fsdp, mesh.size // fsdp)
     return total
 
 

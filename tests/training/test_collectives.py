@@ -42,8 +42,8 @@ def test_communication_of_a_program_text():
     }
 
 
-# As XLA for TPUs writes them: one gather in three pieces, a loop without a noted length, a sum of
-# which every device takes its part, and what goes to the like devices of two slices.
+# As XLA for TPUs writes them: one gather in three pieces, a loop without a noted length that counts by
+# two, a sum of which every device takes its part, and what goes to the like devices of two slices.
 TPU = """HloModule step
 
 %begin (x: f32[8,16]) -> f32[32,16] {
@@ -72,7 +72,11 @@ TPU = """HloModule step
 }
 
 %body (p: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %constant.2 = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i, %constant.2), metadata={op_name="add"}
   %r = (bf16[64]{0:T(512)}, bf16[2,64]{1,0}) all-reduce(%y, %z), replica_groups={{0,1}}
+  ROOT %out = (s32[], f32[64]{0}) tuple(%next, /*index=1*/%q)
 }
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -95,7 +99,7 @@ def test_communication_of_a_program_for_tpus():
     assert communication_bytes(TPU) == {
         "all-gather": 32 * 16 * 4 * 3 / 4,
         "reduce-scatter": 64 * 4 * 3 / 4,
-        "all-reduce": 12 * 2 * 1 / 2 * 3 * 64 * 2,
+        "all-reduce": 6 * 2 * 1 / 2 * 3 * 64 * 2,
         "network all-reduce": 2 * 1 / 2 * 400,
     }
 
