@@ -42,8 +42,9 @@ def test_communication_of_a_program_text():
     }
 
 
-# As XLA for TPUs writes them: one gather in three pieces, a loop without a noted length that counts by
-# two, a sum of which every device takes its part, and what goes to the like devices of two slices.
+# As XLA for TPUs writes them: one gather in three pieces, a loop without a noted length that counts
+# by two, a sum of which every device takes its part, and what goes to the like devices of two
+# slices.
 TPU = """HloModule step
 
 %begin (x: f32[8,16]) -> f32[32,16] {
