@@ -27,7 +27,7 @@ from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import write_json
 from simseg_jax.runtime.hardware import Target, chip_of
 from simseg_jax.runtime.ranges import whole
-from simseg_jax.runtime.sharding import batch_sharding, make_mesh, replicated
+from simseg_jax.runtime.sharding import batch_sharding, make_mesh, own_devices, replicated
 from simseg_jax.train import batch_shapes, check_batch, set_up
 from simseg_jax.training.arrays import with_sharding
 from simseg_jax.training.collectives import collectives, communication_bytes
@@ -191,7 +191,6 @@ def compile_step(
         "program": TRAINING,
         "options": options_of(config),
         "unit": "pairs",
-        "state": "state",
         "state_bytes": _bytes_of(setup.state_shapes, setup.shardings),
     }
     began = time.monotonic()
@@ -223,15 +222,16 @@ def compile_step(
 def compile_evaluation(
     config: RunConfig, vocabulary: int, devices: list
 ) -> Iterator[dict[str, Any]]:
-    """The figures of the programs of every test set, per device of one process.
+    """The figures of the programs of every test set, per device that a process uses for them.
 
     The embedding of texts is left out; it takes little.
     """
     entries = entries_of(config.evals)
     if not entries:
         raise UserError("--what=evaluate needs a test set in config.evals.")
-    own = [device for device in devices if device.process_index == devices[0].process_index]
-    mesh = make_mesh(1, own)
+    processes = {device.process_index for device in devices}
+    local = [device for device in devices if device.process_index == min(processes)]
+    mesh = make_mesh(1, own_devices(local, len(processes)))
     setup = set_up(config, vocabulary, 1, mesh)
     params = with_sharding(setup.state_shapes["params"], setup.shardings["params"])
     # No text is encoded here, so any vocabulary will do: this one needs no download.
@@ -239,12 +239,7 @@ def compile_evaluation(
     model = Model(setup.architecture, setup.graphdef, encoder, mesh)
     for prefix, settings in entries.items():
         size = -(-settings.batch_size // mesh.size) * mesh.size
-        row = {
-            "options": {"batch_size": size},
-            "unit": "images",
-            "state": "parameters",
-            "state_bytes": _bytes_of(params, setup.shardings["params"]),
-        }
+        row = {"options": {"batch_size": size}, "unit": "images"}
         with jax.set_mesh(mesh):
             if isinstance(settings, SegmentationConfig):
                 windows, programs = _segmentation_programs(model, params, settings, size)
@@ -260,7 +255,7 @@ def compile_evaluation(
                 title = {"program": f"{prefix}, {name}", "flops": flops / mesh.size}
                 yield row | title | took | figures(compiled, flops / mesh.size, mesh)
                 # Only the first program runs the encoder.
-                began, flops, row["state_bytes"] = time.monotonic(), 0, 0
+                began, flops = time.monotonic(), 0
 
 
 def _segmentation_programs(

@@ -37,13 +37,13 @@ def recommendation(rows: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> 
 
 
 def _memory(row: dict[str, Any]) -> str:
-    inputs = row["argument_bytes"] - row["state_bytes"]
     needed = row["argument_bytes"] + row["temporary_bytes"]
-    state = f"{_size(row['state_bytes'])} {row['state']}, " if row["state_bytes"] else ""
-    text = (
-        f"{state}{_size(inputs)} batch, {_size(row['temporary_bytes'])} temporaries: "
-        f"{_size(needed)} in all"
-    )
+    inputs = f"{_size(row['argument_bytes'])} inputs"
+    if "state_bytes" in row:
+        batch = row["argument_bytes"] - row["state_bytes"]
+        inputs = f"{_size(row['state_bytes'])} state, {_size(batch)} batch"
+    temporaries = f"{_size(row['temporary_bytes'])} temporaries"
+    text = f"{inputs}, {temporaries}: {_size(needed)} in all"
     if "memory_bytes" not in row:
         return text
     free, there = row["memory_bytes"] - needed, _size(row["memory_bytes"])

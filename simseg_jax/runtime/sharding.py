@@ -174,15 +174,27 @@ def to_global_batch(batch, mesh: Mesh):
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """A mesh of the devices of this process; the same mesh if there is only one process."""
-    return mesh if jax.process_count() == 1 else make_mesh(devices=jax.local_devices())
+    """A mesh for programs of this process alone; the same mesh if there is only one process."""
+    processes = jax.process_count()
+    return (
+        mesh if processes == 1 else make_mesh(devices=own_devices(jax.local_devices(), processes))
+    )
+
+
+def own_devices(local: Sequence, processes: int) -> Sequence:
+    """Which of a process's devices a program that is not shared with other processes can use.
+
+    On TPUs with several processes a single one: XLA compiles programs for a whole slice or for one
+    device, on v5e and v6e not for the devices of one host.
+    """
+    return local[:1] if processes > 1 and local[0].platform == "tpu" else local
 
 
 def local_params(params, mesh: Mesh):
     """Parameters for `mesh`, which is a `local_mesh`.
 
-    If they are spread over several processes, all must call this together, and every device gets a
-    whole copy. Otherwise they are returned as they are.
+    If they are spread over several processes, all must call this together, and every device of the
+    mesh gets a whole copy. Otherwise they are returned as they are.
     """
     leaves = jax.tree.leaves(params)
     if all(leaf.is_fully_addressable for leaf in leaves):
@@ -190,7 +202,8 @@ def local_params(params, mesh: Mesh):
     params = jax.jit(lambda x: x, out_shardings=replicated(leaves[0].sharding.mesh))(params)
 
     def localize(leaf: jax.Array) -> jax.Array:
-        parts = [shard.data for shard in leaf.addressable_shards]
+        used = set(mesh.devices.flat)
+        parts = [shard.data for shard in leaf.addressable_shards if shard.device in used]
         return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), parts)
 
     return jax.tree.map(localize, params)

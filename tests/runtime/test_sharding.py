@@ -1,6 +1,7 @@
 """One device against eight fake ones: the same loss, gradients and parameters."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.sharding import (
     constrain_batch,
     make_mesh,
+    own_devices,
     state_sharding,
     to_global_batch,
 )
@@ -149,3 +151,11 @@ def test_a_copy_of_the_parameters_stays_within_a_slice():
     ]
     with pytest.raises(UserError, match="must divide the 4 devices of a slice"):
         make_mesh(fsdp=8, devices=devices)
+
+
+def test_a_process_of_several_uses_one_tpu_for_its_own_programs():
+    def devices(platform):
+        return [SimpleNamespace(platform=platform, number=number) for number in range(4)]
+
+    assert [device.number for device in own_devices(devices("tpu"), 2)] == [0]
+    assert len(own_devices(devices("tpu"), 1)) == len(own_devices(devices("gpu"), 2)) == 4
