@@ -190,7 +190,7 @@ def _operation(line: str) -> tuple[str, int, int, tuple[int, ...] | None] | None
         pair = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
         group = (int(pair[1]), int(pair[2])) if pair else None
         return kind, sum(sizes[:1] if start else sizes), 2, group
-    if start and kind in ("all-gather", "reduce-scatter"):
+    if start and kind in ("all-gather", "reduce-scatter", "all-to-all"):
         sizes = sizes[len(sizes) // 2 :]  # Operands, then results.
     members, group = _group(line)
     # A reduce-scatter's result is one member's share.

@@ -126,6 +126,8 @@ ENTRY %main (x: bf16[8,16]) -> f32[64] {
 replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_2'}, dimensions={0}, to_apply=%add
   %g = ((f32[4]{0}, f32[2]{0}), (f32[16]{0}, f32[8]{0})) all-gather-start(%y, %z), channel_id=3, \
 replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}
+  %t = ((f32[4,50]{1,0}), f32[4,50]{1,0}) all-to-all-start(%v), channel_id=5, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %a = f32[3072]{0} all-reduce-start(%w), channel_id=4, replica_groups=[1,8]<=[8], to_apply=%add
 }
 
@@ -139,10 +141,11 @@ def test_communication_of_a_program_for_gpus():
     assert communication_bytes(GPU) == {
         "reduce-scatter": 16 * 25 * 2 / 2,
         "all-gather": (16 + 8) * 4 * 3 / 4,
+        "all-to-all": 200 * 4 * 3 / 4,
         "all-reduce": 2 * 3072 * 4 * 7 / 8,
     }
     groups = [collective.group for collective in collectives(GPU)]
-    assert groups == [(0, 1), (0, 2, 4, 6), tuple(range(8))]
+    assert groups == [(0, 1), (0, 2, 4, 6), (0, 1, 2, 3), tuple(range(8))]
 
 
 def test_the_axes_of_a_collective_are_those_along_which_its_group_varies():
