@@ -79,7 +79,7 @@ def least_communication(
     model = bind(graphdef, params)
     layers = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     pairs, tokens = batch
-    # Rows of embeddings that no caption uses have no gradient.
+    # Rows of embeddings that no caption uses are not needed.
     rows = {"position_embeddings": tokens, "token_type_embeddings": 1}
     fsdp = mesh.shape["fsdp"]
     slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
@@ -101,12 +101,14 @@ def least_communication(
             weight = jnp.dtype(module.dtype).itemsize
             slope = jnp.dtype(module.gradient_dtype or module.dtype).itemsize
             gathers = 1 if still else 2
-        used = rows.get(layer.rpartition("/")[2], 0) / leaf.shape[0] if leaf.shape else 1
-        size = slope * leaf.size * (used or 1)
+        count = leaf.size
+        if layer.rpartition("/")[2] in rows:
+            count = rows[layer.rpartition("/")[2]] * leaf.shape[1]
+        size = slope * count
         if sharding.is_fully_replicated:
             total += 0 if still else 2 * spread(size, mesh.size)
             continue
-        there, back = ring(weight * leaf.size, fsdp), ring(size, fsdp)
+        there, back = ring(weight * count, fsdp), ring(size, fsdp)
         if isinstance(module, nnx.Embed):
             # Or the rows of the captions' words instead of the table.
             looked_up = ring(4 * pairs // mesh.size * tokens * module.features, fsdp)
