@@ -47,7 +47,7 @@ CHECKS = (
 
 
 def main() -> None:
-    """Compiles the rows that match and are not in the folder yet; prints all that are."""
+    """Compiles the rows that match and are not in the folder yet; prints tables of all there."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,25 +55,30 @@ def main() -> None:
     parser.add_argument("--match", default="", help="compile rows that contain this text only")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        (model, devices, batch, options)
-        for model, table in (("vits16", VITS16), ("vitb16", VITB16))
-        for devices, several in table.items()
-        for batch, options in zip(BATCHES, several, strict=True)
-    ]
     wrong = []
-    print("| model | devices | batch | options | memory, GiB | sent, MB | bound, ms a step |")
-    print("|---|---|---|---|---|---|---|")
-    for row in (*rows, *CHECKS):
-        name = " ".join(map(str, row))
-        path = args.folder / f"{name.replace('/', '_').replace(' ', '_')}.json"
+
+    def plan_of(model: str, devices: str, batch: int, options: str) -> dict | None:
+        name = f"{model} {devices} {batch} {options}"
+        path = args.folder / f"{name.replace(' ', '_')}.json"
         if not path.exists():
             if args.match not in name:
-                continue
-            compile_row(*row, path)
+                return None
+            compile_row(model, devices, batch, options, path)
         plan = json.loads(path.read_text())["plans"][0]
-        print(table_row(row, plan), flush=True)
-        wrong += [f"{name}: {problem}" for problem in problems(row, plan)]
+        wrong.extend(f"{name}: {problem}" for problem in problems(devices, plan))
+        return plan
+
+    for model, table in (("vits16", VITS16), ("vitb16", VITB16)):
+        print(f"\n| {model} on | {' | '.join(f'{batch:,}' for batch in BATCHES)} |")
+        print("|---" * (1 + len(BATCHES)) + "|")
+        for devices, several in table.items():
+            rows = zip(BATCHES, several, strict=True)
+            cells = [cell(o, plan_of(model, devices, batch, o)) for batch, o in rows]
+            print(f"| {devices} | {' | '.join(cells)} |", flush=True)
+    for model, devices, batch, options in CHECKS:
+        plan = plan_of(model, devices, batch, options) or {}
+        sent, least = sum(plan.get("sent_bytes", {}).values()), plan.get("least_sent_bytes", 0)
+        print(f"{model} {devices} {batch} {options}: sent {sent:,}, minimum {least:,.0f}")
     raise SystemExit("\n".join(wrong) or None)
 
 
@@ -86,23 +91,19 @@ def compile_row(model: str, devices: str, batch: int, options: str, path: Path) 
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def table_row(row: tuple, plan: dict) -> str:
-    """A row of the table in Markdown."""
-    model, devices, batch, options = row
+def cell(options: str, plan: dict | None) -> str:
+    """Options, memory and the bound on the time of a step."""
+    if plan is None:
+        return "not compiled"
     if "error" in plan:
-        return f"| {model} | {devices} | {batch:,} | {options} | {plan['error']} | | |"
+        return f"{options}: {plan['error']}"
     needed = (plan["argument_bytes"] + plan["temporary_bytes"]) / 2**30
-    sent = f"{sum(plan['sent_bytes'].values()) / 1e6:.4g}" if "sent_bytes" in plan else "unknown"
-    if plan.get("network_bytes"):
-        sent += f" ({plan['network_bytes'] / 1e6:.3g} between machines)"
-    bound = f"{plan['step_seconds'] * 1e3:.3g} ({plan['limit']})"
-    marked = f"`{options}`" if options else "none"
-    return f"| {model} | {devices} | {batch:,} | {marked} | {needed:.1f} | {sent} | {bound} |"
+    short = {"": "", FULL: "full, ", CACHED: "cached, "}[options]
+    return f"{short}{needed:.1f} GiB, {plan['step_seconds'] * 1e3:,.0f} ms"
 
 
-def problems(row: tuple, plan: dict) -> list[str]:
+def problems(devices: str, plan: dict) -> list[str]:
     """How the plan differs from what is expected."""
-    _, devices, *_ = row
     if "error" in plan:
         return [plan["error"]]
     found = [] if plan["fits"] else ["does not fit"]

@@ -7,11 +7,10 @@ python -m simseg_jax.main --config=configs/vits16.py --workdir=runs/vits16 \
 DATA/cc3m and DATA/cc12m are written by python -m simseg_jax.data.prepare, or hold the tar shards of
 img2dataset; the authors used 15M pairs. Set data.workers to the cores of a host.
 Hardware: the paper used 32 V100; here not run yet. Hours: not measured. Planned with python -m
-simseg_jax.plan: a slice v5e-32 (--devices=v5e:4x8) and 8 H100 hold the batch as it is; one H100 of
-80 GB with --config.remat=full (23 GiB of temporaries); --config.batch_size=32768 there with
---config.micro_batch=256 --config.remat=full --config.loss_chunk=1024 (11 GiB). No run of 20 epochs
-of 15M pairs can take less than 0.5 hours on the slice, nor 4.6 on one H100 with remat. Many
-machines: launch/README.md.
+simseg_jax.plan: a slice v5e-32 (--devices=v5e:4x8) and 8 H100 hold the batch as it is (6 and 15 GiB
+of a device); one H100 of 80 GB with --config.remat=full (25 GiB). docs/guides/scaling.md has the
+options for batches up to 32,768. No run of 20 epochs of 15M pairs can take less than 0.5 hours on
+the slice, nor 4.6 on one H100 with remat. Many machines: launch/README.md.
 Expected (paper, VOC 2012 val): 56.6 mIoU, 53.8 with refine=none;
 19.1 with model.pool=mean. Not reproduced with this code yet.
 """

@@ -7,6 +7,8 @@
 #
 # Environment: gcloud, logged in, with a project; REPOSITORY and COMMIT say what the hosts install.
 #   SPOT=1 asks for cheaper capacity that can be taken away at any time.
+# Memory: 128 pairs of configs/vits16.py fit on a chip of v5e without options, 1024 with
+#   --config.remat=full; see docs/guides/scaling.md.
 # Data: addresses in a bucket of the same region, read with gcsfs; `prepare` writes the shards.
 # Checkpoints: BUCKET/TPU/checkpoints, through --config.checkpoint.directory. The rest of --workdir
 #   (metrics, pictures, vocabulary) is copied to BUCKET/TPU from host 0 when the run ends.
