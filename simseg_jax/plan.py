@@ -154,7 +154,8 @@ def search(
     Parameters are split over the devices of a slice or machine only where that may be enough.
     """
     neighbours = Counter(
-        getattr(device, "slice_index", None) or device.process_index for device in devices
+        device.slice_index if device.platform == "tpu" else device.process_index
+        for device in devices
     )
     fsdp = min(neighbours.values())
     for options in SEARCHED:
