@@ -1,7 +1,7 @@
 """The table of plans in docs/guides/scaling.md, whose rows it compiles and checks.
 
-A program must fit, send the minimum (within one slice; between slices XLA sends more) and for an
-H100 call cuDNN's attention. Rows that are in the folder already are not compiled again; one takes
+A program must fit, send the minimum (for TPUs at most 6 % more, for several slices anything) and
+for H100s call cuDNN's attention. Rows that are in the folder already are not compiled again; one takes
 one to ten minutes on two cores. TPUs need the extra tpu, GPUs the extra cuda.
 
 python benchmarks/plans.py --folder=plans
@@ -77,7 +77,8 @@ def main() -> None:
             print(f"| {devices} | {' | '.join(cells)} |", flush=True)
     for model, devices, batch, options in CHECKS:
         plan = plan_of(model, devices, batch, options) or {}
-        sent, least = sum(plan.get("sent_bytes", {}).values()), plan.get("least_sent_bytes", 0)
+        tpu = "h100" not in devices
+    sent, least = sum(plan.get("sent_bytes", {}).values()), plan.get("least_sent_bytes", 0)
         print(f"{model} {devices} {batch} {options}: sent {sent:,}, minimum {least:,.0f}")
     raise SystemExit("\n".join(wrong) or None)
 
@@ -110,11 +111,12 @@ def problems(devices: str, plan: dict) -> list[str]:
     sent, least = sum(plan.get("sent_bytes", {}).values()), plan["least_sent_bytes"]
     if "communication" in plan:
         found.append(plan["communication"])
-    # Rings that XLA for TPUs merges with products take one turn more than they need.
-    elif "slices" not in devices and not 0.999 * least <= sent <= 1.02 * least:
+    # XLA for some TPUs sums the gradient of the embeddings whole, of which a part would do, and rings
+    # that it merges with products take one turn more than they need.
+    elif "slices" not in devices and not 0.999 * least <= sent <= (1.06 if tpu else 1.001) * least:
         found.append(f"sends {sent:,}, the minimum is {least:,.0f}")
     # The blocks form loops: a call in the forward pass, one in the backward pass.
-    if ("h100" in devices) != (plan["fused_attention_calls"] >= 2):
+    if tpu == (plan["fused_attention_calls"] >= 2):
         found.append(f"calls cuDNN's attention {plan['fused_attention_calls']} times")
     return found
 
