@@ -1,8 +1,8 @@
 """The table of plans in docs/guides/scaling.md, whose rows it compiles and checks.
 
 A program must fit, send the minimum (for TPUs at most 6 % more, for several slices anything) and
-for H100s call cuDNN's attention. Rows that are in the folder already are not compiled again; one takes
-one to ten minutes on two cores. TPUs need the extra tpu, GPUs the extra cuda.
+for H100s call cuDNN's attention. Rows that are in the folder already are not compiled again; one
+takes one to ten minutes on two cores. TPUs need the extra tpu, GPUs the extra cuda.
 
 python benchmarks/plans.py --folder=plans
 python benchmarks/plans.py --folder=plans --match=h100
@@ -77,8 +77,7 @@ def main() -> None:
             print(f"| {devices} | {' | '.join(cells)} |", flush=True)
     for model, devices, batch, options in CHECKS:
         plan = plan_of(model, devices, batch, options) or {}
-        tpu = "h100" not in devices
-    sent, least = sum(plan.get("sent_bytes", {}).values()), plan.get("least_sent_bytes", 0)
+        sent, least = sum(plan.get("sent_bytes", {}).values()), plan.get("least_sent_bytes", 0)
         print(f"{model} {devices} {batch} {options}: sent {sent:,}, minimum {least:,.0f}")
     raise SystemExit("\n".join(wrong) or None)
 
@@ -108,11 +107,12 @@ def problems(devices: str, plan: dict) -> list[str]:
     if "error" in plan:
         return [plan["error"]]
     found = [] if plan["fits"] else ["does not fit"]
+    tpu = "h100" not in devices
     sent, least = sum(plan.get("sent_bytes", {}).values()), plan["least_sent_bytes"]
     if "communication" in plan:
         found.append(plan["communication"])
-    # XLA for some TPUs sums the gradient of the embeddings whole, of which a part would do, and rings
-    # that it merges with products take one turn more than they need.
+    # XLA for some TPUs sums the gradient of the embeddings whole, of which a part would do, and
+    # rings that it merges with products take one turn more than they need.
     elif "slices" not in devices and not 0.999 * least <= sent <= (1.06 if tpu else 1.001) * least:
         found.append(f"sends {sent:,}, the minimum is {least:,.0f}")
     # The blocks form loops: a call in the forward pass, one in the backward pass.
