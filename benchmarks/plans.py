@@ -97,7 +97,7 @@ def cell(options: str, plan: dict | None) -> str:
         return "not compiled"
     if "error" in plan:
         return f"{options}: {plan['error']}"
-    needed = (plan["argument_bytes"] + plan["temporary_bytes"]) / 2**30
+    needed = sum(plan[f"{part}_bytes"] for part in ("argument", "temporary", "result")) / 2**30
     short = {"": "", FULL: "full, ", CACHED: "cached, "}[options]
     return f"{short}{needed:.1f} GiB, {plan['step_seconds'] * 1e3:,.0f} ms"
 

@@ -24,7 +24,7 @@ from simseg_jax.evaluators.embedding import ImageEmbedder
 from simseg_jax.reports.plans import describe, recommendation
 from simseg_jax.runtime.command_line import accepted, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
-from simseg_jax.runtime.files import write_json
+from simseg_jax.runtime.files import make_writable, write_json
 from simseg_jax.runtime.hardware import Target, chip_of
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.sharding import batch_sharding, make_mesh, own_devices, replicated
@@ -47,19 +47,20 @@ EPILOG = """examples:
 Compiles the programs of the configuration for devices that this machine need not have, and prints
 the memory, communication and time per device. TPUs need the extra tpu, GPUs the extra cuda; cpu:8
 needs neither. The time is a lower bound from data sheets, not a measurement. No data and no weights
-are read. XLA_FLAGS of the environment are ignored.
+are read, those of init.* neither: set model.* to their sizes. XLA_FLAGS of the environment are
+ignored.
 """
 # Sizes of known vocabularies, so that planning needs no download.
 VOCABULARIES = {"bert-base-uncased": 30522, "bert-base-cased": 28996}
 TRAINING = "training step"
-# Presumably the fastest first: recomputation costs time.
-SEARCHED: tuple[dict[str, Any], ...] = (
-    {},
-    {"remat": "dots"},
-    {"remat": "full"},
-    {"micro_batch": 256},
-    {"remat": "full", "micro_batch": 256},
-    {"remat": "full", "micro_batch": 256, "loss_chunk": 1024},
+# (remat, micro_batch, loss_chunk), presumably the fastest first: recomputation costs time.
+SEARCHED = (
+    ("none", 0, 0),
+    ("dots", 0, 0),
+    ("full", 0, 0),
+    ("none", 256, 0),
+    ("full", 256, 0),
+    ("full", 256, 1024),
 )
 PHOTOGRAPH = (375, 500)  # Height and width of most images of VOC.
 
@@ -87,18 +88,21 @@ def main() -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="try remat, micro_batch, loss_chunk and mesh.fsdp, recommend the fastest that fits",
+        help="try remat, micro_batch, loss_chunk and mesh.fsdp, presumably the fastest first; "
+        "recommend the first that fits",
     )
     parser.add_argument(
-        "--pairs", type=accepted(whole(1)), help="pairs of the training data, to compute hours"
+        "--pairs",
+        type=accepted(whole(1)),
+        help="pairs of the training data, to compute the hours of a run of `epochs`",
     )
     parser.add_argument(
         "--vocabulary", type=accepted(whole(1)), help="vocabulary size; default: that of data.vocab"
     )
     parser.add_argument("--output", help="JSON file for all figures")
     args, overrides = parser.parse_known_args()
-    if args.search and args.what == "evaluate":
-        parser.error("--search is for --what=train")
+    if args.what == "evaluate" and (args.search or args.pairs):
+        parser.error("--search and --pairs are for --what=train")
     target = Target.parse(args.devices, args.slices)
     # JAX reads the environment when it looks for devices, which nothing has made it do so far.
     os.environ.update(target.environment())
@@ -112,9 +116,20 @@ def plan(args: argparse.Namespace, overrides: list[str], target: Target) -> None
     vocabulary = args.vocabulary or VOCABULARIES.get(config.data.vocab)
     if vocabulary is None:
         vocabulary = len(load_tokenizer(config.data.vocab))
+    output = Path(args.output) if args.output else None
+    if output:
+        make_writable(output.parent)
+        if output.is_dir():
+            raise UserError(f"--output={output} is a folder: name a JSON file.")
     devices = target.devices()
     name = f"{args.devices}{f' x {args.slices} slices' if args.slices > 1 else ''}"
     print(f"{args.config} on {name}: {len(devices)} devices ({devices[0].device_kind})", flush=True)
+    for key in ("image", "text", "model"):
+        if getattr(config.init, key):
+            print(f"init.{key} is not read: set model.* to the sizes that it brings.")
+    if args.pairs and not config.epochs:
+        print(f"--pairs changes nothing: steps={config.steps} is the length of the run.")
+    record = {"config": args.config, "overrides": overrides, "devices": name}
     rows: list[dict[str, Any]] = []
     if args.what == "evaluate":
         programs = compile_evaluation(config, vocabulary, devices)
@@ -125,14 +140,12 @@ def plan(args: argparse.Namespace, overrides: list[str], target: Target) -> None
     for row in tqdm(programs, desc="compiling", unit="program", disable=None):
         rows.append(row)
         tqdm.write(describe(row))
+        if output:
+            write_json(output, {**record, "plans": rows, "jax": jax.__version__})
     if args.search:
         print(recommendation(rows, options_of(config)))
-    if args.output:
-        record = {"config": args.config, "overrides": overrides, "devices": name, "plans": rows}
-        path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**record, "jax": jax.__version__})
-        print(f"All figures are in {path}")
+    if output:
+        print(f"All figures are in {output}")
 
 
 def options_of(config: RunConfig) -> dict[str, Any]:
@@ -158,18 +171,23 @@ def search(
         for device in devices
     )
     fsdp = min(neighbours.values())
-    for options in SEARCHED:
-        chosen = dataclasses.replace(config, **options)
-        tried = [chosen]
+    # Mistakes that no option mends are errors.
+    make_mesh(config.mesh.fsdp, devices)
+    check_batch(dataclasses.replace(config, micro_batch=0, loss_chunk=0), len(devices))
+    share = config.batch_size // len(devices)
+    for remat, micro_batch, loss_chunk in SEARCHED:
+        if micro_batch and micro_batch >= share:
+            continue  # One micro-batch would be the whole batch.
+        options = {"remat": remat, "micro_batch": micro_batch, "loss_chunk": loss_chunk}
+        tried = [dataclasses.replace(config, **options)]
         for chosen in tried:
             try:
                 row = compile_step(chosen, vocabulary, devices, pairs)
             except UserError as error:
-                row = {"program": TRAINING, "options": options_of(chosen), "error": str(error)}
-                yield row
+                yield {"program": TRAINING, "options": options_of(chosen), "error": str(error)}
                 continue
             yield row
-            if row["fits"] or row["fits"] is None:
+            if row["fits"] is not False:
                 return
             # The state shrinks, and so do gradients, which are no larger than a third of it.
             excess = row.get("excess_bytes", 0)
@@ -230,9 +248,11 @@ def compile_evaluation(
     entries = entries_of(config.evals)
     if not entries:
         raise UserError("--what=evaluate needs a test set in config.evals.")
+    # As `sharding.local_mesh`.
     processes = {device.process_index for device in devices}
     local = [device for device in devices if device.process_index == min(processes)]
-    mesh = make_mesh(1, own_devices(local, len(processes)))
+    fsdp = config.mesh.fsdp if len(processes) == 1 else 1
+    mesh = make_mesh(fsdp, own_devices(local, len(processes)))
     setup = set_up(config, vocabulary, 1, mesh)
     params = with_sharding(setup.state_shapes["params"], setup.shardings["params"])
     # No text is encoded here, so any vocabulary will do: this one needs no download.
@@ -241,22 +261,28 @@ def compile_evaluation(
     for prefix, settings in entries.items():
         size = -(-settings.batch_size // mesh.size) * mesh.size
         row = {"options": {"batch_size": size}, "unit": "images"}
+        if fsdp > 1:
+            row["options"]["mesh.fsdp"] = fsdp
         with jax.set_mesh(mesh):
             if isinstance(settings, SegmentationConfig):
                 windows, programs = _segmentation_programs(model, params, settings, size)
             else:
                 windows = _shape((size, settings.crop, settings.crop, 3), "uint8", mesh)
                 embed = ImageEmbedder(model, settings, settings.batch_size).embed
-                programs = iter([("encoder", embed.lower(params, windows).compile())])
+                lowered = embed.lower(params, windows)
+                programs = ((name, lowered.compile()) for name in ("encoder",))
             *several, height, width, _ = windows.shape
             flops = math.prod(several) * image_flops(setup.architecture, height, width)
             began = time.monotonic()
-            for name, compiled in programs:
-                took = {"seconds_to_compile": time.monotonic() - began}
-                title = {"program": f"{prefix}, {name}", "flops": flops / mesh.size}
-                yield row | title | took | figures(compiled, flops / mesh.size, mesh)
-                # Only the first program runs the encoder.
-                began, flops = time.monotonic(), 0
+            try:
+                for name, compiled in programs:
+                    took = {"seconds_to_compile": time.monotonic() - began}
+                    title = {"program": f"{prefix}, {name}", "flops": flops / mesh.size}
+                    yield row | title | took | figures(compiled, flops / mesh.size, mesh)
+                    # Only the first program runs the encoder.
+                    began, flops = time.monotonic(), 0
+            except jax.errors.JaxRuntimeError as error:
+                yield row | {"program": prefix, "fits": False, **_excess(error)}
 
 
 def _segmentation_programs(
@@ -285,12 +311,16 @@ def figures(compiled: Any, flops: float, mesh: Mesh) -> dict[str, Any]:
     row: dict[str, Any] = {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        # Those that do not take the place of arguments.
+        "result_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "fused_attention_calls": text.count('custom_call_target="__cudnn$fmha'),
+        "gpu": mesh.devices.flat[0].platform == "gpu",
         "fits": None,
     }
     chip = chip_of(mesh.devices.flat[0])
     if chip and chip.memory:
-        excess = row["argument_bytes"] + row["temporary_bytes"] - chip.memory
+        needed = row["argument_bytes"] + row["temporary_bytes"] + row["result_bytes"]
+        excess = needed - chip.memory
         row |= {"memory_bytes": chip.memory, "fits": excess <= 0, "excess_bytes": max(0, excess)}
     try:
         sent = collectives(text)
@@ -328,9 +358,13 @@ def _excess(error: Exception) -> dict[str, Any]:
     if "RESOURCE_EXHAUSTED" not in text:
         raise error
     row: dict[str, Any] = {"error": text.strip().splitlines()[0][:300]}
-    excess = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG])", text)
-    if excess:
-        row["excess_bytes"] = float(excess[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[excess[2]]
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+    over = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG])", text)
+    both = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)", text)
+    if over:
+        row["excess_bytes"] = float(over[1]) * unit[over[2]]
+    elif both:
+        row["excess_bytes"] = float(both[1]) * unit[both[2]] - float(both[3]) * unit[both[4]]
     return row
 
 

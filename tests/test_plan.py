@@ -160,8 +160,8 @@ def test_slices_sum_within_and_between(run_plan):
 
 @needs_libtpu
 def test_an_evaluation_on_several_hosts_uses_one_chip_of_each(run_plan):
-    """Two hosts: XLA refuses a program for the four chips of one of them."""
-    _, plans = run_plan("--what=evaluate", "--devices=v5e:2x4")
+    """XLA refuses a program for the four chips of one of the eight hosts."""
+    _, plans = run_plan("--what=evaluate", "--devices=v5e:4x8")
     assert [row["program"] for row in plans] == [
         "seg/shapes, encoder and responses",
         "seg/shapes, composition",
@@ -218,9 +218,17 @@ def test_a_search_splits_parameters_where_that_may_be_enough(searched):
     assert advice == "Recommended: --config.mesh.fsdp=8"
 
 
+def test_a_search_ends_with_mistakes_that_no_option_mends(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    config = load_config(path, ["--config.mesh.fsdp=3"])
+    with pytest.raises(UserError, match="must divide the number of devices"):
+        next(plan.search(config, 100, jax.devices(), None))
+
+
 def test_a_search_without_success_says_so(searched):
     tried, advice = searched(lambda _: False, excess=401)
-    assert len(tried) == len(plan.SEARCHED)
+    assert len(tried) == 3  # Micro-batches of 256 are more than the 4 pairs of a device.
     assert advice.startswith("Nothing fits: ")
     tried, advice = searched(lambda _: None, excess=0)
     assert len(tried) == 1
@@ -234,7 +242,9 @@ def test_figures_as_text():
         "unit": "pairs",
         "state_bytes": 2**30,
         "argument_bytes": 2**30 + 2**20,
-        "temporary_bytes": 2**31,
+        "temporary_bytes": 2**30,
+        "result_bytes": 0,
+        "gpu": True,
         "memory_bytes": 4 * 2**30,
         "fits": True,
         "flops": 1e12,
@@ -251,8 +261,8 @@ def test_figures_as_text():
     }
     assert describe(row).splitlines() == [
         "training step: batch_size=64, remat=none",
-        "  memory      1.00 GiB state, 1.0 MiB batch, 2.00 GiB temporaries: 3.00 GiB in all, of "
-        "4.00 GiB on the device: fits with 1.00 GiB to spare",
+        "  memory      1.00 GiB state, 1.0 MiB batch, 1.00 GiB temporaries: 2.00 GiB in all, of "
+        "4.00 GiB on the device: fits with 2.00 GiB to spare",
         "  products    1 TFLOP of the model",
         "  sent        4 MB (all-gather 1, all-reduce 3), over data 3, fsdp 1; 4 MB is the minimum",
         "  attention   24 calls of cuDNN in the program",
@@ -263,3 +273,10 @@ def test_figures_as_text():
     assert "1.00 GiB more than the 4.00 GiB" in describe(row | {"temporary_bytes": 4 * 2**30})
     failed = {"program": "training step", "options": {"batch_size": 8}, "error": "No."}
     assert describe(failed) == "training step: batch_size=8\n  not possible: No."
+    assert describe(failed | {"fits": False}).endswith("\n  does not fit: No.")
+    large = row | {"result_bytes": 3 * 2**29}
+    assert ", 1.50 GiB results: 3.50 GiB in all" in describe(large)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in describe(large)  # 0.875 of the memory.
+    assert "XLA_PYTHON" not in describe(large | {"gpu": False})
+    network = row | {"network_bytes": 5e5}
+    assert "over data 3, fsdp 1, 0.5 MB of it over the network;" in describe(network)

@@ -9,7 +9,8 @@ def describe(row: dict[str, Any]) -> str:
     options = ", ".join(f"{key}={value}" for key, value in row["options"].items() if value)
     title = f"{row['program']}: {options}"
     if "error" in row:
-        return f"{title}\n  not possible: {row['error']}"
+        verdict = "does not fit" if row.get("fits") is False else "not possible"
+        return f"{title}\n  {verdict}: {row['error']}"
     parts = {
         "memory": _memory(row),
         "products": f"{row['flops'] / 1e12:.3g} TFLOP of the model" if row["flops"] else "",
@@ -24,32 +25,36 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def recommendation(rows: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> str:
-    """The options of the fastest plan that fits, as flags; defaults: those of the configuration."""
+    """The options of the first plan that fits, as flags; defaults: those of the configuration."""
     fitting = [row for row in rows if row.get("fits")]
     if not fitting:
         if any("error" not in row and row["fits"] is None for row in rows):
             return "The memory of these devices is not known here: nothing can be recommended."
         return "Nothing fits: take more devices or a smaller batch."
-    best = min(fitting, key=lambda row: row.get("step_seconds") or 0)
-    changed = {k: v for k, v in best["options"].items() if v != defaults[k]}
+    changed = {k: v for k, v in fitting[0]["options"].items() if v != defaults[k]}
     flags = " ".join(f"--config.{key}={value}" for key, value in changed.items())
     return f"Recommended: {flags or 'the configuration as it is'}"
 
 
 def _memory(row: dict[str, Any]) -> str:
-    needed = row["argument_bytes"] + row["temporary_bytes"]
+    needed = row["argument_bytes"] + row["temporary_bytes"] + row["result_bytes"]
     inputs = f"{_size(row['argument_bytes'])} inputs"
     if "state_bytes" in row:
         batch = row["argument_bytes"] - row["state_bytes"]
         inputs = f"{_size(row['state_bytes'])} state, {_size(batch)} batch"
-    temporaries = f"{_size(row['temporary_bytes'])} temporaries"
-    text = f"{inputs}, {temporaries}: {_size(needed)} in all"
+    parts = [inputs, f"{_size(row['temporary_bytes'])} temporaries"]
+    if row["result_bytes"] > 2**16:
+        parts.append(f"{_size(row['result_bytes'])} results")
+    text = f"{', '.join(parts)}: {_size(needed)} in all"
     if "memory_bytes" not in row:
         return text
     free, there = row["memory_bytes"] - needed, _size(row["memory_bytes"])
     if free < 0:
         return f"{text}, {_size(-free)} more than the {there} of the device: does not fit"
-    return f"{text}, of {there} on the device: fits with {_size(free)} to spare"
+    text += f", of {there} on the device: fits with {_size(free)} to spare"
+    if row["gpu"] and needed > 0.75 * row["memory_bytes"]:
+        text += ", if XLA_PYTHON_CLIENT_MEM_FRACTION=.95 lets JAX take it"
+    return text
 
 
 def _sent(row: dict[str, Any]) -> str:
@@ -61,7 +66,7 @@ def _sent(row: dict[str, Any]) -> str:
     text = f"{_megabytes(sum(sent.values()))} ({_list(sent)})"
     if len(row["sent_by_axis"]) > 1:
         text += f", over {_list(row['sent_by_axis'])}"
-    elif row["network_bytes"]:
+    if row["network_bytes"] and "network" not in row["sent_by_axis"]:
         text += f", {_megabytes(row['network_bytes'])} of it over the network"
     if row.get("least_sent_bytes"):
         text += f"; {_megabytes(row['least_sent_bytes'])} is the minimum"

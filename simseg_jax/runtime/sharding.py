@@ -184,10 +184,11 @@ def local_mesh(mesh: Mesh) -> Mesh:
 def own_devices(local: Sequence, processes: int) -> Sequence:
     """Which of a process's devices a program that is not shared with other processes can use.
 
-    On TPUs with several processes a single one: XLA compiles programs for a whole slice or for one
-    device, on v5e and v6e not for the devices of one host.
+    On v5e and v6e with several processes a single one. For the four of one host XLA refuses
+    programs on some slices ("device assignment should include all slice devices" on v5e 4x8), and
+    crashes at collectives on others (v5e and v6e 4x4).
     """
-    return local[:1] if processes > 1 and local[0].platform == "tpu" else local
+    return local[:1] if processes > 1 and "lite" in local[0].device_kind else local
 
 
 def local_params(params, mesh: Mesh):

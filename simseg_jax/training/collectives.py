@@ -48,7 +48,7 @@ class Collective:
             return "unknown"
         places = np.unravel_index(np.array(group), mesh.devices.shape)
         used = zip(mesh.axis_names, places, strict=True)
-        return " and ".join(name for name, place in used if len(set(place.tolist())) > 1)
+        return " and ".join(name for name, place in used if len(set(place.tolist())) > 1) or "none"
 
 
 def ring(size: float, members: int) -> float:
@@ -100,6 +100,10 @@ def collectives(hlo: str) -> list[Collective]:
                 if not piece:
                     found.append(Collective(kind, size, members, group, times))
             turns = times
+            if " conditional(" in line and any(
+                _communicates(branch, computations) for branch in _branches(line)
+            ):
+                raise ValueError("a conditional that communicates")
             if " while(" in line:
                 turns *= _turns(line, computations)
             for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
@@ -170,13 +174,22 @@ def _line_of(name: str, computation: list[str]) -> str:
 def _communicates(name: str, computations: dict[str, list[str]]) -> bool:
     """Whether a computation or one that it calls holds a collective."""
     return any(
-        re.search(rf" ({COLLECTIVES})(-start)?\(", line)
+        re.search(rf" ({COLLECTIVES})(-start)?\(| send\(", line)
         or any(
             _communicates(callee, computations)
             for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line)
+            + _branches(line)
         )
         for line in computations[name]
     )
+
+
+def _branches(line: str) -> list[str]:
+    """The computations among which a conditional chooses."""
+    listed = re.search(r"branch_computations=\{(.*?)\}", line)
+    names = listed[1].split(", ") if listed else []
+    names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+    return [name.removeprefix("%") for name in names]
 
 
 def _operation(line: str) -> tuple[str, int, int, tuple[int, ...] | None] | None:
@@ -185,11 +198,13 @@ def _operation(line: str) -> tuple[str, int, int, tuple[int, ...] | None] | None
     if not found:
         return None
     shapes, kind, start = found.groups()
-    sizes = [_array_bytes(*shape) for shape in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)]
+    arrays = re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)
+    sizes = [_array_bytes(*array) for array in arrays if array != ("u32", "")]
     if kind == "collective-permute":
         pair = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
         group = (int(pair[1]), int(pair[2])) if pair else None
-        return kind, sum(sizes[:1] if start else sizes), 2, group
+        # Operands, then results.
+        return kind, sum(sizes[: len(sizes) // 2] if start else sizes), 2, group
     if start and kind in ("all-gather", "reduce-scatter", "all-to-all"):
         sizes = sizes[len(sizes) // 2 :]  # Operands, then results.
     members, group = _group(line)

@@ -82,15 +82,9 @@ def least_communication(
     # Rows of embeddings that no caption uses are not needed.
     rows = {"position_embeddings": tokens, "token_type_embeddings": 1}
     fsdp = mesh.shape["fsdp"]
-    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
-
-    def spread(size: float, members: int) -> float:
-        """Gathering or scattering an array over members in all slices: within, then between."""
-        within = members // slices
-        return ring(size, within) + ring(size / within, slices)
-
-    total = 2 * spread(4 * pairs * model.config.embed_dim, mesh.size)
-    total += 3 * 2 * spread(4 * pairs, mesh.size)
+    # Between slices, too: a ring within each and one between them send as much as one of all.
+    total = 2 * ring(4 * pairs * model.config.embed_dim, mesh.size)
+    total += 3 * 2 * ring(4 * pairs, mesh.size)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     trees = jax.tree.leaves(shardings), jax.tree.leaves(frozen)
     for (path, leaf), sharding, still in zip(leaves, *trees, strict=True):
@@ -106,7 +100,7 @@ def least_communication(
             count = rows[layer.rpartition("/")[2]] * leaf.shape[1]
         size = slope * count
         if sharding.is_fully_replicated:
-            total += 0 if still else 2 * spread(size, mesh.size)
+            total += 0 if still else 2 * ring(size, mesh.size)
             continue
         there, back = ring(weight * count, fsdp), ring(size, fsdp)
         if isinstance(module, nnx.Embed):
@@ -115,7 +109,7 @@ def least_communication(
             there, back = min(there, looked_up), min(back, looked_up)
         total += gathers * there
         if not still:
-            total += back + 2 * spread(size / fsdp, mesh.size // fsdp)
+            total += back + 2 * ring(size / fsdp, mesh.size // fsdp)
     return total
 
 

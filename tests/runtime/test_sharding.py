@@ -153,9 +153,10 @@ def test_a_copy_of_the_parameters_stays_within_a_slice():
         make_mesh(fsdp=8, devices=devices)
 
 
-def test_a_process_of_several_uses_one_tpu_for_its_own_programs():
-    def devices(platform):
-        return [SimpleNamespace(platform=platform, number=number) for number in range(4)]
+def test_a_process_of_several_uses_one_small_tpu_for_its_own_programs():
+    def count(kind, processes):
+        devices = [SimpleNamespace(device_kind=kind) for _ in range(4)]
+        return len(own_devices(devices, processes))
 
-    assert [device.number for device in own_devices(devices("tpu"), 2)] == [0]
-    assert len(own_devices(devices("tpu"), 1)) == len(own_devices(devices("gpu"), 2)) == 4
+    assert count("TPU v5 lite", 2) == count("TPU v6 lite", 2) == 1
+    assert count("TPU v5 lite", 1) == count("TPU v4", 2) == count("NVIDIA H100", 2) == 4

@@ -114,6 +114,9 @@ def test_communication_that_is_not_understood_is_unknown():
                 "%begin", "%async_collective_fusion.1"
             )
         )
+    branch = "  %k = f32[8] conditional(%p, %x), branch_computations={%begin, %add}\n}\n"
+    with pytest.raises(ValueError, match="a conditional that communicates"):
+        communication_bytes(TPU.rstrip().removesuffix("}") + branch)
     with pytest.raises(ValueError, match="a transfer of unknown kind"):
         communication_bytes(TPU.replace("ALL_REDUCE", "ALL_TO_ALL"))
 
@@ -128,6 +131,8 @@ replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_2'}, dimensions={0}
 replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}
   %t = ((f32[4,50]{1,0}), f32[4,50]{1,0}) all-to-all-start(%v), channel_id=5, \
 replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %p = (f32[9]{0}, f32[3]{0}, f32[9]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%t, \
+%w), channel_id=6, source_target_pairs={{0,1},{1,0}}
   %a = f32[3072]{0} all-reduce-start(%w), channel_id=4, replica_groups=[1,8]<=[8], to_apply=%add
 }
 
@@ -142,10 +147,11 @@ def test_communication_of_a_program_for_gpus():
         "reduce-scatter": 16 * 25 * 2 / 2,
         "all-gather": (16 + 8) * 4 * 3 / 4,
         "all-to-all": 200 * 4 * 3 / 4,
+        "collective-permute": 12 * 4,
         "all-reduce": 2 * 3072 * 4 * 7 / 8,
     }
     groups = [collective.group for collective in collectives(GPU)]
-    assert groups == [(0, 1), (0, 2, 4, 6), (0, 1, 2, 3), tuple(range(8))]
+    assert groups == [(0, 1), (0, 2, 4, 6), (0, 1, 2, 3), (0, 1), tuple(range(8))]
 
 
 def test_the_axes_of_a_collective_are_those_along_which_its_group_varies():
