@@ -30,7 +30,7 @@ from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.sharding import batch_sharding, make_mesh, own_devices, replicated
 from simseg_jax.train import batch_shapes, check_batch, set_up
 from simseg_jax.training.arrays import with_sharding
-from simseg_jax.training.collectives import collectives, communication_bytes
+from simseg_jax.training.collectives import collectives, sent_by_kind
 from simseg_jax.training.cost import computed_flops, image_flops, least_communication, step_flops
 from simseg_jax.training.roofline import bound, traffic
 from simseg_jax.zeroshot.engine import PROTOCOLS
@@ -268,9 +268,8 @@ def compile_evaluation(
                 windows, programs = _segmentation_programs(model, params, settings, size)
             else:
                 windows = _shape((size, settings.crop, settings.crop, 3), "uint8", mesh)
-                embed = ImageEmbedder(model, settings, settings.batch_size).embed
-                lowered = embed.lower(params, windows)
-                programs = ((name, lowered.compile()) for name in ("encoder",))
+                embedder = ImageEmbedder(model, settings, settings.batch_size)
+                programs = embedder.compile(params, windows)
             *several, height, width, _ = windows.shape
             flops = math.prod(several) * image_flops(setup.architecture, height, width)
             began = time.monotonic()
@@ -329,7 +328,7 @@ def figures(compiled: Any, flops: float, mesh: Mesh) -> dict[str, Any]:
     axes: Counter[str] = Counter()
     for collective in sent:
         axes[collective.axes(mesh)] += round(collective.sent)
-    row |= {"sent_bytes": communication_bytes(text), "sent_by_axis": axes}
+    row |= {"sent_bytes": sent_by_kind(sent), "sent_by_axis": axes}
     row["network_bytes"] = traffic(sent, mesh)[1]
     least = bound(chip, compiled, flops, sent, mesh)
     row |= {"seconds": dataclasses.asdict(least), "step_seconds": least.seconds}

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -98,6 +98,10 @@ class ImageEmbedder:
             return tokens[:, 0] if feature == "cls" else tokens[:, 1:].mean(axis=1)
 
         self.embed = jax.jit(embed)
+
+    def compile(self, params, images: jax.ShapeDtypeStruct) -> Iterator[tuple[str, Any]]:
+        """The one compiled program, as `PaperProtocol.compile` yields several."""
+        yield "encoder", self.embed.lower(params, images).compile()
 
     def __call__(
         self,

@@ -21,7 +21,7 @@ from simseg_jax.masks.pamr import PAMR, pamr
 from simseg_jax.masks.permutohedral_jax import BatchLattice, batch_positions
 from simseg_jax.masks.postprocess import upsample
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from simseg_jax.runtime.sharding import BATCH, make_mesh, replicated
+from simseg_jax.runtime.sharding import BATCH, make_mesh, replicated, structs
 
 
 @runtime_checkable
@@ -69,12 +69,9 @@ class Refiner:
         positions = None
         if self.settings.refine == "crf":
             share = images.shape[0] // self.mesh.size
-            whole = replicated(self.mesh)
             sxy = self.settings.crf.gaussian_sxy
-            positions = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-                jax.eval_shape(lambda: batch_positions(self.size, self.size, sxy, share)),
-            )
+            shapes = jax.eval_shape(lambda: batch_positions(self.size, self.size, sxy, share))
+            positions = structs(shapes, replicated(self.mesh))
         lowered = self.refine_jit.lower(images, maps, needed, positions, vertices=self.vertices)
         return lowered.compile()
 

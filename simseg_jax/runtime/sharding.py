@@ -99,6 +99,11 @@ def place(values, shapes):
     return jax.tree.map(put, values, shapes)
 
 
+def structs(tree, sharding: NamedSharding):
+    """Shape structs of a tree of arrays or structs, all with one sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Pins the leading axis of an activation to the batch axes of the mesh in context, if any.
 
@@ -176,9 +181,9 @@ def to_global_batch(batch, mesh: Mesh):
 def local_mesh(mesh: Mesh) -> Mesh:
     """A mesh for programs of this process alone; the same mesh if there is only one process."""
     processes = jax.process_count()
-    return (
-        mesh if processes == 1 else make_mesh(devices=own_devices(jax.local_devices(), processes))
-    )
+    if processes == 1:
+        return mesh
+    return make_mesh(devices=own_devices(jax.local_devices(), processes))
 
 
 def own_devices(local: Sequence, processes: int) -> Sequence:

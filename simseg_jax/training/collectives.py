@@ -64,8 +64,13 @@ def communication_bytes(hlo: str) -> Counter[str]:
     sends its array 2 (n - 1) / n times, an all-gather or reduce-scatter (n - 1) / n times. What
     goes to other TPU slices is of a kind of its own, "network all-reduce" and so on.
     """
+    return sent_by_kind(collectives(hlo))
+
+
+def sent_by_kind(found: list[Collective]) -> Counter[str]:
+    """As `communication_bytes`, of collectives that were read already."""
     total: Counter[str] = Counter()
-    for collective in collectives(hlo):
+    for collective in found:
         kind = f"network {collective.kind}" if collective.network else collective.kind
         total[kind] += round(collective.sent)
     return total

@@ -95,9 +95,8 @@ def least_communication(
             weight = jnp.dtype(module.dtype).itemsize
             slope = jnp.dtype(module.gradient_dtype or module.dtype).itemsize
             gathers = 1 if still else 2
-        count = leaf.size
-        if layer.rpartition("/")[2] in rows:
-            count = rows[layer.rpartition("/")[2]] * leaf.shape[1]
+        name = layer.rpartition("/")[2]
+        count = rows[name] * leaf.shape[1] if name in rows else leaf.size
         size = slope * count
         if sharding.is_fully_replicated:
             total += 0 if still else 2 * ring(size, mesh.size)

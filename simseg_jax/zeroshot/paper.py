@@ -20,7 +20,7 @@ from simseg_jax.data.images import resize
 from simseg_jax.masks.postprocess import closing, label_type, resize_nearest
 from simseg_jax.masks.refine import Refiner
 from simseg_jax.models.simseg import SimSeg, bind, l2_normalize
-from simseg_jax.runtime.sharding import batch_sharding, to_global_batch
+from simseg_jax.runtime.sharding import batch_sharding, structs, to_global_batch
 from simseg_jax.runtime.threads import thread_count
 from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.settings import SegmentationConfig
@@ -200,10 +200,7 @@ class PaperProtocol:
         images, sharding = batch["image"], batch_sharding(self.mesh)
         encode = self.respond_jit.lower(params, class_embeddings, images).compile()
         yield "encoder and responses", encode
-        responses, slots = jax.tree.map(
-            lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
-            encode.out_info,
-        )
+        responses, slots = structs(encode.out_info, sharding)
         masks = []
         for (refiner, _), arrays in zip(self.stages, slots, strict=True):
             shape = (*arrays[1].shape, self.size, self.size)
