@@ -19,7 +19,7 @@ setup(
         # Exported programs are written and read with it.
         "flatbuffers>=24.3,<26",
         "flax>=0.12.4,<0.14",
-        "fsspec>=2025.3",
+        "fsspec[http]>=2025.3",
         "grain>=0.2.15,<0.3",
         "huggingface-hub>=1,<3",
         "jax>=0.9,<0.14",
@@ -33,6 +33,8 @@ setup(
         "orbax-checkpoint>=0.12,<0.14",
         "pillow>=11,<14",
         "protobuf>=5,<8",
+        # COCO's run lengths.
+        "pycocotools>=2.0.8,<3",
         "safetensors>=0.8,<1",
         "scipy>=1.14,<2",
         "simplejpeg>=1.8,<2",

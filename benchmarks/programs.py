@@ -54,12 +54,11 @@ import sys, time
 began = time.perf_counter()
 from PIL import Image
 from simseg_jax.segmenter import Segmenter
-from simseg_jax.weights.load import load_model
 imported = time.perf_counter()
-model = load_model("model")
-segmenter = Segmenter(model, sys.argv[3].split(","), [], refine=sys.argv[2], prompts="plain")
+segmenter = Segmenter.from_pretrained("model", refine=sys.argv[2], prompts="plain")
+classes = segmenter.classes(sys.argv[3].split(","), [])
 loaded = time.perf_counter()
-next(segmenter.segment([Image.open("photo.png").convert("RGB")]))
+next(segmenter.answers([Image.open("photo.png").convert("RGB")], classes))
 ended = time.perf_counter()
 print(imported - began, loaded - imported, ended - loaded)
 """
@@ -98,9 +97,8 @@ def main() -> None:
         origin={},
         dtype=jnp.dtype(jnp.float32),
     )
-    segmenter = Segmenter(
-        model, [f"word {i}" for i in range(20)], [], refine=args.refine, prompts="plain"
-    )
+    segmenter = Segmenter(model, refine=args.refine, prompts="plain")
+    classes = segmenter.classes([f"word {i}" for i in range(20)], [])
     size = segmenter.settings.resolution
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -108,14 +106,15 @@ def main() -> None:
         Image.fromarray(noise).save(folder / "photo.png")
         began = time.perf_counter()
         dtype = jnp.dtype(args.dtype)
-        write_programs(folder, model, segmenter.settings, *segmenter.classes, PLATFORMS, dtype)
+        names, embeddings = classes.names, classes.embeddings
+        write_programs(folder, model, segmenter.settings, names, embeddings, PLATFORMS, dtype)
         written = time.perf_counter() - began
         with writing(folder / "model", config, tokenizer, {}, PARAMS, card="") as partial:
             write_orbax(partial, params)
         rows: dict[str, list[list[float]]] = {"program": [], "package": []}
         for _ in range(args.rounds):
             rows["program"].append(run(PROGRAM, folder, str(size)))
-            words = ",".join(segmenter.words)
+            words = ",".join(classes.words)
             rows["package"].append(run(PACKAGE, folder, str(size), args.refine, words))
         sizes = {f.name: f.stat().st_size / 1e6 for f in folder.glob(f"*{SUFFIX}")}
     listed = ", ".join(f"{name} {megabytes:.1f} MB" for name, megabytes in sorted(sizes.items()))

@@ -195,10 +195,10 @@ def compare(args) -> dict:
     count, classes = min(args.images, evaluator.count), len(evaluator.class_names)
     names = [evaluator.source[i]["name"] for i in range(count)]  # Reads every file once.
     vectors = jax.random.normal(jax.random.key(1), (classes, architecture.embed_dim))
-    embeddings = {settings.m_text: l2_normalize(vectors)}
+    embeddings = {settings.m_text: np.asarray(l2_normalize(vectors))}
     if args.checkpoint:
-        embeddings = evaluator.engine.embed(params)
-    evaluator.engine.embed = lambda params: embeddings
+        embeddings = evaluator.engine.embed(params, evaluator.prompts)
+    evaluator.engine.embed = lambda params, prompts: embeddings
     peer = Peer(params, architecture, embeddings[settings.m_text], settings)
     segment = torch.inference_mode()(peer.segment)
     sides = {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from simseg_jax.config import first_segmentation, of_architecture
 from simseg_jax.data.text import load_tokenizer
+from simseg_jax.data.words import split_words
 from simseg_jax.evaluators.build import headlines
 from simseg_jax.models.layers import HEADS
 from simseg_jax.models.simseg import SimSegConfig
@@ -19,13 +20,7 @@ from simseg_jax.runtime.errors import UserError, reading, report_user_errors, so
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import changed
 from simseg_jax.runtime.sharding import place
-from simseg_jax.segmenter import (
-    Segmenter,
-    add_protocol_options,
-    protocol_settings,
-    split_words,
-    words_of,
-)
+from simseg_jax.segmenter import Segmenter, add_protocol_options, protocol_settings, words_of
 from simseg_jax.weights import export, folder
 from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.weights.containers import ARCHITECTURE, META
@@ -150,22 +145,24 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
         with folder.complete(destination, folder=False) as partial:
             save_tensors(partial, content)
         return
-    segmenter, platforms = None, args.platforms.split(",")
+    segmenter, classes, platforms = None, None, args.platforms.split(",")
     weights, use = folder.PARAMS, FOLDER_USE.format(name=destination.name)
     if args.to == "safetensors":
         weights, use = folder.SAFETENSORS, use + PYTORCH_USE
     elif args.to == "stablehlo":
         names = words_of(first_segmentation(model.config))
         words = split_words(args.words) if args.words else names
-        segmenter = Segmenter(model, words, **protocol_settings(args))
+        segmenter = Segmenter(model, **protocol_settings(args))
+        classes = segmenter.classes(words)
         weights, use = folder.PROGRAMS, _programs_use(model, segmenter, platforms)
     card = model_card(destination.name, architecture, model.origin, use)
     with folder.writing(
         destination, model.config, model.tokenizer, model.origin, weights, card
     ) as partial:
-        if segmenter:
-            settings, classes = segmenter.settings, segmenter.classes
-            export.write_programs(partial, model, settings, *classes, platforms, dtype)
+        if segmenter and classes:
+            names, embeddings = classes.names, classes.embeddings
+            settings = segmenter.settings
+            export.write_programs(partial, model, settings, names, embeddings, platforms, dtype)
         elif weights == folder.SAFETENSORS:
             folder.write_safetensors(partial, params, architecture)
         else:

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image, open_image
+from simseg_jax.data.images import IMAGE_SUFFIXES, open_image
 from simseg_jax.data.pipeline import DataConfig
-from simseg_jax.reports.visualize import index_png, labels_in, legend, overlaid
+from simseg_jax.data.words import check_words, split_words
+from simseg_jax.reports.segmentation import MASK, OVERLAY, SOFTWARE
 from simseg_jax.runtime.command_line import (
     add_checkpoint_options,
     add_setting,
@@ -22,16 +22,9 @@ from simseg_jax.runtime.command_line import (
     make_parser,
 )
 from simseg_jax.runtime.errors import UserError, one_line, report_user_errors, some
-from simseg_jax.runtime.files import appearing, make_writable, write_json
+from simseg_jax.runtime.files import make_writable, write_json
 from simseg_jax.runtime.processes import keeping
-from simseg_jax.segmenter import (
-    Segmentation,
-    Segmenter,
-    add_protocol_options,
-    check_words,
-    protocol_settings,
-    split_words,
-)
+from simseg_jax.segmenter import Classes, Segmenter, add_protocol_options, protocol_settings
 from simseg_jax.weights.load import load_model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
@@ -56,9 +49,6 @@ file name without its suffix; files that would have the same NAME keep the suffi
 and x.png_mask.png. Exit status: 0 done, 1 some images could not be segmented, 2 an error that you
 can correct (or a full disk), 130 stopped (Ctrl-C, SIGTERM); finished images are kept.
 """
-MASK, OVERLAY = "_mask.png", "_overlay.png"
-# Metadata that marks our own results: they are left out when folders are searched again.
-SOFTWARE = ("Software", "simseg_jax.segment")
 
 
 def find_images(paths: Sequence[str]) -> tuple[dict[str, Path], Counter[str]]:
@@ -128,27 +118,9 @@ def _is_result(file: Path) -> bool:
     return False
 
 
-def _save(folder: Path, name: str, image: Image.Image, answer: Segmentation) -> None:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    shown = [
-        (label, f"{answer.words[label - 1]} {answer.scores[answer.words[label - 1]]:.2f}")
-        for label in labels_in(answer.mask)
-        if label
-    ]
-    strip = legend(shown or [(0, "none of the words")], max(image.width, 160))
-    _write(index_png(answer.mask), folder / f"{name}{MASK}")
-    _write(overlaid(image, answer.mask, strip), folder / f"{name}{OVERLAY}")
-
-
-def _write(image: Image.Image, path: Path) -> None:
-    mark = PngImagePlugin.PngInfo()
-    mark.add_text(*SOFTWARE)
-    with appearing(path) as partial:
-        image.save(partial, "PNG", pnginfo=mark)
-
-
 def segment_files(
     segmenter: Segmenter,
+    classes: Classes,
     files: dict[str, Path],
     folder: Path,
     record: dict[str, dict],
@@ -166,24 +138,14 @@ def segment_files(
             failed[str(paths[place])] = str(error)
             bar.update()
 
-        for place, answer in segmenter.answers(paths, left_out):
+        for place, answer in segmenter.answers(paths, classes, left_out):
             path, name = paths[place], names[place]
             try:
-                # Read again, because keeping all images in flight would take much memory.
-                image = decode_image(path, str(path), segmenter.max_pixels)
-                if (image.height, image.width) != answer.mask.shape:
-                    raise UserError(f"{path} was changed while it was read.")
+                answer.save(folder / name)
+                record[str(path)] = {"mask": f"{name}{MASK}", **answer.record()}
             except UserError as error:
                 left_out(place, error)
                 continue
-            try:
-                _save(folder, name, image, answer)
-                record[str(path)] = {
-                    "mask": f"{name}{MASK}",
-                    "drawn": answer.drawn,
-                    "threshold": answer.threshold,
-                    "scores": answer.scores,
-                }
             finally:  # Ctrl-C may come at any point; no mask stays without its scores.
                 if str(path) not in record:
                     for suffix in (MASK, OVERLAY):
@@ -191,7 +153,7 @@ def segment_files(
             bar.update()
 
 
-def _write_scores(segmenter: Segmenter, folder: Path, record: dict[str, dict]) -> list[str]:
+def _write_scores(classes: Classes, folder: Path, record: dict[str, dict]) -> list[str]:
     """Writes scores.json; returns masks of earlier runs, which only the old scores.json lists."""
     path, written = folder / "scores.json", {entry["mask"] for entry in record.values()}
     earlier = []
@@ -200,7 +162,7 @@ def _write_scores(segmenter: Segmenter, folder: Path, record: dict[str, dict]) -
         before = json.loads(path.read_text(encoding="utf-8"))["images"].values()
         listed = [entry["mask"] for entry in before if entry["mask"] not in written]
         earlier = [name for name in listed if (folder / name).is_file()]
-    content = {"words": segmenter.words, "contrast": segmenter.contrast, "images": record}
+    content = {"words": classes.words, "contrast": classes.contrast, "images": record}
     write_json(path, content)
     return earlier
 
@@ -231,19 +193,19 @@ def main() -> None:
     _check_targets(files, folder)
     make_writable(folder)
     model = load_model(args.checkpoint, args.step)
-    settings = protocol_settings(args)
-    segmenter = Segmenter(model, words, contrast, args.max_pixels, **settings)
+    segmenter = Segmenter(model, args.max_pixels, maps=False, **protocol_settings(args))
+    classes = segmenter.classes(words, contrast)
     if left_out:
         print(f"Left out: {some(f'{n} {kind}' for kind, n in left_out.most_common())}")
     record: dict[str, dict] = {}
     failed: dict[str, str] = {}
     try:
         with keeping(lambda: "The same command starts again from the first image."):
-            segment_files(segmenter, files, folder, record, failed)
+            segment_files(segmenter, classes, files, folder, record, failed)
     finally:
         done = f"{len(record)} of {len(files)} images"
         print(f"Segmented {done}; masks, overlays, scores.json in {folder}")
-        earlier = _write_scores(segmenter, folder, record)
+        earlier = _write_scores(classes, folder, record)
         if earlier:
             print(f"Not of this run, and not in scores.json any more: {some(earlier)}")
     if failed:

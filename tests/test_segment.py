@@ -13,13 +13,15 @@ import pytest
 from PIL import ExifTags, Image
 from support import message, run
 
-from simseg_jax import segment
+from simseg_jax import Segmentation, segment
 from simseg_jax.data.shapes import CATEGORIES, scene
+from simseg_jax.data.words import check_words, split_words
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.segment import find_images
-from simseg_jax.segmenter import Segmenter, check_words, split_words
+from simseg_jax.segmenter import Segmenter
 from simseg_jax.weights.load import load_model
 
+WORDS = ["star", "moon"]
 PHOTO = Image.fromarray(scene(0, "val")[0]).resize((90, 70))
 FILES = [b"text", bytearray(b"text"), memoryview(b"text"), io.BytesIO(b"text")]
 
@@ -31,7 +33,7 @@ def model(trained):
 
 @pytest.fixture(scope="module")
 def segmenter(model):
-    return Segmenter(model, ["star", "moon"], sigma_weight=-1)
+    return Segmenter(model, sigma_weight=-1)
 
 
 # Images
@@ -51,7 +53,7 @@ def test_every_form_of_a_picture_gives_the_same_answer(segmenter, tmp_path):
     greys += [Image.fromarray(values.astype(np.uint16) * 257), grey.convert("P")]
     bits = grey.convert("1")
     binary = [bits, np.asarray(bits), bits.convert("RGB")]
-    answers = list(segmenter.segment([*forms, *greys, *binary]))
+    answers = list(segmenter.segment([*forms, *greys, *binary], WORDS))
     for begin, count in ((0, len(forms)), (len(forms), len(greys)), (-len(binary), len(binary))):
         first, *others = answers[begin:][:count]
         for answer in others:
@@ -67,7 +69,7 @@ def test_masks_are_upright(segmenter, tmp_path):
     PHOTO.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
     with Image.open(tmp_path / "x.png") as opened:
         answers = list(
-            segmenter.segment([PHOTO, tmp_path / "x.png", opened, opened.convert("RGB")])
+            segmenter.segment([PHOTO, tmp_path / "x.png", opened, opened.convert("RGB")], WORDS)
         )
     for answer in answers[1:]:
         np.testing.assert_array_equal(answer.mask, answers[0].mask)
@@ -96,7 +98,7 @@ def test_masks_are_upright(segmenter, tmp_path):
 )
 def test_what_is_no_image_is_refused(segmenter, image, reason):
     with pytest.raises(UserError, match=reason):
-        list(segmenter.segment([image]))
+        list(segmenter.segment([image], WORDS))
 
 
 @pytest.mark.parametrize(
@@ -108,13 +110,13 @@ def test_what_is_no_image_is_refused(segmenter, image, reason):
 )
 def test_arguments_that_make_no_sense_are_refused(model, key, value):
     with pytest.raises(UserError, match=key):
-        Segmenter(model, ["star"], **{key: value})
+        Segmenter(model, **{key: value})
 
 
 @pytest.mark.parametrize("image", [PHOTO, np.asarray(PHOTO), "x.png", *FILES])
 def test_one_image_in_place_of_a_list_is_refused(segmenter, image):
-    with pytest.raises(UserError, match=r"for one image segment\(\[image\]\)"):
-        segmenter.segment(image)
+    with pytest.raises(UserError, match=r"for one image segment\(\[image\], \.\.\.\)"):
+        segmenter.segment(image, WORDS)
 
 
 # Words
@@ -159,9 +161,10 @@ def test_words_may_come_from_a_generator():
 
 
 def test_words_that_are_one_to_the_model(model):
-    assert Segmenter(model, "star").words == ("star",)
+    classes = Segmenter(model).classes
+    assert classes("star").words == ("star",)
     # The default contrast leaves out what is a word already.
-    assert "star" not in Segmenter(model, ["Star"]).contrast
+    assert "star" not in classes(["Star"]).contrast
     for words, contrast in (
         (["star", "Star"], None),
         (["star", "STAR"], []),
@@ -171,30 +174,38 @@ def test_words_that_are_one_to_the_model(model):
         (["star"], ["BACKGROUND"]),
     ):
         with pytest.raises(UserError, match=r"are the same to this model|is in words and in"):
-            Segmenter(model, words, contrast)
+            classes(words, contrast)
     with pytest.raises(UserError, match='Leave out "background"'):
-        Segmenter(model, ["star"], ["background"])
+        classes(["star"], ["background"])
     with pytest.raises(UserError, match="contrast are texts"):
-        Segmenter(model, ["star"], [""])
+        classes(["star"], [""])
 
 
-def test_more_than_255_words(model, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sigma_weight": -1},
+        {"protocol": "standard", "resolution": 32, "window": 32, "stride": 16, "refine": "none"},
+    ],
+    ids=lambda options: options.get("protocol", "paper"),
+)
+def test_more_than_255_words(model, tmp_path, options):
     """Words and contrast words keep their own pixels wherever they stand in the list."""
     phrases = [f"{a} {b} {c}" for a in CATEGORIES for b in CATEGORIES for c in CATEGORIES][:270]
-    options = {"sigma_weight": -1, "prompts": "plain"}
-    scores = next(Segmenter(model, phrases, [], **options).segment([PHOTO])).scores
+    segmenter = Segmenter(model, prompts="plain", background_threshold=-1, **options)
+    scores = segmenter(PHOTO, phrases, []).scores
     phrases.sort(key=lambda phrase: scores[phrase])  # Those that are drawn come last.
-    everything = next(Segmenter(model, phrases, [], **options).segment([PHOTO]))
+    everything = segmenter(PHOTO, phrases, [])
     assert everything.mask.dtype == np.uint16
     assert (everything.mask > 255).any()
     for count in (265, 150):
-        part = next(Segmenter(model, phrases[:count], phrases[count:], **options).segment([PHOTO]))
+        part = segmenter(PHOTO, phrases[:count], phrases[count:])
         expected = np.where(everything.mask > count, 0, everything.mask)
         np.testing.assert_array_equal(part.mask, expected)
         assert part.mask.dtype == (np.uint16 if count > 255 else np.uint8)
     PHOTO.save(tmp_path / "photo.png")
-    segmenter = Segmenter(model, phrases, [], **options)
-    segment.segment_files(segmenter, {"x": tmp_path / "photo.png"}, tmp_path, {}, {})
+    classes, files = segmenter.classes(phrases, []), {"x": tmp_path / "photo.png"}
+    segment.segment_files(segmenter, classes, files, tmp_path, {}, {})
     with Image.open(tmp_path / "x_mask.png") as image:
         assert image.mode == "I;16"
         np.testing.assert_array_equal(np.asarray(image), everything.mask)
@@ -310,14 +321,14 @@ def test_images_that_cannot_be_read_are_counted_and_named(command, photos, tmp_p
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
 def test_what_was_done_before_a_stop_is_kept(command, capsys, photos, tmp_path, monkeypatch, stop):
-    save, saved = segment._save, []
+    save, saved = Segmentation.save, []
 
     def failing(*arguments):
         if len(saved) == 2:
             raise stop
         saved.append(save(*arguments))
 
-    monkeypatch.setattr(segment, "_save", failing)
+    monkeypatch.setattr(Segmentation, "save", failing)
     if isinstance(stop, OSError):
         assert "What was finished before is kept: make" in command("star", photos, fails=True)
     else:
@@ -340,14 +351,14 @@ def test_an_output_that_is_no_folder_is_refused(command, photos, tmp_path):
 
 def test_a_mask_without_its_scores_is_removed(command, photos, tmp_path, monkeypatch):
     """Ctrl-C comes once the second mask is written, before it is noted."""
-    save = segment._save
+    save = Segmentation.save
 
-    def stopping(folder, name, *rest):
-        save(folder, name, *rest)
-        if len(list(folder.rglob("*_mask.png"))) == 2:
+    def stopping(answer, stem):
+        save(answer, stem)
+        if len(list((tmp_path / "out").rglob("*_mask.png"))) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(segment, "_save", stopping)
+    monkeypatch.setattr(Segmentation, "save", stopping)
     with pytest.raises(SystemExit):
         command("star", photos)
     out = tmp_path / "out"

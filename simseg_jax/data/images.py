@@ -44,10 +44,11 @@ TURNS = {
 STRIP = 1 << 20  # Pixels per strip of an image that would take too much memory as a whole.
 Box = tuple[int, int, int, int]  # Left, top, width, height in pixels.
 Encoded = bytes | Path  # The content of an image file, or its path.
+Picture = Encoded | Image.Image | np.ndarray
 
 
 def decode_image(
-    image: Encoded | Image.Image | np.ndarray, name: str = "an image", max_pixels: int | None = None
+    image: Picture, name: str = "an image", max_pixels: int | None = None
 ) -> Image.Image:
     """An upright RGB image; a `UserError` names an image that cannot be decoded.
 
@@ -61,7 +62,7 @@ def decode_image(
         raise UserError(f"Cannot decode {name}: {one_line(error)}.{advice}") from error
 
 
-def decoded(image: Encoded | Image.Image | np.ndarray, max_pixels: int | None) -> Image.Image:
+def decoded(image: Picture, max_pixels: int | None) -> Image.Image:
     """As `decode_image`, but with the errors of Pillow, which may be of any type."""
     if isinstance(image, bytes | Path):
         with open_image(image, max_pixels) as opened:

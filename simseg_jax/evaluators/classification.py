@@ -61,7 +61,7 @@ class ClassificationEvaluator:
         images, labels = self.embed_images(params, indices.tolist(), load, progress)
         local = local_params(params, self.mesh)
         with jax.set_mesh(self.mesh):
-            classes = np.asarray(self.embed_classes(local, self.prompts, self.settings.m_text))
+            classes = self.embed_classes(local, self.prompts, self.settings.m_text)
         scores = images @ classes.T
         for k in (1, 5):
             yield f"top{k}", top_accuracy(scores, np.array(labels), k)

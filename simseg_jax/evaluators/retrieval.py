@@ -80,7 +80,7 @@ class RetrievalEvaluator:
         local = local_params(params, self.mesh)
         with jax.set_mesh(self.mesh):
             embedded = self.embed_texts(local, ids, mask, self.settings.m_text)
-        return Ranked(nearest(images, np.asarray(embedded), max(KS)), owners, texts)
+        return Ranked(nearest(images, embedded, max(KS)), owners, texts)
 
 
 def scores(ranked: Ranked) -> Iterator[tuple[str, float]]:

@@ -48,8 +48,9 @@ class SegmentationEvaluator:
         if not self.count:
             raise UserError(f"The test set {settings.data} in {settings.root!r} has no images.")
         self._require_labels()
-        self.engine = Engine(model, several, names, self.background)
-        prompts = [array.tolist() for array in self.engine.prompts]
+        self.engine = Engine(model, several, self.background)
+        self.prompts = self.engine.prompts(names)
+        prompts = [array.tolist() for array in self.prompts]
         self.inputs = digest([self.class_names, prompts])
         self._embedded: tuple = (None, None)  # The latest parameters and their class embeddings.
         self._said = False  # Whether the message about turned masks was printed.
@@ -121,7 +122,7 @@ class SegmentationEvaluator:
         local = local_params(params, self.engine.mesh)
         if self._embedded[0] is not params:
             # Embedding thousands of prompts takes time; pictures reuse the evaluation's embeddings.
-            self._embedded = params, self.engine.embed(local)
+            self._embedded = params, self.engine.embed(local, self.prompts)
         jobs = (lambda index=index: self._load(index) for index in indices)
         return self.engine.run(local, jobs, self._embedded[1], in_order)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from simseg_jax.data.text import TextEncoder
-from simseg_jax.models.simseg import bind, l2_normalize
+from simseg_jax.models.simseg import bind
 from simseg_jax.runtime.errors import some
 from simseg_jax.zeroshot.model import Model
 
@@ -59,11 +59,14 @@ def class_embedder(model: Model) -> Callable:
     """
     embed_texts = text_embedder(model)
 
-    def embed(params, prompts: Prompts, m_text: int) -> jax.Array:
+    def embed(params, prompts: Prompts, m_text: int) -> Float[np.ndarray, "C D"]:
         embeddings = embed_texts(params, prompts.ids, prompts.mask, m_text)
-        counts = np.bincount(prompts.classes).astype(np.float32)
-        total = jax.ops.segment_sum(embeddings, prompts.classes, len(counts))
-        return l2_normalize(total / counts[:, None])
+        counts = np.bincount(prompts.classes)
+        # On the host: a program would be compiled for every number of classes.
+        total = np.zeros((len(counts), embeddings.shape[1]), np.float32)
+        np.add.at(total, prompts.classes, embeddings)
+        mean = total / counts[:, None].astype(np.float32)
+        return mean / (np.linalg.norm(mean, axis=1, keepdims=True) + np.float32(1e-8))
 
     return embed
 
@@ -81,13 +84,13 @@ def text_embedder(model: Model) -> Callable:
     def embed_chunk(params, ids, mask, m_text):
         return bind(graphdef, params).encode_text(ids, mask, m=m_text, mask_padding=True)
 
-    def embed(params, ids: np.ndarray, mask: np.ndarray, m_text: int) -> jax.Array:
+    def embed(params, ids: np.ndarray, mask: np.ndarray, m_text: int) -> Float[np.ndarray, "P D"]:
         padding = ((0, -len(ids) % chunk), (0, 0))
         padded_ids, padded_mask = np.pad(ids, padding), np.pad(mask, padding).astype(bool)
         parts = []
         for start in range(0, len(ids), chunk):
             rows = slice(start, start + chunk)
             parts.append(embed_chunk(params, padded_ids[rows], padded_mask[rows], m_text=m_text))
-        return jnp.concatenate(parts)[: len(ids)]
+        return np.concatenate([np.asarray(part) for part in parts])[: len(ids)]
 
     return embed

@@ -5,7 +5,7 @@ that processes need not communicate before the end.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from simseg_jax.runtime.settings import leaves, plain
+from simseg_jax.runtime.sharding import replicated
 from simseg_jax.runtime.threads import ahead, thread_count
-from simseg_jax.zeroshot.classifier import class_embedder, tokenize_prompts
+from simseg_jax.zeroshot.classifier import Prompts, class_embedder, tokenize_prompts
 from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.paper import PaperProtocol
 from simseg_jax.zeroshot.prompts import TEMPLATES
@@ -37,56 +38,60 @@ Job = Callable[[], tuple[Any, Image.Image, tuple[int, int]] | None]
 
 
 class Engine:
-    """Masks of any images for fixed classes, under V settings in one pass over the images.
+    """Masks of any images for any classes, under V settings in one pass over the images.
 
-    settings: differ only in what follows the encoder (`before_encoder`). names: the prompt names of
-    every class, the background first. background: whether the test set has a background class;
-    otherwise label 0 means "none".
+    settings: differ only in what follows the encoder (`before_encoder`). background: whether the
+    test set has a background class; otherwise label 0 means "none". maps: see `PaperProtocol`.
     """
 
     def __init__(
         self,
         model: Model,
         settings: Sequence[SegmentationConfig],
-        names: Sequence[Sequence[str]],
         background: bool = True,
+        maps: bool = False,
     ):
         first = settings[0]
         if len(set(map(before_encoder, settings))) > 1:
             raise ValueError("The settings may differ only in what follows the encoder.")
-        self.settings, self.mesh = settings, model.local_mesh
+        self.settings, self.encoder, self.mesh = settings, model.encoder, model.local_mesh
         # Rounded up: every device gets the same number of images. Results do not depend on it.
         self.batch_size = -(-first.batch_size // self.mesh.size) * self.mesh.size
         self.threads = thread_count(first.threads)
-        self.prompts = tokenize_prompts(model.encoder, names, TEMPLATES[first.prompts])
         self.embed_classes = class_embedder(model)
-        self.protocol = PROTOCOLS[first.protocol](model, settings, background)
+        self.protocol = PROTOCOLS[first.protocol](model, settings, background, maps)
 
-    def embed(self, params) -> dict[int, jax.Array]:
+    def prompts(self, names: Sequence[Sequence[str]]) -> Prompts:
+        """The prompts of C classes; names: the names of every class, the background first."""
+        return tokenize_prompts(self.encoder, names, TEMPLATES[self.settings[0].prompts])
+
+    def embed(self, params, prompts: Prompts) -> dict[int, np.ndarray]:
         """M^T -> class embeddings [C, D], for every M^T in the settings; params: on `self.mesh`."""
         with jax.set_mesh(self.mesh):
             sizes = sorted({settings.m_text for settings in self.settings})
-            return {m: self.embed_classes(params, self.prompts, m) for m in sizes}
+            return {m: self.embed_classes(params, prompts, m) for m in sizes}
 
     def run(
         self,
         params,
         jobs: Iterable[Job],
-        class_embeddings: dict[int, jax.Array],
+        class_embeddings: Mapping[int, np.ndarray],
         in_order: bool = False,
         pixels: Callable[[Job], int] = lambda _job: 0,
     ) -> Iterator[tuple[list, np.ndarray, list]]:
         """Yields (first items of n jobs, masks [V, n, ...], V responses) until all jobs are done.
 
         `protocol.restore` turns a mask into labels of the image's pixels. A batch holds images of
-        the same shapes, which changes their order unless `in_order`. params, class_embeddings: on
-        `self.mesh`. pixels(job): the size of its image, which bounds the jobs that load at a time,
-        see `threads.ahead`.
+        the same shapes, which changes their order unless `in_order`. params: on `self.mesh`.
+        class_embeddings: M^T -> [C, D], the background first; rows of zeros are no classes.
+        pixels(job): the size of its image, which bounds the jobs that load at a time, see
+        `threads.ahead`.
         """
+        classes = jax.device_put(dict(class_embeddings), replicated(self.mesh))
         with ThreadPoolExecutor(self.threads) as pool:
             loaded = ahead(pool, self._load, jobs, 2 * self.batch_size, pixels)
             started = (
-                (kept, self._start(params, class_embeddings, batch))
+                (kept, self._start(params, classes, batch))
                 for kept, batch in self._batches(filter(None, loaded), in_order)
             )
             try:

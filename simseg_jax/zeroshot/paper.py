@@ -5,7 +5,7 @@ the first four, `masks.refine` the fifth, `compose` the last; `PaperProtocol` ru
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -29,7 +29,10 @@ CPU_CHUNK = 4
 
 
 class Response(NamedTuple):
-    """The model's output for B images, C classes, K candidate classes and g x g patches."""
+    """The model's output for B images, C classes, K candidate classes and g x g patches.
+
+    Classes that are padding have the score -inf.
+    """
 
     scores: jax.Array  # [B, C] image-text score of every class
     threshold: jax.Array  # [B]
@@ -37,10 +40,11 @@ class Response(NamedTuple):
     drawn: jax.Array  # bool [B, K] reaches the threshold and is not the background
     similarity: jax.Array  # [B, K, g, g] cosine of patch and class embedding
     self_similarity: jax.Array  # [B, g, g] cosine of patch and the image's pooled embedding
+    maps: jax.Array | None = None  # [B, C, g, g] as similarity, for every class, where asked for
 
     def rows(self, index: int | slice) -> "Response":
         """The response to one image (without batch axis) or to a slice of images."""
-        return Response(*(field[index] for field in self))
+        return jax.tree.map(lambda field: field[index], self)
 
 
 def project(
@@ -66,39 +70,50 @@ def respond(
     class_embeddings: Float[Array, "C D"],
     settings: SegmentationConfig,
     background: bool = True,
+    maps: bool = False,
 ) -> Response:
     """Scores, threshold, candidates and similarity maps from projected tokens [B, 1 + g * g, D].
 
     class_embeddings: [C, D]; the first is the background's, which is scored only if `background`.
+    Rows of zeros are no classes: they pad C, so that one program serves several numbers of classes.
+    maps: whether to return the similarity to all classes, too.
     """
     embedding = model.pool_image(tokens, settings.m_image)
     highest = jax.lax.Precision.HIGHEST
     scores = jnp.matmul(embedding, class_embeddings.T, precision=highest)
+    scored = classes_in(class_embeddings)
     if not background:
-        scores = scores.at[:, 0].set(-jnp.inf)
-    count = min(settings.class_scores, scores.shape[1] - (not background))
-    threshold = adaptive_threshold(scores, count, settings.sigma_weight)
+        scored = scored.at[0].set(False)
+    scores = jnp.where(scored, scores, -jnp.inf)
+    threshold = adaptive_threshold(scores, settings.class_scores, settings.sigma_weight)
     classes, drawn = candidate_classes(scores, threshold, settings.candidates)
-    patches = l2_normalize(tokens[:, 1:])
-    maps = jnp.einsum("bnd,bkd->bkn", patches, class_embeddings[classes], precision=highest)
-    own = jnp.einsum("bnd,bd->bn", patches, embedding, precision=highest)
-    grid = math.isqrt(patches.shape[1])
-    return Response(
-        scores,
-        threshold,
-        classes,
-        drawn,
-        maps.reshape(*maps.shape[:2], grid, grid),
-        own.reshape(-1, grid, grid),
-    )
+    grid = math.isqrt(tokens.shape[1] - 1)
+    patches = l2_normalize(tokens[:, 1:]).reshape(-1, grid, grid, tokens.shape[2])
+    chosen = class_embeddings[classes]
+    similarity = jnp.einsum("bhwd,bkd->bkhw", patches, chosen, precision=highest)
+    own = jnp.einsum("bhwd,bd->bhw", patches, embedding, precision=highest)
+    every = None
+    if maps:
+        every = jnp.einsum("bhwd,cd->bchw", patches, class_embeddings, precision=highest)
+    return Response(scores, threshold, classes, drawn, similarity, own, every)
+
+
+def classes_in(class_embeddings: Float[Array, "C D"]) -> Bool[Array, " C"]:
+    """Which rows are classes, not padding of zeros."""
+    return jnp.any(class_embeddings != 0, axis=1)
 
 
 def adaptive_threshold(
     scores: Float[Array, "B C"], top_k: int, sigma_weight: float
 ) -> Float[Array, " B"]:
-    """Mean + sigma_weight * unbiased standard deviation of the top-k scores: [B, C] -> [B]."""
+    """Mean + sigma_weight * unbiased standard deviation of the top-k scores: [B, C] -> [B].
+
+    Scores of -inf, which belong to no class, are left out.
+    """
     top, _ = jax.lax.top_k(scores, min(top_k, scores.shape[1]))
-    return jnp.mean(top, axis=1) + sigma_weight * jnp.std(top, axis=1, ddof=1)
+    real = jnp.isfinite(top)
+    mean, deviation = jnp.mean(top, 1, where=real), jnp.std(top, 1, ddof=1, where=real)
+    return mean + sigma_weight * deviation
 
 
 def candidate_classes(
@@ -141,17 +156,22 @@ class PaperProtocol:
     which does not wait for the device, and `finish`), and a mask into labels of the image's own
     pixels (`restore`). `standard.StandardProtocol` is the other protocol. settings: differ only in
     keys of `after_encoder`, so that the encoder runs once per image for all of them. background:
-    whether class 0, the background, is scored.
+    whether class 0, the background, is scored. maps: whether responses hold the similarity to all
+    classes.
     """
 
     after_encoder = ("m_image", "m_text", "top_k", "sigma_weight", "candidates")
     after_encoder += ("refine", "crf", "pamr", "closing")
 
     def __init__(
-        self, model: Model, settings: Sequence[SegmentationConfig], background: bool = True
+        self,
+        model: Model,
+        settings: Sequence[SegmentationConfig],
+        background: bool = True,
+        maps: bool = False,
     ):
         self.graphdef, self.mesh = model.graphdef, model.local_mesh
-        self.settings, self.background = settings, background
+        self.settings, self.background, self.maps = settings, background, maps
         self.size = settings[0].resolution
         pool = ThreadPoolExecutor(thread_count(settings[0].threads))
         # A stage holds the settings with the same refinement: the CRF's lattice of an image is
@@ -173,7 +193,11 @@ class PaperProtocol:
         """A mask [S, S] resized to the image's (height, width)."""
         return resize_nearest(mask, *shape)
 
-    def start(self, params, class_embeddings: dict[int, jax.Array], batch: dict):
+    def restore_maps(self, maps: np.ndarray, _shape: tuple[int, int]) -> np.ndarray:
+        """The maps [C, h, w] of one image, as they are: a value per patch."""
+        return maps
+
+    def start(self, params, class_embeddings: Mapping[int, Any], batch: dict):
         """Starts work on a batch of arrays from `load`; class_embeddings: M^T -> [C, D]."""
         images = to_global_batch(batch["image"], self.mesh)
         responses, slots = self.respond_jit(params, class_embeddings, images)
@@ -217,7 +241,7 @@ class PaperProtocol:
         model = bind(self.graphdef, params)
         tokens = project(model, images, self.mesh)
         responses = [
-            respond(model, tokens, class_embeddings[s.m_text], s, self.background)
+            respond(model, tokens, class_embeddings[s.m_text], s, self.background, self.maps)
             for s in self.settings
         ]
         slots = []

@@ -8,7 +8,7 @@ image, and only labels leave it.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,23 +23,25 @@ from simseg_jax.models.simseg import bind, l2_normalize
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.sharding import BATCH, to_global_batch
 from simseg_jax.zeroshot.model import Model
-from simseg_jax.zeroshot.paper import project
+from simseg_jax.zeroshot.paper import classes_in, project
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 # Results are padded to multiples of this side, so that few programs serve images of all sizes.
 BUCKET = 64
+STEP = 16  # Maps hold every 16th value along a side: all would take 30 MB per image.
 MAX_PIXELS = 1 << 26  # Of a resized image; a photograph has less than a hundredth of that.
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Scores(NamedTuple):
-    """Image-text score [B, C] of every class, averaged over the windows."""
+    """Scores and similarity maps of B images and C classes, those that are padding included."""
 
-    scores: jax.Array
+    scores: jax.Array  # [B, C] image-text score, averaged over the windows
+    maps: jax.Array | None = None  # [B, C, H / STEP, W / STEP] cosines, where asked for
 
     def rows(self, index: int | slice) -> "Scores":
         """The scores of one image (without batch axis) or of a slice of images."""
-        return Scores(self.scores[index])
+        return jax.tree.map(lambda field: field[index], self)
 
 
 class StandardProtocol:
@@ -48,10 +50,15 @@ class StandardProtocol:
     after_encoder = ("m_image", "m_text", "background", "background_threshold", "softmax_scale")
 
     def __init__(
-        self, model: Model, settings: Sequence[SegmentationConfig], background: bool = True
+        self,
+        model: Model,
+        settings: Sequence[SegmentationConfig],
+        background: bool = True,
+        maps: bool = False,
     ):
         self.graphdef, self.mesh, self.patch = model.graphdef, model.local_mesh, model.patch_size
         self.settings, self.common, self.background = settings, settings[0], background
+        self.maps = maps
         self.predict_jit = jax.jit(self._predict)
 
     def load(self, image: Image.Image, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -82,7 +89,12 @@ class StandardProtocol:
         """The labels without their padding."""
         return mask[: shape[0], : shape[1]]
 
-    def start(self, params, class_embeddings: dict[int, jax.Array], batch: dict):
+    def restore_maps(self, maps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """The maps [C, h, w] of one image without their padding: a value per STEP pixels."""
+        height, width = (-(-side // STEP) for side in shape)
+        return maps[:, :height, :width]
+
+    def start(self, params, class_embeddings: Mapping[int, Any], batch: dict):
         """Starts work on a batch of arrays from `load`; class_embeddings: M^T -> [C, D]."""
         return self.predict_jit(params, class_embeddings, to_global_batch(batch, self.mesh))
 
@@ -126,18 +138,18 @@ class StandardProtocol:
             out_specs=BATCH,
             check_vma=False,
         )
-        masks = label(class_embeddings, patches, windows, rows, columns)
+        masks, maps = label(class_embeddings, patches, windows, rows, columns)
         responses = []
         for settings in self.settings:
             embedding = model.pool_image(tokens, settings.m_image).reshape(images, count, -1)
             classes = class_embeddings[settings.m_text].T
             scores = jnp.matmul(embedding.mean(axis=1), classes, precision=HIGHEST)
-            responses.append(Scores(scores))
+            responses.append(Scores(scores, maps[settings.m_text] if self.maps else None))
         return masks.swapaxes(0, 1), responses
 
-    def _labels(self, class_embeddings, patches, windows, rows, columns) -> jax.Array:
-        """Labels [V, H, W] of one image; patches: [n, m, g, g, D]."""
-        values = {}
+    def _labels(self, class_embeddings, patches, windows, rows, columns) -> tuple:
+        """(labels [V, H, W], M^T -> maps) of one image; patches: [n, m, g, g, D]."""
+        values, maps = {}, {}
         for m_text in {settings.m_text for settings in self.settings}:
             cosines = jnp.einsum(
                 "ijghd,cd->ijcgh", patches, class_embeddings[m_text], precision=HIGHEST
@@ -145,9 +157,14 @@ class StandardProtocol:
             if self.common.refine == "pamr":
                 cosines = self._refined(cosines, windows)
             tall = jnp.einsum("iyg,ijcgh->jcyh", rows, cosines, precision=HIGHEST)
-            values[m_text] = jnp.einsum("jcyh,jxh->cyx", tall, columns, precision=HIGHEST)
+            cosines = jnp.einsum("jcyh,jxh->cyx", tall, columns, precision=HIGHEST)
+            classes = classes_in(class_embeddings[m_text])
+            values[m_text] = jnp.where(classes[:, None, None], cosines, -jnp.inf)
+            if self.maps:
+                maps[m_text] = cosines[:, ::STEP, ::STEP]
         masks = [self._argmax(values[settings.m_text], settings) for settings in self.settings]
-        return jnp.stack(masks).astype(label_type(len(class_embeddings)))
+        classes = len(class_embeddings[self.common.m_text])
+        return jnp.stack(masks).astype(label_type(classes)), maps
 
     def _refined(self, cosines: jax.Array, windows: jax.Array) -> jax.Array:
         """Refined values of pixels [n, m, C, h, w] from cosines of patches [n, m, C, g, g]."""

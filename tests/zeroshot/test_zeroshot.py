@@ -55,11 +55,12 @@ def test_engine_batches_images_of_equal_shape(model, in_order):
     """Order, padding and grouping, with the standard protocol, whose inputs differ in size."""
     model, params = model
     settings = tiny_eval(protocol="standard", resolution=32, window=32, stride=16, batch_size=4)
-    engine = Engine(model, [settings], prompt_names("shapes"))
+    engine = Engine(model, [settings])
+    classes = engine.embed(params, engine.prompts(prompt_names("shapes")))
     sizes = [(40, 32), (60, 32), (40, 32), (40, 32), (60, 32), (40, 32), (40, 32)]
     images = [Image.fromarray(scene(i, "val")[0]).resize(size) for i, size in enumerate(sizes)]
     jobs = [lambda i=i, x=x: (i, x, (x.height, x.width)) for i, x in enumerate(images)]
-    results = list(engine.run(params, jobs, engine.embed(params), in_order))
+    results = list(engine.run(params, jobs, classes, in_order))
     order = [i for kept, _, _ in results for i in kept]
     groups = [[0], [1], [2, 3], [4], [5, 6]] if in_order else [[0, 2, 3, 5], [1, 4], [6]]
     assert [kept for kept, _, _ in results] == groups or not in_order
@@ -72,19 +73,19 @@ def test_engine_batches_images_of_equal_shape(model, in_order):
 
 def test_an_error_while_loading_reaches_the_caller(model):
     model, params = model
-    engine = Engine(model, [tiny_eval()], prompt_names("shapes"))
+    engine = Engine(model, [tiny_eval()])
 
     def fail():
         raise UserError("Cannot decode it.")
 
     with pytest.raises(UserError, match="Cannot decode"):
-        list(engine.run(params, [fail], engine.embed(params)))
+        list(engine.run(params, [fail], {1: np.zeros((3, 16), np.float32)}))
 
 
 def test_settings_must_share_what_the_encoder_sees(model):
     settings = [tiny_eval(), tiny_eval(resolution=64)]
     with pytest.raises(ValueError, match="what follows the encoder"):
-        Engine(model[0], settings, prompt_names("shapes"))
+        Engine(model[0], settings)
 
 
 def test_class_names_without_a_known_word_are_named(capsys):
