@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import changed
 from simseg_jax.runtime.sharding import place
 from simseg_jax.segmenter import Segmenter, add_protocol_options, protocol_settings, words_of
-from simseg_jax.weights import export, folder
+from simseg_jax.weights import export, folder, hub
 from simseg_jax.weights.card import FOLDER_USE, PROGRAMS_USE, PYTORCH_USE, model_card
 from simseg_jax.weights.containers import ARCHITECTURE, META
 from simseg_jax.weights.formats import AUTHORS
@@ -35,7 +36,7 @@ from simseg_jax.weights.read import (
 )
 from simseg_jax.weights.torch_file import save_tensors
 
-FORMATS = ("orbax", "safetensors", "pth", "stablehlo")
+FORMATS = ("orbax", "safetensors", "pth", "stablehlo", "hub")
 EPILOG = """examples:
   print what a file holds (format, architecture, how to use it):
     python -m simseg_jax.convert simseg.vit-s.pth
@@ -43,6 +44,8 @@ EPILOG = """examples:
     python -m simseg_jax.convert simseg.vit-s.pth models/simseg-vits
   a training run, to share it:
     python -m simseg_jax.convert runs/shapes models/shapes --to=safetensors --dtype=bfloat16
+  to a repository on the hub, which it makes (log in with "hf auth login" before):
+    python -m simseg_jax.convert runs/shapes owner/name --to=hub --private
   for the authors' PyTorch code:
     python -m simseg_jax.convert runs/shapes shapes.pth --to=pth
   exported programs for CPUs, NVIDIA GPUs and TPUs, which need only JAX:
@@ -68,7 +71,14 @@ def main() -> None:
         "destination", nargs="?", help="what to write; without it SOURCE is described"
     )
     parser.add_argument(
-        "--to", choices=FORMATS, default="orbax", help="format to write; default: orbax"
+        "--to",
+        choices=FORMATS,
+        default="orbax",
+        help="format to write, default: orbax; hub: upload safetensors to the repository "
+        "DESTINATION",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="--to=hub: only you see the repository"
     )
     parser.add_argument(
         "--dtype",
@@ -96,9 +106,19 @@ def main() -> None:
     if args.destination is None:
         describe(args)
         return
+    began = time.monotonic()
+    if args.to == "hub":
+        hub.refuse_existing(args.destination)
+        model = read(args)
+        with tempfile.TemporaryDirectory() as temporary:
+            local = Path(temporary) / args.destination
+            write(model, local, args)
+            address = hub.upload(local, args.destination, args.private)
+        seconds = time.monotonic() - began
+        print(f"Uploaded {args.source} in {seconds:.1f} s: {args.dtype} in {address}")
+        return
     destination = Path(args.destination)
     folder.refuse_existing(destination)
-    began = time.monotonic()
     model = read(args)
     write(model, destination, args)
     files = [destination] if destination.is_file() else list(destination.rglob("*"))
@@ -146,8 +166,9 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
             save_tensors(partial, content)
         return
     segmenter, classes, platforms = None, None, args.platforms.split(",")
-    weights, use = folder.PARAMS, FOLDER_USE.format(name=destination.name)
-    if args.to == "safetensors":
+    name = args.destination if args.to == "hub" else destination.name
+    weights, use = folder.PARAMS, FOLDER_USE.format(name=name)
+    if args.to in ("safetensors", "hub"):
         weights, use = folder.SAFETENSORS, use + PYTORCH_USE
     elif args.to == "stablehlo":
         names = words_of(first_segmentation(model.config))
@@ -155,7 +176,7 @@ def write(model: TrainedModel, destination: Path, args: argparse.Namespace) -> N
         segmenter = Segmenter(model, **protocol_settings(args))
         classes = segmenter.classes(words)
         weights, use = folder.PROGRAMS, _programs_use(model, segmenter, platforms)
-    card = model_card(destination.name, architecture, model.origin, use)
+    card = model_card(name, architecture, model.origin, use)
     with folder.writing(
         destination, model.config, model.tokenizer, model.origin, weights, card
     ) as partial:

@@ -1,6 +1,8 @@
 """Helpers of several tests."""
 
+import os
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +124,14 @@ def tiny_model(devices=1):
     architecture = model_config(run_config(tiny_config()), len(tokenizer))
     params = init_params(architecture, jax.random.key(0))
     return model_of(architecture, TextEncoder(tokenizer, 25), devices), params
+
+
+def hub_environment(folder: Path, **more: str) -> dict[str, str]:
+    """The environment of a process that talks to `hub_server` only."""
+    return {
+        "PATH": "",
+        "HF_HOME": str(folder / "home"),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+        **more,
+    }

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import GOLDENS
 from PIL import Image
-from support import assert_close, assert_trees_equal, message, run
+from support import assert_close, assert_trees_equal, hub_environment, message, run
 
 from simseg_jax import convert
 from simseg_jax.masks.postprocess import resize_nearest
@@ -317,3 +317,53 @@ def test_a_run_that_lost_something_is_told_in_one_sentence(workdir):
         change()
         with pytest.raises(UserError, match=expected):
             load_model(workdir, 77 if "77" in expected else None)
+
+
+HUB = """
+import pathlib, sys
+from hub_server import serve
+
+serve(pathlib.Path(sys.argv[1]))
+
+from simseg_jax import Segmenter, convert
+
+run, repository = sys.argv[2:4]
+sys.argv = ["convert", run, repository, "--to=hub", "--dtype=bfloat16", "--private"]
+convert.main()
+segmenter = Segmenter.from_pretrained(repository, refine="none")
+print(segmenter("photo.png", ["star"]).labels)
+convert.main()
+"""
+
+
+def test_a_run_is_uploaded_and_used(trained, tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "photo.png")
+
+    def upload(**more):
+        command = [sys.executable, "-c", HUB, str(tmp_path / "hub"), str(trained), "me/shapes"]
+        options = {"capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path}
+        return subprocess.run(command, env=hub_environment(tmp_path, **more), **options)
+
+    (tmp_path / "hub").mkdir()
+    done = upload()
+    assert done.returncode == 2
+    assert 'that you are logged in ("hf auth login")' in done.stderr
+    assert "Traceback" not in done.stderr
+    done = upload(HF_TOKEN="hf_secret")
+    uploaded, labels = done.stdout.splitlines()
+    assert uploaded.startswith(f"Uploaded {trained} in")
+    assert uploaded.endswith("/me/shapes")
+    assert labels == "('background', 'star')"
+    # The second upload is refused.
+    assert done.returncode == 2
+    assert "me/shapes holds files" in done.stderr
+    folder = tmp_path / "hub" / "me" / "shapes"
+    assert "private" in json.loads((folder / ".private").read_text()).values()
+    names = {file.name for file in folder.rglob("*")}
+    assert names > {"model.safetensors", "README.md", "manifest.json", "config.json"}
+    assert 'Segmenter.from_pretrained("me/shapes")' in (folder / "README.md").read_text()
+
+
+def test_a_repository_has_an_owner(monkeypatch, capsys, trained):
+    error = message(monkeypatch, capsys, convert, str(trained), "shapes", "--to=hub")
+    assert error == "error: shapes is no repository: --to=hub takes owner/name."

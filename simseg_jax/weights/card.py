@@ -29,6 +29,13 @@ FOLDER_USE = """
 
 With simseg_jax installed (`pip install -e .` in a clone):
 
+```python
+from simseg_jax import Segmenter
+
+segmenter = Segmenter.from_pretrained("{name}")
+segmenter("photo.jpg", words=["dog", "grass"]).save("photo")
+```
+
 ```
 python -m simseg_jax.segment --checkpoint={name} --words="dog, grass" --output=out photos/
 python -m simseg_jax.evaluate --checkpoint={name}

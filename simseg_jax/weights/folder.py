@@ -13,7 +13,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+import simseg_jax
 from simseg_jax.config import RunConfig, published
 from simseg_jax.models.simseg import SimSegConfig
 from simseg_jax.runtime import errors
@@ -116,7 +116,7 @@ def writing(
         files = sorted(f for f in partial.rglob("*") if f.is_file() and f.name != CARD)
         manifest = {
             "format": FORMAT,
-            "version": version("simseg-jax"),
+            "version": simseg_jax.__version__,
             "weights": weights,
             "origin": origin,
             # Without the card, which people edit.

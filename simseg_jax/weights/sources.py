@@ -77,8 +77,7 @@ def _name(path: str) -> str:
 
 
 def _from_hub(source: str) -> Path:
-    # Imported late, because it is slow.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # Here, because it is slow.
 
     repository, _, revision = source.partition("@")
     inner = [f"*/*{suffix}" for suffix in SUFFIXES]

@@ -2,12 +2,12 @@ import json
 import shutil
 import subprocess
 import sys
-import textwrap
 
 import fsspec
 import numpy as np
 import pytest
 from conftest import GOLDENS
+from support import hub_environment
 
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights import sources
@@ -113,54 +113,10 @@ def test_files_on_object_storage_bring_their_settings(cache, bucket):
 
 
 HUB = """
-import http.server, json, pathlib, sys, threading
+import os, pathlib, sys
+from hub_server import serve
 
-files = pathlib.Path(sys.argv[1])
-REVISION = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[:4] == ["api", "models", "someone", "bert"]:
-            names = sorted(f.name for f in files.iterdir())
-            siblings = [{"rfilename": name} for name in names]
-            if "tree" in parts:
-                tree = [
-                    {"type": "file", "path": n, "oid": n, "size": (files / n).stat().st_size}
-                    for n in names
-                ]
-                return self.answer(json.dumps(tree).encode(), "application/json")
-            info = {"id": "someone/bert", "sha": REVISION, "siblings": siblings}
-            return self.answer(json.dumps(info).encode(), "application/json")
-        if parts[:3] == ["someone", "bert", "resolve"]:
-            return self.answer((files / parts[4]).read_bytes(), "application/octet-stream")
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def answer(self, body, kind):
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", REVISION)
-        self.send_header("ETag", '"%d"' % len(body))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-
-import os
-os.environ.update(HF_ENDPOINT="http://127.0.0.1:%d" % server.server_port, HF_HUB_OFFLINE="0")
-
+serve(pathlib.Path(sys.argv[1]))
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.weights.containers import read_weights
 from simseg_jax.weights.sources import fetch
@@ -177,17 +133,16 @@ except UserError as error:
 
 
 def test_a_hub_repository(tmp_path):
-    """A server that speaks as much of the hub's language as a download needs."""
-    files = tmp_path / "files"
+    files = tmp_path / "hub" / "someone" / "bert"
     shutil.copytree(NEIGHBOURS / "hf_bert", files)
     # Of two containers the safe one is taken.
     (files / "pytorch_model.bin").write_bytes(b"not asked for")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(HUB), str(files)],
+        [sys.executable, "-c", HUB, str(tmp_path / "hub")],
         capture_output=True,
         text=True,
         timeout=120,
-        env={"PATH": "", "HF_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"},
+        env=hub_environment(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     *found, error = done.stdout.splitlines()
