@@ -83,13 +83,11 @@ def test_an_unknown_command_is_one_sentence(arguments, message):
 
 def test_commands_keep_their_arguments_and_exit_status(tmp_path):
     assert run("--version").stdout == f"simseg_jax {simseg_jax.__version__}\n"
-    done = run("linear-probe", "--checkpoint=none", f"--config={tmp_path}/none.py")
+    command = [sys.executable, "-m", "simseg_jax", "linear-probe", "--checkpoint=none"]
+    command.append(f"--config={tmp_path}/none.py")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: No configuration file at {tmp_path}/none.py;")
-    command = [sys.executable, "-m", "simseg_jax", "train", "--workdir=x"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "simseg train: error: the following arguments are required: --config" in done.stderr
 
 
 @pytest.mark.parametrize("start", [["-c", SCRIPT], ["-m", "simseg_jax"]])

@@ -15,13 +15,16 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with the files of the wheel, and one with its metadata."""
+    """A folder with the files of the wheel, built from what launch/Dockerfile copies."""
     pytest.importorskip("setuptools", reason="needs setuptools")
     folder = tmp_path_factory.mktemp("built")
-    (folder / "info").mkdir()
+    copied = (ROOT / "launch/Dockerfile").read_text().partition("\nRUN pip install")[0]
+    for line in re.findall(r"^COPY (.*) \S+$", copied, re.M):
+        for source in line.split():
+            (folder / source).symlink_to(ROOT / source)
     command = [sys.executable, "-W", "ignore", "setup.py", "--quiet"]
-    command += ["egg_info", f"--egg-base={folder / 'info'}", "build_py", f"-d{folder / 'lib'}"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    command += ["egg_info", f"--egg-base={folder}", "build_py", f"-d{folder / 'lib'}"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     return folder
 
 
@@ -53,7 +56,7 @@ def test_packaged_configurations_are_found_outside_of_a_clone(built, tmp_path):
 
 
 def test_metadata(built):
-    info = (built / "info" / "simseg_jax.egg-info" / "PKG-INFO").read_text()
+    info = (built / "simseg_jax.egg-info" / "PKG-INFO").read_text()
     assert f"\nVersion: {simseg_jax.__version__}\n" in info
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"\n## [{simseg_jax.__version__}]" in changelog
