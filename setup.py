@@ -34,7 +34,7 @@ setup(
         "Environment :: GPU",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
-        # Those on which the tests have been run.
+        # On 3.13 a part of the tests has been run; 3.14 has not been tried.
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
