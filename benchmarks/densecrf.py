@@ -1,6 +1,6 @@
 """Dense CRF of 288x288 images: the NumPy and the JAX back end against pydensecrf.
 
-    pip install pydensecrf2
+    pip install -e ".[bench]"
     python benchmarks/densecrf.py [--root VOCdevkit/VOC2012] [--images 24] [--batch 4]
 
 Milliseconds per image for 1, 2 and 5 classes, all sides in turns on the same images and probability
@@ -18,12 +18,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from peers import require
+from peers import photos, require
 from PIL import Image
 
 from simseg_jax.masks import densecrf, densecrf_jax
 from simseg_jax.masks.densecrf import EPSILON, PAPER, import_pydensecrf
 from simseg_jax.masks.permutohedral_jax import batch_positions
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.ranges import whole
 
 SIZE, GRID = 288, 18
 SIDES = ("pydensecrf", "pydensecrf, built once", "NumPy", "JAX")
@@ -32,8 +35,9 @@ SIDES = ("pydensecrf", "pydensecrf, built once", "NumPy", "JAX")
 def photographs(root: str | None, count: int) -> np.ndarray:
     """uint8 [count, 288, 288, 3] from a VOC folder, or noise whose power falls with frequency."""
     if root:
-        files = sorted((Path(root) / "JPEGImages").glob("*.jpg"))
-        images = [Image.open(file).convert("RGB") for file in files[:: len(files) // count][:count]]
+        files = photos(Path(root) / "JPEGImages")
+        files = files[:: max(1, len(files) // count)][:count]
+        images = [Image.open(file).convert("RGB") for file in files]
         return np.stack([np.asarray(image.resize((SIZE, SIZE))) for image in images])
     rng = np.random.default_rng(0)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(SIZE), np.fft.fftfreq(SIZE)))
@@ -127,15 +131,20 @@ def measure(images: np.ndarray, classes: int, batch: int) -> tuple[dict, dict]:
     return times, {side: float(min(equal[side])) for side in SIDES}
 
 
+@report_user_errors
 def main() -> None:
     """Prints the table and the JSON line."""
     parser = argparse.ArgumentParser(description="Dense CRF against pydensecrf.")
     parser.add_argument("--root", help="VOC2012 folder; default: generated images")
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=4, help="images per call of the JAX back end")
+    parser.add_argument("--images", type=accepted(whole(1)), default=24)
+    parser.add_argument(
+        "--batch", type=accepted(whole(1)), default=4, help="images per call of the JAX back end"
+    )
     args = parser.parse_args()
     require("pydensecrf")
     images = photographs(args.root, args.images)
+    if len(images) < args.batch:
+        raise UserError(f"--batch={args.batch} must not exceed the {len(images)} images.")
     images = images[: len(images) // args.batch * args.batch]
     figures = {}
     print(f"{len(images)} images, ms per image (times as fast as pydensecrf)")

@@ -33,7 +33,7 @@ import drill_cases as cases
 import numpy as np
 
 from simseg_jax.runtime.command_line import accepted
-from simseg_jax.runtime.errors import UserError
+from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.ranges import SEED, whole
 
 PROGRAMS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}  # Audit events.
@@ -194,6 +194,7 @@ def set_up(home: Path, names: Sequence[str]) -> None:
     subprocess.run(command, cwd=cases.ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
+@report_user_errors
 def main() -> None:
     """One line per kind, then the folder of what failed."""
     parser = argparse.ArgumentParser(

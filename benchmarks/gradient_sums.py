@@ -12,7 +12,6 @@ Prints relative errors (norm of the difference of all gradients over the norm):
 """
 
 import argparse
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,9 @@ from simseg_jax.config import RunConfig, load_config
 from simseg_jax.data.pipeline import TrainBatches
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.models.simseg import bind, make_model
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.train import open_examples, set_up
 from simseg_jax.training.loss import contrastive_loss
@@ -88,14 +90,18 @@ def in_bfloat16(parts: list[np.ndarray], add) -> list[np.ndarray]:
     return sums
 
 
+@report_user_errors
 def main() -> None:
     """Trains, prints a row per step and number of devices."""
     parser = argparse.ArgumentParser(description="Errors of gradient sums in bfloat16.")
-    parser.add_argument("--steps", default="0,50,200", help="steps to look at, with commas")
-    args = parser.parse_args()
-    looked_at = [int(step) for step in args.steps.split(",")]
-    path = Path(__file__).parents[1] / "configs" / "shapes.py"
-    config: RunConfig = load_config(str(path), [f"--config.batch_size={DEVICES[-1]}"])
+    parser.add_argument(
+        "--steps",
+        type=lambda text: [accepted(whole(0))(step) for step in text.split(",")],
+        default="0,50,200",
+        help="steps to look at, with commas",
+    )
+    looked_at = parser.parse_args().steps
+    config: RunConfig = load_config("shapes", [f"--config.batch_size={DEVICES[-1]}"])
     tokenizer = load_tokenizer(config.data.vocab)
     _, examples = open_examples(config, tokenizer)
     data = TrainBatches(examples, batch_size=config.batch_size)

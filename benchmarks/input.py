@@ -1,6 +1,6 @@
 """Training examples per second and core, from JPEG bytes and caption to a batch, against PIL.
 
-    pip install torch
+    pip install -e ".[bench]"
     python benchmarks/input.py [--root FOLDER_OF_JPEGS] [--vocab vocab.txt] [--rounds 7]
 
 The peer is the original's transform written out: PIL decodes, RandomResizedCrop 224 and AutoAugment
@@ -21,12 +21,11 @@ import json
 import os
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from densecrf import photographs
-from peers import require
+from peers import photos, require
 from PIL import Image
 
 from simseg_jax.data import pipeline
@@ -35,6 +34,9 @@ from simseg_jax.data.crops import draw_crop
 from simseg_jax.data.pairs import DataSetConfig, Problems
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import whole
 
 with contextlib.suppress(ImportError):  # Said by `require`, once the options are read.
     import torch  # pyright: ignore[reportMissingImports]
@@ -47,10 +49,7 @@ CAPTION = "a picture of a big star next to a moon on the grass with an old wheel
 def jpegs(root: str | None, count: int, size: tuple[int, int], quality: int) -> list[bytes]:
     """`count` JPEG files of `size` (width, height)."""
     if root:
-        files = sorted(Path(root).glob("*.jp*g"))
-        if not files:
-            raise SystemExit(f"No JPEG files in {root}.")
-        images = [Image.open(file).convert("RGB") for file in files[:count]]
+        images = [Image.open(file).convert("RGB") for file in photos(root)[:count]]
     else:
         images = [Image.fromarray(image) for image in photographs(None, count)]
     encoded = []
@@ -154,6 +153,7 @@ def measure(files: list[bytes], tokenizer, rounds: int) -> dict[str, Any]:
     return figures
 
 
+@report_user_errors
 def main() -> None:
     """Prints the table and the JSON line."""
     parser = argparse.ArgumentParser(description="The training input against PIL and PyTorch.")
@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument(
         "--vocab", default="shapes", help="vocab.txt; default: a small built-in one"
     )
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=accepted(whole(1)), default=64)
+    parser.add_argument("--rounds", type=accepted(whole(1)), default=7)
     args = parser.parse_args()
     require("torch")
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Resident memory of the training input over many steps: it must stay flat.
 
-    python benchmarks/loader_memory.py [--config configs/shapes.py] [--steps 10000] [--batch 16]
+    python benchmarks/loader_memory.py [--config shapes] [--steps 10000] [--batch 16]
 
 Takes batches as training does, prints the memory of this process (and of its worker processes, if
 data.workers is set) ten times on the way, and fails if it grew by more than --limit MiB after the
@@ -18,6 +18,9 @@ from peers import require
 from simseg_jax.config import load_config
 from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import whole
 
 
 def resident() -> float:
@@ -29,12 +32,13 @@ def resident() -> float:
     return sum(member.memory_info().rss for member in family) / 2**20
 
 
+@report_user_errors
 def main() -> None:
     """Prints the table and the JSON line."""
     parser = argparse.ArgumentParser(description="Memory of the training input.")
-    parser.add_argument("--config", default="configs/shapes.py")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--config", default="shapes")
+    parser.add_argument("--steps", type=accepted(whole(2)), default=10_000)
+    parser.add_argument("--batch", type=accepted(whole(1)), default=16)
     parser.add_argument("--limit", type=float, default=32, help="MiB it may grow (%(default)s)")
     args, overrides = parser.parse_known_args()
     require("psutil")

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from simseg_jax.runtime.errors import UserError, report_user_errors
+
 ROOT = Path(__file__).parents[1]
 FULL, CACHED = "remat=full", "remat=full micro_batch=256 loss_chunk=1024"
 # Devices -> options for batches of 4096, 16,384 and 32,768, the least that fits.
@@ -46,6 +48,7 @@ CHECKS = (
 )
 
 
+@report_user_errors
 def main() -> None:
     """Compiles the rows that match and are not in the folder yet; prints tables of all there."""
     parser = argparse.ArgumentParser(
@@ -85,10 +88,11 @@ def main() -> None:
 def compile_row(model: str, devices: str, batch: int, options: str, path: Path) -> None:
     """Writes the plan of one row as JSON."""
     keys = [f"--config.{option}" for option in options.split()]
-    command = [sys.executable, "-m", "simseg_jax.plan", f"--config=configs/{model}.py"]
+    command = [sys.executable, "-m", "simseg_jax.plan", f"--config={model}"]
     command += [*f"--devices={devices}".split(), f"--config.batch_size={batch}", *keys]
     command.append(f"--output={path.absolute()}")
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"The plan of {model} on {devices} failed; its own message is above.")
 
 
 def cell(options: str, plan: dict | None) -> str:

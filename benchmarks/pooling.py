@@ -23,6 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from simseg_jax.models import pooling
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import whole
 
 Selection = tuple[jax.Array, jax.Array]
 
@@ -92,15 +95,18 @@ def compile_pool(pool: Callable, x: jax.Array, m: int):
     return (lambda: compiled(x, weight)), memory.temp_size_in_bytes if memory else 0
 
 
+@report_user_errors
 def main() -> None:
     """Times all implementations in turn and prints medians and ratios to the package's kernel."""
     parser = argparse.ArgumentParser(description="Top-M pooling against its alternatives.")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=196)
-    parser.add_argument("--channels", type=int, default=512)
-    parser.add_argument("--m", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batch", type=accepted(whole(1)), default=256)
+    parser.add_argument("--tokens", type=accepted(whole(1)), default=196)
+    parser.add_argument("--channels", type=accepted(whole(1)), default=512)
+    parser.add_argument("--m", type=accepted(whole(1)), default=5)
+    parser.add_argument("--repeats", type=accepted(whole(1)), default=15)
     args = parser.parse_args()
+    if args.m > args.tokens:
+        parser.error(f"--m={args.m} must not exceed --tokens={args.tokens}")
     shape = (args.batch, args.tokens, args.channels)
     x = jax.random.normal(jax.random.key(0), shape)
     pools = {

@@ -26,6 +26,9 @@ from PIL import Image
 from simseg_jax.config import load_config, model_config
 from simseg_jax.data.text import load_tokenizer
 from simseg_jax.models.simseg import init_params
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.sharding import place
 from simseg_jax.segmenter import Segmenter
 from simseg_jax.weights.export import PLATFORMS, SEGMENTER, SUFFIX, write_programs
@@ -74,18 +77,17 @@ def run(script: str, folder: Path, *arguments: str) -> list[float]:
     return [float(number) for number in done.stdout.split()]
 
 
+@report_user_errors
 def main() -> None:
     """Prints sizes, the medians of both and their ratio."""
     parser = argparse.ArgumentParser(description="Exported program against the package.")
     parser.add_argument("--model", default="vits16", choices=("vits16", "vitb16", "shapes"))
     parser.add_argument("--refine", default="none", choices=("none", "crf"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=accepted(whole(1)), default=3)
     args = parser.parse_args()
     other = ["--config.data.vocab=shapes", "--config.model.text.vocab_size=30522"]
-    config = load_config(
-        ROOT / "configs" / f"{args.model}.py", other if args.model != "shapes" else []
-    )
+    config = load_config(args.model, other if args.model != "shapes" else [])
     tokenizer = load_tokenizer("shapes")
     params = init_params(model_config(config, len(tokenizer)), jax.random.key(0))
     model = assemble_model(

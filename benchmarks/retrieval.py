@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from simseg_jax.runtime.errors import UserError, one_line, report_user_errors
+
 KS = (1, 5, 10)
 ROWS = 500
 
@@ -65,6 +67,7 @@ def peer(pictures: np.ndarray, words: np.ndarray, owners: np.ndarray) -> list[fl
     return [float((places < k).mean()) for k in KS for places in (images, texts)]
 
 
+@report_user_errors
 def main() -> None:
     """Prints seconds, peaks and the ratio."""
     parser = argparse.ArgumentParser(description="Retrieval: chunked top-k against argsort.")
@@ -74,6 +77,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not max(KS) <= args.images <= args.texts:
+        parser.error(f"--images must be from {max(KS)} to the number of --texts")
+    if min(args.width, args.rounds) < 1:
+        parser.error("--width and --rounds must be at least 1")
     if args.side:
         data = embeddings(args.images, args.texts, args.width)
         began = time.perf_counter()
@@ -87,7 +94,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for side, results in rows.items():
             command = [sys.executable, str(Path(__file__)), *sizes, f"--side={side}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"The side {side} failed: {one_line(done.stderr[-300:], 300)}")
             results.append(json.loads(done.stdout))
     # Sums in another order may exchange nearly equal neighbours: one query in all.
     tolerance = 1.01 / args.images

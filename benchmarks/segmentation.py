@@ -1,6 +1,6 @@
 """The whole zero-shot evaluation, JPEG to mean IoU: this package against a loop in PyTorch.
 
-    pip install torch opencv-python-headless pydensecrf2
+    pip install -e ".[bench]"
     python benchmarks/segmentation.py [--refine crf|none] [--root VOCdevkit/VOC2012] [--images 100]
 
 The peer is the protocol as one writes it in PyTorch, one image at a time: PIL, a plain ViT, topk,
@@ -37,6 +37,9 @@ from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.simseg import SimSegConfig, init_params, l2_normalize, make_model
 from simseg_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.sharding import make_mesh
 from simseg_jax.weights.load import load_model
 from simseg_jax.zeroshot.model import Model
@@ -240,15 +243,18 @@ def compare(args) -> dict:
     }
 
 
+@report_user_errors
 def main() -> None:
     """Prints the figures, the last line as JSON."""
     parser = argparse.ArgumentParser(description="Segmentation evaluation: ours against PyTorch.")
     parser.add_argument("--root", help="the folder VOC2012; default: generated images")
     parser.add_argument("--checkpoint", help="WORKDIR of a run; default: random weights")
     parser.add_argument("--refine", choices=("crf", "none"), default="crf")
-    parser.add_argument("--images", type=int, default=80, help="the first so many images")
-    parser.add_argument("--chunk", type=int, default=40, help="images per turn")
-    parser.add_argument("--batch", type=int, default=8, help="our batch size")
+    parser.add_argument(
+        "--images", type=accepted(whole(1)), default=80, help="the first so many images"
+    )
+    parser.add_argument("--chunk", type=accepted(whole(1)), default=40, help="images per turn")
+    parser.add_argument("--batch", type=accepted(whole(1)), default=8, help="our batch size")
     args = parser.parse_args()
     require("torch", "cv2", *(["pydensecrf"] if args.refine == "crf" else []))
     jax.config.update("jax_default_matmul_precision", "highest")  # Float32 on a GPU too.

@@ -22,6 +22,7 @@ from simseg_jax.data.testsets.classes import class_names
 from simseg_jax.evaluators.metrics import class_iou, confusion_matrix
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.masks.postprocess import closing, resize_nearest, upsample
+from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.weights.load import load_model
 from simseg_jax.zeroshot.paper import compose, min_max
 
@@ -74,12 +75,15 @@ def evaluator_with(model, settings, *changes: dict) -> SegmentationEvaluator:
     return SegmentationEvaluator(model, *variants)
 
 
+@report_user_errors
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description="What limits the score of configs/shapes.py.")
     parser.add_argument("workdir", help="folder of a finished run")
     model = load_model(parser.parse_args().workdir)
-    settings = model.config.evals.seg["shapes"]
+    settings = model.config.evals.seg.get("shapes")
+    if settings is None:
+        raise UserError("The run has no test set evals.seg.shapes: train configs/shapes.py.")
     confusions = oracle_confusions(model, settings)
     evaluator = evaluator_with(model, settings, {"refine": "none"}, {"refine": "crf"})
     records = list(evaluator.records(model.params))

@@ -16,6 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from simseg_jax.runtime.command_line import accepted
+from simseg_jax.runtime.errors import report_user_errors
+from simseg_jax.runtime.ranges import whole
+
 ROOT = Path(__file__).parents[1]
 CONFIG = """
 from simseg_jax.config import data_set, default_config
@@ -28,7 +32,7 @@ def get_config():
 """
 
 
-def first_step(config: Path, cache: Path, overrides: list[str]) -> float:
+def first_step(config: str, cache: Path, overrides: list[str]) -> float:
     """Seconds from the start of the process to its first line of metrics."""
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "run" / "metrics.jsonl"
@@ -54,19 +58,20 @@ def first_step(config: Path, cache: Path, overrides: list[str]) -> float:
         return seconds
 
 
+@report_user_errors
 def main() -> None:
     """Prints the median of both and their ratio."""
     parser = argparse.ArgumentParser(description="Launch to first step, cold and warm.")
     parser.add_argument("--model", default="vits16", choices=("vits16", "shapes"))
-    parser.add_argument("--batch", type=int, default=8, help="pairs per step")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=accepted(whole(1)), default=8, help="pairs per step")
+    parser.add_argument("--rounds", type=accepted(whole(1)), default=3)
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
-        config = ROOT / "configs" / "shapes.py"
+        config = "shapes"
         if args.model == "vits16":
-            config = Path(folder) / "config.py"
-            config.write_text(CONFIG)
+            (Path(folder) / "config.py").write_text(CONFIG)
+            config = f"{folder}/config.py"
         overrides = [f"--config.batch_size={args.batch}"]
         for turn in range(args.rounds):
             for kind in seconds:

@@ -9,7 +9,7 @@ Prints a table, writes JSON. `plan` and `bound` are what the compiled program ta
 and the least time for it (ms), as `python -m simseg_jax.plan` prints them: what GiB and ms/step
 are to be compared with.
 
-pip install torch transformers
+pip install -e ".[bench]"
 python benchmarks/train_step.py --batches 16
 python benchmarks/train_step.py --models vits16,vitb16 --batches 256,1024,4096 --compile \
     --options none remat=dots remat=full micro_batch=256 micro_batch=256,loss_chunk=1024
@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from peers import require
+
+from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.ranges import whole
 
 TOKENS = 25
 VOCABULARY = 30522
@@ -210,23 +213,51 @@ def receive(connection):
         return "the process died, most likely out of memory"
 
 
+def options_of(text: str) -> dict:
+    """The options of a row, such as "remat=dots,micro_batch=256" or "none"."""
+    pairs = [item.partition("=")[::2] for item in text.split(",") if item != "none"]
+    if not {key for key, _ in pairs} <= {"remat", "micro_batch", "loss_chunk"}:
+        raise UserError(
+            f"--options: {text} must be none, or KEY=VALUE,... of remat, micro_batch, loss_chunk."
+        )
+    return {key: int(value) if value.isdigit() else value for key, value in pairs}
+
+
+@report_user_errors
 def main() -> None:
     """Measures every combination, prints a row for each side, writes everything as JSON."""
+    # Imports JAX, which the peer's process does without.
+    from simseg_jax.runtime.command_line import accepted
+
     parser = argparse.ArgumentParser(description="The training step against a PyTorch peer.")
     parser.add_argument("--models", default="vits16", help="vits16, vitb16, tiny; with commas")
-    parser.add_argument("--batches", default="16", help="batch sizes, with commas")
+    parser.add_argument(
+        "--batches",
+        type=lambda text: [accepted(whole(1))(batch) for batch in text.split(",")],
+        default="16",
+        help="batch sizes, with commas",
+    )
     parser.add_argument(
         "--options",
         nargs="+",
         default=["none"],
         help="rows: none, or KEY=VALUE,... of remat, micro_batch, loss_chunk",
     )
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--peer", default="pytorch", help="'' measures this package alone")
+    parser.add_argument("--steps", type=accepted(whole(1)), default=3, help="steps of a turn")
+    parser.add_argument("--rounds", type=accepted(whole(1)), default=5, help="turns of each side")
+    parser.add_argument(
+        "--peer",
+        default="pytorch",
+        choices=("pytorch", ""),
+        help="'' measures this package alone",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile for the peer")
     parser.add_argument("--json", default="", help="file for all figures")
     args = parser.parse_args()
+    models = args.models.split(",")
+    rows_of_options = {text: options_of(text) for text in args.options}
+    if not set(models) <= SIZES.keys():
+        parser.error(f"--models takes {', '.join(SIZES)}")
     if args.peer:
         require("torch")
     sides = ["simseg_jax"] + ([args.peer] if args.peer else [])
@@ -236,11 +267,9 @@ def main() -> None:
         f"{'TFLOP/s':>8s} {'MFU':>5s} {'GiB':>6s} {'plan':>6s} {'bound':>7s} {'start s':>7s}  "
         "peer / ours"
     )
-    for size in args.models.split(","):
-        for batch in map(int, args.batches.split(",")):
-            for text in args.options:
-                pairs = (item.split("=") for item in text.split(",") if item != "none")
-                options = {k: int(v) if v.isdigit() else v for k, v in pairs}
+    for size in models:
+        for batch in args.batches:
+            for text, options in rows_of_options.items():
                 # The peer has remat alone; its rows without the other options are enough.
                 both = sides if set(options) <= {"remat"} else sides[:1]
                 results = measure(size, batch, options, both, args)

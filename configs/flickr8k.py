@@ -1,6 +1,6 @@
 """A small real run: Flickr8k's 6,000 training images, five captions each, small encoders.
 
-python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/flickr8k \
+python -m simseg_jax.main --config=flickr8k --workdir=runs/flickr8k \
     --config.data.train.flickr8k.path=flickr8k/captions.csv --config.data.vocab=vocab.txt
 
 flickr8k/ holds Images/, captions.csv (header `image,caption`) and train.txt; vocab.txt is BERT's

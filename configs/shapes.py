@@ -1,6 +1,6 @@
 """The embedded demo: generated scenes of 64x64 pixels, captions only; nothing to download.
 
-python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes
+python -m simseg_jax.main --config=shapes --workdir=runs/shapes
 
 Hardware: 2 CPU cores, 2 to 4 minutes in all. Expected seg/shapes/miou of 256 scenes, seed 0, and
 the same with evals.seg.shapes.refine=none (all background would be 0.076):

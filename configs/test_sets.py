@@ -1,8 +1,8 @@
 """Every test set of the paper, and the standard protocol of segmentation; not for training.
 
-python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/test_sets.py \
+python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=test_sets \
     --test_set=voc,context,coco_object
-python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=configs/test_sets.py \
+python -m simseg_jax.evaluate --checkpoint=runs/vits16 --config=test_sets \
     --test_set=flickr30k,coco,imagenet
 
 Without --test_set all fourteen are run. The data are expected under data/ (a link will do; or set

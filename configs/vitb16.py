@@ -1,6 +1,6 @@
 """The paper's larger run: as configs/vits16.py with ViT-B/16.
 
-python -m simseg_jax.main --config=configs/vitb16.py --workdir=runs/vitb16 \
+python -m simseg_jax.main --config=vitb16 --workdir=runs/vitb16 \
     --config.data.train.cc3m.path=DATA/cc3m --config.data.train.cc12m.path=DATA/cc12m \
     --config.evals.seg.voc.root=VOCdevkit/VOC2012
 

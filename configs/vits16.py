@@ -1,6 +1,6 @@
 """The paper's main run: ViT-S/16 and BERT-base on CC3M + CC12M, LoDA with M^I = M^T = 5.
 
-python -m simseg_jax.main --config=configs/vits16.py --workdir=runs/vits16 \
+python -m simseg_jax.main --config=vits16 --workdir=runs/vits16 \
     --config.data.train.cc3m.path=DATA/cc3m --config.data.train.cc12m.path=DATA/cc12m \
     --config.evals.seg.voc.root=VOCdevkit/VOC2012
 

@@ -1,7 +1,7 @@
 """Starts several processes on this machine as one distributed run, and starts them again.
 
-python launch/local.py --processes=2 simseg_jax.main --config=configs/shapes.py --workdir=runs/two
-python launch/local.py --processes=8 --one_gpu_each simseg_jax.main --config=configs/vits16.py ...
+python launch/local.py --processes=2 simseg_jax.main --config=shapes --workdir=runs/two
+python launch/local.py --processes=8 --one_gpu_each simseg_jax.main --config=vits16 ...
 
 The module runs as `python -m MODULE ARGUMENTS --distributed` in every process. If one of them dies
 (out of memory, a crash, kill -9) the others are ended and all start again from the last checkpoint,

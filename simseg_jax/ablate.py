@@ -21,7 +21,7 @@ from simseg_jax.reports.tables import (
     parse_values,
     write_table,
 )
-from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
+from simseg_jax.runtime.command_line import accepted, add_config_option, cache_programs, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import digest, read_json, write_json
 from simseg_jax.runtime.processes import exit_stopped
@@ -31,11 +31,11 @@ from simseg_jax.train import open_examples, train
 from simseg_jax.training.resume import identity
 
 EPILOG = """examples:
-  python -m simseg_jax.ablate --config=configs/shapes.py --workdir=runs/loda --table=loda
-  python -m simseg_jax.ablate --config=configs/shapes.py --workdir=runs/temperature \\
+  python -m simseg_jax.ablate --config=shapes --workdir=runs/loda --table=loda
+  python -m simseg_jax.ablate --config=shapes --workdir=runs/temperature \\
       --set=model.temperature=0.03,0.07,0.2 --set=seed=0,1 --config.steps=300
   one run per job of a SLURM array; then the same command without --only writes the table:
-  python -m simseg_jax.ablate --config=configs/vits16.py --workdir=runs/table12 \\
+  python -m simseg_jax.ablate --config=vits16 --workdir=runs/table12 \\
       --table=training --only=$SLURM_ARRAY_TASK_ID
 
 Tables: training (table 12 of the paper: M^I x M^T in training), loda (LoDA, mean and CLS pooling:
@@ -84,7 +84,7 @@ TABLES = {
 def main() -> None:
     """Trains the missing runs; prints and writes the table when all are done."""
     parser = make_parser("ablate", "Trains a configuration under several settings.", EPILOG)
-    parser.add_argument("--config", required=True, help="configuration file, see configs/")
+    add_config_option(parser)
     parser.add_argument("--workdir", required=True, help="folder for all runs and the table")
     add_table_options(parser, TABLES)
     parser.add_argument(

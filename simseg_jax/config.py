@@ -1,7 +1,8 @@
 """The configuration of a run: composed of the settings of the subpackages, and read from files.
 
 A file in configs/ starts from `default_config()` and changes some keys; the command line overrides
-single keys with `--config.optim.lr=1e-3`. `load_config` turns both into a `RunConfig`.
+single keys with `--config.optim.lr=1e-3`. `load_config` turns both into a `RunConfig`. The files in
+configs/ are installed as `simseg_jax.configs` and have short names: `--config=shapes`.
 """
 
 import dataclasses
@@ -48,6 +49,10 @@ from simseg_jax.zeroshot.settings import SegmentationConfig
 T = TypeVar("T")
 # The type that files in configs/ return: an `ml_collections.ConfigDict`, with untyped attributes.
 Config = Any
+# The files of configs/ are installed in the package; in a clone they lie beside it.
+CONFIGS = Path(__file__).with_name("configs")
+if not CONFIGS.is_dir():
+    CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,17 +194,33 @@ def probe_config(**settings) -> Config:
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[T] = RunConfig) -> T:
     """Runs `get_config()` of a configuration file, applies `overrides` and checks everything.
 
-    overrides: arguments such as "--config.optim.lr=1e-3". kind: the class of the settings. Raises a
-    `UserError` that names the file, the key and its valid values.
+    path: a file, or the name of a packaged one, such as "shapes". overrides: arguments such
+    as "--config.optim.lr=1e-3". kind: the class of the settings. Raises a `UserError` that names
+    the file, the key and its valid values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"No configuration file at {path}; see the ones in configs/.")
+    path = _file(str(path))
     values = override(_run(path).to_dict(), overrides)
     try:
         return complete(kind, values)
     except UserError as error:
         raise UserError(f"{path}{' and --config...' if overrides else ''}: {error}") from error
+
+
+def _file(name: str) -> Path:
+    """The configuration file of this path or, without `/` and `.py`, of this packaged name."""
+    packaged = CONFIGS / f"{name}.py"
+    if "/" in name or name.endswith(".py") or not packaged.is_file():
+        if Path(name).is_file():
+            return Path(name)
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py")))
+        raise UserError(f"No configuration file at {name}; the packaged ones are {names}.")
+    for own in (Path(name), Path(f"{name}.py")):
+        if own.is_file() and not own.samefile(packaged):
+            raise UserError(
+                f"--config={name} may be ./{own} or the packaged {packaged}: write the path of the "
+                "one that you mean."
+            )
+    return packaged
 
 
 def _run(path: Path) -> ConfigDict:

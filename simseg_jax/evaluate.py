@@ -40,7 +40,7 @@ from simseg_jax.weights.load import TrainedModel, load_model
 EPILOG = """examples:
   python -m simseg_jax.evaluate --checkpoint=runs/shapes
   python -m simseg_jax.evaluate --checkpoint=runs/shapes --config.evals.seg.shapes.refine=none
-  python -m simseg_jax.evaluate --checkpoint=runs/f8k --config=configs/vits16.py \\
+  python -m simseg_jax.evaluate --checkpoint=runs/f8k --config=vits16 \\
       --config.evals.seg.voc.root=data/VOCdevkit/VOC2012 --output=runs/f8k/voc
 
 --output receives result.json (numbers and settings) and, for segmentation, classes.csv, pictures of

@@ -29,9 +29,9 @@ from simseg_jax.runtime.sharding import gather_bytes
 from simseg_jax.weights.load import TrainedModel, load_model
 
 EPILOG = """examples:
-  python -m simseg_jax.linear_probe --checkpoint=runs/shapes --config=configs/linear_probe.py \\
+  python -m simseg_jax.linear_probe --checkpoint=runs/shapes --config=linear_probe \\
       --config.data=shapes --config.resize=64 --config.crop=64
-  python -m simseg_jax.linear_probe --checkpoint=runs/vits16 --config=configs/linear_probe.py \\
+  python -m simseg_jax.linear_probe --checkpoint=runs/vits16 --config=linear_probe \\
       --config.root=imagenet --config.feature=embedding
 
 Features are computed once and kept in --output (train.npz, val.npz); the same command with another
@@ -52,7 +52,9 @@ def main() -> None:
         EPILOG + describe(ProbeConfig),
     )
     add_checkpoint_options(parser)
-    parser.add_argument("--config", required=True, help="settings, see configs/linear_probe.py")
+    parser.add_argument(
+        "--config", required=True, help="settings: a file, or linear_probe, which is packaged"
+    )
     parser.add_argument("--output", help="folder; default: CHECKPOINT/linear_probe-STEP/FEATURE")
     add_distributed_option(parser)
     args, overrides = parser.parse_known_args()

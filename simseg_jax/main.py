@@ -7,7 +7,7 @@ import jax
 
 from simseg_jax.config import RunConfig, load_config
 from simseg_jax.evaluators.build import headlines
-from simseg_jax.runtime.command_line import accepted, cache_programs, make_parser
+from simseg_jax.runtime.command_line import accepted, add_config_option, cache_programs, make_parser
 from simseg_jax.runtime.errors import report_user_errors
 from simseg_jax.runtime.files import CACHE
 from simseg_jax.runtime.processes import add_distributed_option, exit_stopped, join_processes
@@ -16,14 +16,14 @@ from simseg_jax.runtime.settings import describe
 from simseg_jax.train import train
 
 EPILOG = """examples:
-  python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes
-  python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/mean --config.model.pool=mean
-  python -m simseg_jax.main --config=configs/flickr8k.py --workdir=runs/f8k \\
+  python -m simseg_jax.main --config=shapes --workdir=runs/shapes
+  python -m simseg_jax.main --config=shapes --workdir=runs/mean --config.model.pool=mean
+  python -m simseg_jax.main --config=flickr8k --workdir=runs/f8k \\
       --config.data.train.flickr8k.path=flickr8k/captions.csv
 
 The same command continues an interrupted run from its newest checkpoint. Exit status: 0 done, 2 an
 error that you can correct, 75 stopped by a signal with everything saved. Configuration keys with
-their defaults (the files in configs/ change some):
+their defaults, of which a configuration changes some:
 """
 
 
@@ -35,7 +35,7 @@ def main() -> None:
         "Trains a segmenter from image-caption pairs and evaluates it.",
         EPILOG + describe(RunConfig),
     )
-    parser.add_argument("--config", required=True, help="configuration file, see configs/")
+    add_config_option(parser)
     parser.add_argument("--workdir", required=True, help="folder for everything the run writes")
     parser.add_argument(
         "--profile",

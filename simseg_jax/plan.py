@@ -22,7 +22,7 @@ from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.build import entries_of
 from simseg_jax.evaluators.embedding import ImageEmbedder
 from simseg_jax.reports.plans import describe, recommendation
-from simseg_jax.runtime.command_line import accepted, make_parser
+from simseg_jax.runtime.command_line import accepted, add_config_option, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import make_writable, write_json
 from simseg_jax.runtime.hardware import Target, chip_of
@@ -38,10 +38,10 @@ from simseg_jax.zeroshot.model import Model
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 EPILOG = """examples:
-  python -m simseg_jax.plan --config=configs/vits16.py --devices=v5e:4x8
-  python -m simseg_jax.plan --config=configs/vits16.py --devices=h100:1 --search
-  python -m simseg_jax.plan --config=configs/vits16.py --devices=h100:1 --what=evaluate
-  python -m simseg_jax.plan --config=configs/vits16.py --devices=v5e:16x16 --slices=2 \\
+  python -m simseg_jax.plan --config=vits16 --devices=v5e:4x8
+  python -m simseg_jax.plan --config=vits16 --devices=h100:1 --search
+  python -m simseg_jax.plan --config=vits16 --devices=h100:1 --what=evaluate
+  python -m simseg_jax.plan --config=vits16 --devices=v5e:16x16 --slices=2 \\
       --pairs=15000000 --output=plan.json --config.batch_size=16384
 
 Compiles the programs of the configuration for devices that this machine need not have, and prints
@@ -69,7 +69,7 @@ PHOTOGRAPH = (375, 500)  # Height and width of most images of VOC.
 def main() -> None:
     """Parses the command line, turns this process to the target and prints the plan."""
     parser = make_parser("plan", "Plans a run for other hardware.", EPILOG)
-    parser.add_argument("--config", required=True, help="configuration file, see configs/")
+    add_config_option(parser)
     parser.add_argument(
         "--devices",
         required=True,

@@ -146,6 +146,28 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path):
         segmentation_eval(reslution=64)
 
 
+def test_packaged_configurations_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vits16").mkdir()  # A folder is no second reading.
+    assert load_config("vits16") == load_config(CONFIGS[0].with_name("vits16.py"))
+    names = ", ".join(path.stem for path in CONFIGS)
+    for unknown in ("shape", "configs/shapes.py", "./shapes", "shapes.py"):
+        with pytest.raises(UserError, match=f"at {unknown}; the packaged ones are {names}"):
+            load_config(unknown)
+
+
+@pytest.mark.parametrize("file", ["shapes", "shapes.py"])
+def test_a_name_with_two_readings_is_refused(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    packaged = CONFIGS[0].with_name("shapes.py")
+    Path(file).write_text(packaged.read_text() + "\n")
+    with pytest.raises(UserError, match=rf"may be \./{file} or the packaged {packaged}: write"):
+        load_config("shapes")
+    assert load_config(f"./{file}") == load_config(packaged)
+    monkeypatch.chdir(packaged.parent)  # There it is the same file.
+    assert load_config("shapes") == load_config(packaged)
+
+
 def test_help_lists_every_key():
     text = describe(RunConfig)
     config = default_config()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from simseg_jax.__main__ import MODULES
 from simseg_jax.config import RunConfig
 from simseg_jax.data import shapes
 from simseg_jax.evaluators.probe import ProbeConfig
@@ -50,6 +51,7 @@ MENTIONED = {
     "named only, or run by a block": (
         *("python -m simseg_jax.main --help", "python -m simseg_jax.linear_probe"),
         "python -m simseg_jax.main --config=... --workdir=...",
+        *("python -m simseg_jax.main", "simseg", "simseg train", "simseg --help"),
     ),
 }
 STEPS = 8
@@ -72,13 +74,13 @@ PHOTOS = (
 )
 # (command, configuration; '' for any) -> overrides.
 SHORTER = {
-    ("main", "configs/shapes.py"): RUN,
-    ("main", "configs/flickr8k.py"): (*PHOTOS, "--config.epochs=0", "--config.steps=2"),
-    ("ablate", "configs/shapes.py"): RUN,
-    ("plan", "configs/shapes.py"): RUN,
-    ("linear_probe", "configs/linear_probe.py"): PROBE,
-    ("data.inspect", "configs/shapes.py"): ("--seconds=0",),
-    ("data.inspect", "configs/flickr8k.py"): (*PHOTOS, "--seconds=0"),
+    ("main", "shapes"): RUN,
+    ("main", "flickr8k"): (*PHOTOS, "--config.epochs=0", "--config.steps=2"),
+    ("ablate", "shapes"): RUN,
+    ("plan", "shapes"): RUN,
+    ("linear_probe", "linear_probe"): PROBE,
+    ("data.inspect", "shapes"): ("--seconds=0",),
+    ("data.inspect", "flickr8k"): (*PHOTOS, "--seconds=0"),
 }
 
 
@@ -102,12 +104,21 @@ def blocks():
     return [pytest.param(commands, id=place) for commands, place in found.items()]
 
 
+def words_of(command):
+    """The words of a command line; `simseg NAME` as the module that it starts."""
+    words = shlex.split(command, comments=True)
+    if words and words[0] == "simseg":
+        module = MODULES[words[1].replace("-", "_")].removesuffix(".__main__")
+        words[:2] = ["python", "-m", f"simseg_jax.{module}"]
+    return words
+
+
 def run_command(command, monkeypatch):
     """One command line, in this process; with a shorter training."""
-    words = shlex.split(command, comments=True)
+    words = words_of(command)
     assert words[:2] == ["python", "-m"], f"{command!r} is no command that this test can run"
     name = words[2].removeprefix("simseg_jax.")
-    config = next((word[9:] for word in words if word.startswith("--config=")), "")
+    config = next((Path(word[9:]).stem for word in words if word.startswith("--config=")), "")
     monkeypatch.setattr(sys, "argv", [name, *words[3:], *SHORTER.get((name, config), ())])
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
@@ -129,7 +140,7 @@ def home(tmp_path_factory):
         Image.fromarray(image).save(home / f"DATA/Images/{index}.png")
         lines.append(f"{index}.png,{caption}")
     (home / "DATA/captions.csv").write_text("\n".join(lines))
-    command = "python -m simseg_jax.main --config=configs/shapes.py --workdir=runs/shapes"
+    command = "python -m simseg_jax.main --config=shapes --workdir=runs/shapes"
     assert command in (ROOT / "README.md").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -168,8 +179,8 @@ def test_python_runs(home, monkeypatch, tmp_path):
 def test_no_command_hides_from_these_tests(page):
     """In a block of another form, or within a sentence."""
     rest = PYTHON.sub("", SHELL.sub("", page.read_text()))
-    assert not re.search(r"```|~~~|^(    |\t) *(\$|python|pip) ", rest, re.M)
-    start = r"([A-Z_]+=\S+ )?(python3?|pip|pytest|mkdocs|ruff|pyright|\.ci/)\b"
+    assert not re.search(r"```|~~~|^(    |\t) *(\$|python|pip|simseg) ", rest, re.M)
+    start = r"([A-Z_]+=\S+ )?(python3?|pip|pytest|mkdocs|ruff|pyright|\.ci/|simseg(?= |$))(?!\w)"
     known = {command for commands in MENTIONED.values() for command in commands}
     for code in CODE.findall(rest):
         assert code in known or not re.match(start, code) or code == "pyright", code
@@ -210,7 +221,7 @@ def test_options_exist(page, helps):
     text = page.read_text()
     for block in SHELL.finditer(text):
         for line in joined(block["commands"]):
-            words = shlex.split(line, comments=True)
+            words = words_of(line)
             if words[:2] != ["python", "-m"]:
                 continue
             name = words[2].removeprefix("simseg_jax.")

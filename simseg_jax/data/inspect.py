@@ -13,13 +13,13 @@ from simseg_jax.data.autoaugment_jax import augment_batch, draw_keys
 from simseg_jax.data.pipeline import Examples, TrainBatches
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.reports.visualize import CELL, TEXT_HEIGHT, font
-from simseg_jax.runtime.command_line import accepted, make_parser
+from simseg_jax.runtime.command_line import accepted, add_config_option, make_parser
 from simseg_jax.runtime.errors import report_user_errors
 from simseg_jax.runtime.ranges import number, whole
 
 EPILOG = """examples:
-  python -m simseg_jax.data.inspect --config=configs/shapes.py --output=batch.png
-  python -m simseg_jax.data.inspect --config=configs/vits16.py --batch=1000 --count=48 \\
+  python -m simseg_jax.data.inspect --config=shapes --output=batch.png
+  python -m simseg_jax.data.inspect --config=vits16 --batch=1000 --count=48 \\
       --config.data.train.cc3m.path=DATA/cc3m --config.data.workers=8 --output=batch.png
 
 For the first examples of a batch, the picture shows the crop from the host, the image after
@@ -36,7 +36,7 @@ def main() -> None:
     parser = make_parser(
         "data.inspect", "Shows a training batch as a picture and measures the input.", EPILOG
     )
-    parser.add_argument("--config", required=True, help="configuration file, see configs/")
+    add_config_option(parser)
     parser.add_argument("--output", default="batch.png", help="picture to write (%(default)s)")
     parser.add_argument(
         "--batch", type=accepted(whole(0)), default=0, help="number of the batch, as in training"

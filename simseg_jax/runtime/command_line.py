@@ -1,6 +1,7 @@
 """What the commands have in common: parsers, shared options, progress bars, compilation cache."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,14 +17,22 @@ from simseg_jax.runtime.settings import field_of
 
 
 def make_parser(module: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """The parser of `python -m simseg_jax.MODULE`; the epilog is printed without reformatting."""
+    """The parser of `simseg_jax.MODULE`; the epilog is printed without reformatting."""
     return argparse.ArgumentParser(
-        prog=f"python -m simseg_jax.{module}",
+        prog=spelled(module),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=epilog,
+        epilog=re.sub(r"python -m simseg_jax\.([\w.]*\w)", lambda m: spelled(m[1]), epilog),
         allow_abbrev=False,
     )
+
+
+def spelled(module: str) -> str:
+    """The command line that starts `simseg_jax.MODULE`, in the way this process was started."""
+    if not sys.argv[0].startswith("simseg "):  # See simseg_jax/__main__.py.
+        return f"python -m simseg_jax.{module}"
+    name = module.rpartition(".")[2]
+    return f"simseg {'train' if name == 'main' else name}"
 
 
 def results_folder(checkpoint: str) -> Path:
@@ -73,9 +82,21 @@ def add_setting(parser, kind: type, name: str, text: str = "", default: Any = No
     )
 
 
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --config."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="configuration file, or the name of a packaged one, such as shapes",
+    )
+
+
 def add_evals_options(parser: argparse.ArgumentParser) -> None:
     """Adds --config and --test_set."""
-    parser.add_argument("--config", help="take evals from this file instead of the checkpoint")
+    parser.add_argument(
+        "--config",
+        help="take evals from this file or packaged configuration, not from the checkpoint",
+    )
     parser.add_argument("--test_set", help="comma-separated names in evals; default: all")
 
 

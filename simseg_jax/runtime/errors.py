@@ -72,10 +72,10 @@ def writing(
 def report_user_errors(main):
     """Wraps a command's main function: errors that the user can correct are one line on stderr.
 
-    These are `UserError`, file-system errors and too little memory. The exit status is 2, as for an
-    invalid option: launchers need not try again. Ctrl-C and, where it interrupts, SIGTERM exit with
-    130; a closed output pipe exits with 141 and no message. Anything else is a bug and keeps its
-    traceback.
+    These are `UserError`, file-system errors, too little memory and devices that do not start. The
+    exit status is 2, as for an invalid option: launchers need not try again. Ctrl-C and, where it
+    interrupts, SIGTERM exit with 130; a closed output pipe exits with 141 and no message. Anything
+    else is a bug and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -136,6 +136,8 @@ def _correctable(error: BaseException) -> str | None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO):
         return f"{error.strerror}."
+    if isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend"):
+        return one_line(error, 400)  # JAX_PLATFORMS is wrong, or the device is in use.
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
             f"Out of memory ({one_line(error, 100)}). In training lower batch_size, set "

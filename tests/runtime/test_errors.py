@@ -33,6 +33,10 @@ CORRECTABLE = [
     (ValueError("INTERNAL: File too large [/x]"), "File too large. What was finished"),
     (chained(), "No space left on device. What was"),
     (OSError(errno.EMFILE, "Too many open files"), "error: Too many open files."),
+    (
+        RuntimeError("Unable to initialize backend 'x': unknown. (set JAX_PLATFORMS='')"),
+        "(set JAX_PLATFORMS='')",
+    ),
     (MemoryError("Unable to allocate 5 GiB"), "Unable to allocate 5 GiB). In training lower"),
     (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "micro_batch, or remat=full"),
 ]
