@@ -4,6 +4,7 @@ A file in configs/ starts from `default_config()` and changes some keys; the com
 single keys with `--config.optim.lr=1e-3`. `load_config` turns both into a `RunConfig`.
 """
 
+import contextlib
 import dataclasses
 import re
 import runpy
@@ -266,12 +267,12 @@ def resolved(config: RunConfig) -> RunConfig:
     """A copy in which `top_k=0` of every segmentation test set is replaced by its actual value.
 
     A run's configuration keeps 0, which adapts to a change of the test set; results record the
-    number that was used.
+    number that was used. A test set whose classes cannot be read keeps 0: its evaluator says why.
     """
-    seg = {
-        name: dataclasses.replace(settings, top_k=settings.class_scores)
-        for name, settings in config.evals.seg.items()
-    }
+    seg = dict(config.evals.seg)
+    for name, settings in seg.items():
+        with contextlib.suppress(UserError, OSError):
+            seg[name] = dataclasses.replace(settings, top_k=settings.class_scores)
     return dataclasses.replace(config, evals=dataclasses.replace(config.evals, seg=seg))
 
 

@@ -81,6 +81,16 @@ def test_the_number_of_scores_for_the_threshold_belongs_to_the_data(data, expect
         overridden(RunConfig, plain(config), ["--config.evals.seg.own.top_k=1"])
 
 
+@pytest.mark.parametrize(("first", "expected"), [("Background", 10), ("sky", 30), (None, 0)])
+def test_a_list_of_classes_decides_the_number_of_scores(tmp_path, first, expected):
+    if first:
+        (tmp_path / "classes.txt").write_text(f"{first}\nhorse\ncow\n")
+    config = default_config()
+    config.evals.seg.own = segmentation_eval(data="folder", root=str(tmp_path))
+    # Without the file, the evaluator of this test set fails, and no other.
+    assert resolved(run_config(config)).evals.seg["own"].top_k == expected
+
+
 def test_overrides_change_typed_keys():
     config = tiny_config()
     config.evals.seg.shapes = segmentation_eval()
