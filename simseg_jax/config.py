@@ -277,8 +277,15 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def first_segmentation(config: RunConfig) -> SegmentationConfig:
-    """The first entry of `config.evals.seg`, or the paper protocol if there is none."""
-    return next(iter(config.evals.seg.values()), SegmentationConfig())
+    """The first entry of `config.evals.seg`, or the paper protocol if there is none.
+
+    A folder of the user's has VOC's classes here: a model must work where its list of classes is
+    not.
+    """
+    first = next(iter(config.evals.seg.values()), SegmentationConfig())
+    if first.data != "folder":
+        return first
+    return dataclasses.replace(first, data="voc", names="original")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> SimSegConfig:

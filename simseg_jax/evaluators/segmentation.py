@@ -157,10 +157,9 @@ class SegmentationEvaluator:
             few = each.protocol == "paper" and classes < each.class_scores
             if few and each.sigma_weight >= most:
                 raise UserError(
-                    f"With the {classes} classes of {self.settings.root!r} no score reaches "
-                    f" the threshold, mean + {each.sigma_weight:g} * standard "
-                    f"deviation: set sigma_weight below {most:.2g}, such as {most / 2:.1g}, or "
-                    "protocol=standard."
+                    f"With the {classes} classes of {self.settings.root!r} no score reaches the "
+                    f"threshold, mean + {each.sigma_weight:g} * standard deviation: set "
+                    f"sigma_weight below {most:.2g}, such as {most / 2:.1g}, or protocol=standard."
                 )
 
     def _require_labels(self) -> None:

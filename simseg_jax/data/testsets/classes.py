@@ -125,8 +125,26 @@ def read_label_set(name: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 WRITE = "write one class per line there, or set root and classes"
-# A class with the value or the colour of its pixels.
+# A class behind the value or the colour of its pixels.
 VALUED = re.compile(r"(\d{1,5}|\d{1,3}\s+\d{1,3}\s+\d{1,3})\s+(?!\d+\s)(\S.*)")
+
+
+def _own_lines(file: Path) -> list[tuple[list[int], str, tuple[str, ...]]]:
+    """(0, 1 or 3 numbers, name, prompt names) of every line of a user's file, see `_own`."""
+    rows = _text(require_file(file, "the list of classes", WRITE)).split("\n")
+    rows = [row.strip() for row in rows if row.strip()]
+    found = [VALUED.fullmatch(row) for row in rows]
+    numbers = [[int(part) for part in match[1].split()] if match else [] for match in found]
+    for row, values in zip(rows, numbers, strict=True):
+        if len(values) != len(numbers[0]):
+            raise UserError(
+                f"The lines {rows[0]!r} and {row!r} of {file} differ: begin every line with the "
+                "value of the class in masks, or every line with r g b, or none with a number."
+            )
+        if len(values) == 3 and max(values) > 255:
+            raise UserError(f"The line {row!r} of {file} has a colour above 255.")
+    texts = "\n".join(match[2] if match else row for match, row in zip(found, rows, strict=True))
+    return [(n, *parsed) for n, parsed in zip(numbers, _parse(texts), strict=True)]
 
 
 def _own(file: Path, ignore: str) -> Classes:
@@ -136,32 +154,19 @@ def _own(file: Path, ignore: str) -> Classes:
     synonym`. Without values the first line has the value 0, the next one 1 and so on. With values,
     lines of one name are one class. ignore: values and names of classes that do not count.
     """
-    rows = _text(require_file(file, "the list of classes", WRITE)).split("\n")
-    rows = [row.strip() for row in rows if row.strip()]
-    found = [VALUED.fullmatch(row) for row in rows]
-    kinds = [len(match[1].split()) if match else 0 for match in found]
-    for row, kind in zip(rows, kinds, strict=True):
-        if kind != kinds[0]:
-            raise UserError(
-                f"The lines {rows[0]!r} and {row!r} of {file} differ: begin every line with the "
-                "value of the class in masks, or every line with r g b, or none with a number."
-            )
-    colours, valued = 3 in kinds, any(kinds)
-    texts = "\n".join(match[2] if match else row for match, row in zip(found, rows, strict=True))
+    lines = _own_lines(file)
+    colours = any(len(numbers) == 3 for numbers, *_ in lines)
     names: dict[int, str] = {}
     prompts: dict[str, tuple[str, ...]] = {}
-    for index, (match, (name, words)) in enumerate(zip(found, _parse(texts), strict=True)):
+    for index, (numbers, name, words) in enumerate(lines):
         if name.casefold() == "background":
             if words != (name,):
                 raise UserError(f"{file} has synonyms of background, which takes none.")
             name, words = "background", ("background",)
-        numbers = [int(number) for number in match[1].split()] if match else [index]
-        if colours and max(numbers) > 255:
-            raise UserError(f"The line {rows[index]!r} of {file} has a colour above 255.")
-        value = int.from_bytes(bytes(numbers), "big") if colours else numbers[0]
+        value = int.from_bytes(bytes(numbers), "big") if colours else [*numbers, index][0]
         if value in names:
-            raise UserError(f"{file} has two classes with the value of its line {rows[index]!r}.")
-        if name in prompts and not valued:
+            raise UserError(f"{file} gives one value to {names[value]!r} and {name!r}.")
+        if name in prompts and not numbers:
             raise UserError(
                 f"{file} has two lines {name!r}: for one class with several values, begin every "
                 "line with its value."

@@ -46,8 +46,8 @@ def own(root: Path, split: str, classes: Classes) -> Layout:
     spare = [] if listed else sorted(found - {f"{stem}{suffix}" for stem in files})
     if bare or spare:
         raise UserError(
-            f"{len(bare):,} images in {images} have no mask *{suffix} in {masks}"
-            f"{_those(bare)}, and {len(spare):,} masks have no image{_those(spare)}: add what is "
+            f"{images} has {len(bare):,} images without a mask *{suffix} in {masks}{_those(bare)}, "
+            f"and there are {len(spare):,} masks without an image{_those(spare)}: add what is "
             f"missing, or list the images that count in {root}/NAME.txt and set split=NAME."
         )
     layout = Layout(names, images, _masks(masks, suffix, stems, classes), ORIGIN, suffix="")
@@ -116,7 +116,7 @@ def _listed(listing: Path, files: Mapping[str, str], images: Path) -> list[str]:
     lost = [name for name in names if name not in known]
     if lost:
         raise UserError(
-            f"{len(lost):,} images of the list {listing} are not in {images}: {some(lost)}."
+            f"The list {listing} has {len(lost):,} names of no image in {images}: {some(lost)}."
         )
     return [files.get(name, name) for name in names]
 
