@@ -51,7 +51,7 @@ def with_truth(response, truth: np.ndarray, patch: int, settings):
 def oracle_confusions(model, settings) -> dict[str, np.ndarray]:
     """Confusion matrix of every row of the table that is given part of the truth."""
     # The oracles need the maps of all classes, not of the candidates only.
-    count = len(class_names(settings.data))
+    count = len(class_names(settings))
     evaluator = evaluator_with(model, settings, {"candidates": count, "refine": "none"})
     patch, size = model.config.model.image.patch_size, settings.resolution
     confusions = {name: np.zeros((count, count), np.int64) for name in ORACLES}

@@ -5,6 +5,7 @@ single keys with `--config.optim.lr=1e-3`. `load_config` turns both into a `RunC
 configs/ are installed as `simseg_jax.configs` and have short names: `--config=shapes`.
 """
 
+import contextlib
 import dataclasses
 import re
 import runpy
@@ -287,18 +288,25 @@ def resolved(config: RunConfig) -> RunConfig:
     """A copy in which `top_k=0` of every segmentation test set is replaced by its actual value.
 
     A run's configuration keeps 0, which adapts to a change of the test set; results record the
-    number that was used.
+    number that was used. A test set whose classes cannot be read keeps 0: its evaluator says why.
     """
-    seg = {
-        name: dataclasses.replace(settings, top_k=settings.class_scores)
-        for name, settings in config.evals.seg.items()
-    }
+    seg = dict(config.evals.seg)
+    for name, settings in seg.items():
+        with contextlib.suppress(UserError, OSError):
+            seg[name] = dataclasses.replace(settings, top_k=settings.class_scores)
     return dataclasses.replace(config, evals=dataclasses.replace(config.evals, seg=seg))
 
 
 def first_segmentation(config: RunConfig) -> SegmentationConfig:
-    """The first entry of `config.evals.seg`, or the paper protocol if there is none."""
-    return next(iter(config.evals.seg.values()), SegmentationConfig())
+    """The first entry of `config.evals.seg`, or the paper protocol if there is none.
+
+    A folder of the user's has VOC's classes here: a model must work where its list of classes is
+    not.
+    """
+    first = next(iter(config.evals.seg.values()), SegmentationConfig())
+    if first.data != "folder":
+        return first
+    return dataclasses.replace(first, data="voc", names="original")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> SimSegConfig:

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simseg_jax.config import RunConfig, load_config
-from simseg_jax.data.testsets.classes import TEST_SETS, prompt_names
+from simseg_jax.data.testsets.classes import classes_of, prompt_names
 from simseg_jax.data.text import TextEncoder, load_tokenizer
 from simseg_jax.evaluators.build import entries_of
 from simseg_jax.evaluators.embedding import ImageEmbedder
@@ -289,8 +289,8 @@ def _segmentation_programs(
 ) -> tuple[jax.ShapeDtypeStruct, Iterator[tuple[str, Any]]]:
     """(shape of the encoder's input for a batch of photographs, the protocol's programs)."""
     height, width = PHOTOGRAPH
-    background = TEST_SETS[settings.data].background
-    classes = len(prompt_names(settings.data, settings.names)) + (not background)
+    background = classes_of(settings).background
+    classes = len(prompt_names(settings)) + (not background)
     protocol = PROTOCOLS[settings.protocol](model, [settings], background)
     loaded = protocol.load(Image.new("RGB", (width, height)), PHOTOGRAPH)
     batch = {k: _shape((size, *v.shape), v.dtype, model.mesh) for k, v in loaded.items()}

@@ -321,5 +321,4 @@ def protocol_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def words_of(settings: SegmentationConfig) -> list[str]:
     """The class names of a test set (an entry of evals.seg), without the background."""
-    classes = prompt_names(settings.data, settings.names)
-    return [name for name, *_ in classes if name != "background"]
+    return [name for name, *_ in prompt_names(settings) if name != "background"]

@@ -11,6 +11,7 @@ from simseg_jax.config import (
     classification_eval,
     data_set,
     default_config,
+    first_segmentation,
     from_file,
     load_config,
     model_config,
@@ -20,11 +21,13 @@ from simseg_jax.config import (
     segmentation_eval,
 )
 from simseg_jax.data.prepare.shards import Job
+from simseg_jax.data.testsets.classes import label_set
 from simseg_jax.evaluators.probe import ProbeConfig
 from simseg_jax.models.bert import BertConfig
 from simseg_jax.models.vit import ViTConfig
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.settings import declared, describe, leaves, overridden, plain, to_json
+from simseg_jax.segmenter import words_of
 
 # A class whose fields are settings.
 SETTINGS = r"class (\w+).*:\n(?:.+\n|\n    )*?    \w+: .+ = setting\("
@@ -79,6 +82,25 @@ def test_the_number_of_scores_for_the_threshold_belongs_to_the_data(data, expect
     assert config.evals.seg["own"].top_k == 0
     with pytest.raises(UserError, match="top_k=1 must be 0, for the test set's number, or"):
         overridden(RunConfig, plain(config), ["--config.evals.seg.own.top_k=1"])
+
+
+@pytest.mark.parametrize(("first", "expected"), [("Background", 10), ("sky", 30), (None, 0)])
+def test_a_list_of_classes_decides_the_number_of_scores(tmp_path, first, expected):
+    if first:
+        (tmp_path / "classes.txt").write_text(f"{first}\nhorse\ncow\n")
+    config = default_config()
+    config.evals.seg.own = segmentation_eval(data="folder", root=str(tmp_path))
+    # Without the file, the evaluator of this test set fails, and no other.
+    assert resolved(run_config(config)).evals.seg["own"].top_k == expected
+
+
+def test_a_model_needs_no_list_of_classes_from_elsewhere():
+    config = default_config()
+    config.evals.seg.own = segmentation_eval(data="folder", root="/nowhere", names="gone")
+    config.evals.seg.own.resolution = 96
+    settings = first_segmentation(run_config(config))
+    assert (settings.resolution, settings.class_scores) == (96, 10)
+    assert tuple(words_of(settings)) == label_set("voc")
 
 
 def test_overrides_change_typed_keys():

@@ -1,5 +1,6 @@
 """Zero-shot segmentation of a test set: a record per image, and mean IoU over all images."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,7 +37,7 @@ class SegmentationEvaluator:
         self.several, self.settings = several, several[0]
         settings = self.settings
         self.source = segmentation_source(settings)
-        names = prompt_names(settings.data, settings.names)
+        names = prompt_names(settings)
         self.class_names = self.source.class_names
         self.background = self.source.background
         if not self.background:
@@ -48,6 +49,7 @@ class SegmentationEvaluator:
         if not self.count:
             raise UserError(f"The test set {settings.data} in {settings.root!r} has no images.")
         self._require_labels()
+        self._require_candidates()
         self.engine = Engine(model, several, self.background)
         self.prompts = self.engine.prompts(names)
         prompts = [array.tolist() for array in self.prompts]
@@ -146,6 +148,20 @@ class SegmentationEvaluator:
         scores = [np.where(np.isfinite(s), s, np.nan) for s in scores]
         name, stamp = self.images[example["index"]]
         return Record(name, stamp, counts, scores)
+
+    def _require_candidates(self) -> None:
+        """Refuses a threshold above the scores of any image, which few classes allow."""
+        classes = len(self.class_names) - (not self.background)
+        # The largest of n numbers exceeds their mean by at most this many standard deviations.
+        most = (classes - 1) / math.sqrt(classes)
+        for each in self.several:
+            few = each.protocol == "paper" and classes < each.class_scores
+            if few and each.sigma_weight >= most:
+                raise UserError(
+                    f"With the {classes} classes of {self.settings.root!r} no score reaches the "
+                    f"threshold, mean + {each.sigma_weight:g} * standard deviation: set "
+                    f"sigma_weight below {most:.2g}, such as {most / 2:.1g}, or protocol=standard."
+                )
 
     def _require_labels(self) -> None:
         """Refuses a test set without a labelled pixel. It usually reads just one mask."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from simseg_jax.data.testsets.classes import TEST_SETS
+from simseg_jax.data.testsets.classes import TEST_SETS, classes_of
 from simseg_jax.masks.densecrf import CRF
 from simseg_jax.masks.pamr import PAMR
 from simseg_jax.runtime.errors import UserError
@@ -29,12 +29,26 @@ class SegmentationConfig:
     A meaning that begins with "paper:" or "standard:" applies to that protocol only.
     """
 
-    data: str = setting("voc", "the test set; shapes: generated scenes", one_of(*TEST_SETS))
+    data: str = setting(
+        "voc",
+        "the test set; shapes: generated scenes; folder: images and masks of your own",
+        one_of(*TEST_SETS, "folder"),
+    )
     root: str = setting(
         "", "the test set's folder, such as VOC2012, VOC2010 or ADEChallengeData2016", TEXT
     )
     split: str = setting(
-        "val", "name of the test set's list or folder; shapes: train, val, test", TEXT
+        "val",
+        "name of the test set's list or folder; shapes: train, val, test; folder: empty for all",
+        TEXT,
+    )
+    classes: str = setting(
+        "classes.txt",
+        "folder: text file in root, a class per line: `name`, `value name` or `r g b name`",
+        TEXT,
+    )
+    ignore: str = setting(
+        "255", "folder: values in masks, or classes, that do not count; comma-separated", TEXT
     )
     names: str = setting(
         "original", "class names in prompts: original (the authors'), synonyms, a text file", TEXT
@@ -57,7 +71,7 @@ class SegmentationConfig:
     top_k: int = setting(
         0,
         "paper: how many of the highest class scores set the threshold; 0: the test set's number, "
-        "10 for voc, 30 for context",
+        "10 for voc, 30 for context; folder: 10 with background, else 30",
         # A single score has no standard deviation.
         Accepts(
             "0, for the test set's number, or a whole number from 2 to 1,000,000",
@@ -130,4 +144,4 @@ class SegmentationConfig:
     @property
     def class_scores(self) -> int:
         """How many class scores set the threshold: `top_k`, or the test set's number."""
-        return self.top_k or TEST_SETS[self.data].top_k
+        return self.top_k or classes_of(self).top_k

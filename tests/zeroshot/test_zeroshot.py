@@ -17,10 +17,11 @@ from simseg_jax.zeroshot.prompts import TEMPLATES
 def test_templates_and_classes():
     assert len(TEMPLATES["imagenet"]) == len(set(TEMPLATES["imagenet"])) == 80
     assert all(t.count("{}") == 1 for templates in TEMPLATES.values() for t in templates)
-    assert len(class_names("voc")) == 21
-    assert class_names("voc")[0] == class_names("shapes")[0] == "background"
+    voc = class_names(tiny_eval(data="voc"))
+    assert len(voc) == 21
+    assert voc[0] == class_names(tiny_eval())[0] == "background"
     # The original's spelling, which the reported numbers depend on.
-    assert {"plant", "monitor", "table"} <= set(class_names("voc"))
+    assert {"plant", "monitor", "table"} <= set(voc)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def model():
 
 def test_chunks_do_not_change_class_embeddings(model, monkeypatch):
     model, params = model
-    prompts = tokenize_prompts(model.encoder, prompt_names("shapes"), TEMPLATES["shapes"])
+    prompts = tokenize_prompts(model.encoder, prompt_names(tiny_eval()), TEMPLATES["shapes"])
     assert prompts.ids.shape == prompts.mask.shape == (44, 12)
     whole = class_embedder(model)(params, prompts, 1)
     assert whole.shape == (11, 16)
@@ -56,7 +57,7 @@ def test_engine_batches_images_of_equal_shape(model, in_order):
     model, params = model
     settings = tiny_eval(protocol="standard", resolution=32, window=32, stride=16, batch_size=4)
     engine = Engine(model, [settings])
-    classes = engine.embed(params, engine.prompts(prompt_names("shapes")))
+    classes = engine.embed(params, engine.prompts(prompt_names(tiny_eval())))
     sizes = [(40, 32), (60, 32), (40, 32), (40, 32), (60, 32), (40, 32), (40, 32)]
     images = [Image.fromarray(scene(i, "val")[0]).resize(size) for i, size in enumerate(sizes)]
     jobs = [lambda i=i, x=x: (i, x, (x.height, x.width)) for i, x in enumerate(images)]

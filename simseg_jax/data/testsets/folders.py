@@ -6,14 +6,15 @@ is missing, where it should be and how to get it. PASCAL Context has its own mod
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from simseg_jax.data.images import open_image
+from simseg_jax.data.images import IMAGE_SUFFIXES, open_image
 from simseg_jax.runtime.errors import UserError, reading, require_file, some
+from simseg_jax.runtime.remote import is_hidden
 
 IGNORE = 255
 
@@ -171,10 +172,17 @@ def png_masks(folder: Path, suffix: str, values: Mapping[int, int], origin: str)
     return Masks(labels, lambda name: (folder / f"{name}{suffix}",))
 
 
-def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+def labels_of(
+    values: np.ndarray,
+    table: np.ndarray,
+    path: Path,
+    advice: str = "it is another kind of mask, or was converted differently",
+    shown: Callable[[int], str] = str,
+) -> np.ndarray:
     """table[values] as uint8 [H, W]; a `UserError` counts and names values without a label.
 
     values: integers [H, W] of the mask `path`. table: labels, negative for a value without one.
+    advice ends the message; shown(value) is the value in it.
     """
     inside = (values >= 0) & (values < len(table))
     labels = table[np.where(inside, values, 0)]
@@ -183,20 +191,28 @@ def labels_of(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
         found = np.unique(values[wrong])
         which = "value {}, which does" if len(found) == 1 else "values {}, which do"
         raise UserError(
-            f"The mask {path} has the {which.format(some(found))} not belong to this test set, at "
-            f"{wrong.sum():,} pixels: it is another kind of mask, or was converted differently."
+            f"The mask {path} has the {which.format(some(map(shown, found)))} not belong to this "
+            f"test set, at {wrong.sum():,} pixels: {advice}."
         )
     return labels.astype(np.uint8)
 
 
-def read_png(path: Path) -> np.ndarray:
-    """The values [H, W] of a grey or palette image: palette indices, not colours."""
+def read_png(path: Path, colours: bool = False, advice: str = "") -> np.ndarray:
+    """The values [H, W] of a grey or palette image: palette indices, not colours.
+
+    colours: the colours r << 16 | g << 8 | b of an image of any kind, without its transparency.
+    advice: ends the message about an image with colours instead of labels.
+    """
     with reading(f"the mask {path}", "Unpack it again."), open_image(path) as opened:
-        form, values = opened.format, np.asarray(opened)
+        form = opened.format
+        values = np.asarray(opened.convert("RGB") if colours else opened)
+    if colours:
+        values = values.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     if form in ("JPEG", "MPO"):
         raise UserError(f"The mask {path} is a JPEG file, which does not keep labels exactly.")
     if values.ndim != 2 or values.dtype.kind == "f":
-        raise UserError(f"{path} is not a palette or grey mask with one label per pixel.")
+        advice = f": {advice}" if advice else ""
+        raise UserError(f"{path} is not a palette or grey mask with one label per pixel{advice}.")
     return values
 
 
@@ -208,18 +224,32 @@ def find_folder(root: Path, parts: Sequence[str], what: str, origin: str) -> Pat
     raise UserError(f"No {what} at {root}: looked there for {' and '.join(parts)}; {origin}.")
 
 
-def read_list(path: Path, suffix: str) -> list[str]:
-    """The names in a list with one per line, in its order, without the suffix of their images."""
+def read_list(path: Path, suffix: str, known: Container[str] = ()) -> list[str]:
+    """The names in a list with one per line, in its order, without the suffix of their images.
+
+    known: names that may have several words.
+    """
     with reading(f"the list of images {path}", "It must be UTF-8 with one name per line."):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     names = [line.strip().removesuffix(suffix) for line in lines if line.strip()]
-    columns = [name for name in names if len(name.split()) > 1]
+    columns = [name for name in names if len(name.split()) > 1 and name not in known]
     if columns:
         raise UserError(
             f"{path} has lines of several words, such as {columns[0]!r}: list one name per line "
             "and nothing else."
         )
     return names
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and its subfolders, sorted; hidden ones do not count."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(map(is_hidden, path.relative_to(folder).parts))
+        and not path.is_dir()
+    ]
 
 
 def list_names(folder: Path, pattern: str, origin: str) -> list[str]:

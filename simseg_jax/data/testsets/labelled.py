@@ -15,11 +15,12 @@ from grain.sources import ArrayRecordDataSource
 from PIL import Image
 
 from simseg_jax.data import shapes
-from simseg_jax.data.images import IMAGE_SUFFIXES, decode_image
+from simseg_jax.data.images import decode_image
 from simseg_jax.data.pairs import tf_example
 from simseg_jax.data.pairs.example import choose_keys
 from simseg_jax.data.pairs.records import INFO, READ_ERRORS, open_shards, tfds_files
 from simseg_jax.data.testsets.classes import read_label_file, read_label_set
+from simseg_jax.data.testsets.folders import image_files
 from simseg_jax.runtime.errors import UserError, one_line, reading, some
 from simseg_jax.runtime.files import digest, stamp
 from simseg_jax.runtime.remote import is_hidden
@@ -77,10 +78,7 @@ class LabelledFolder:
         files = [
             (path, label)
             for label, name in enumerate(self.classes)
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not any(is_hidden(part) for part in path.relative_to(root).parts)
-            and not path.is_dir()
+            for path in image_files(root / name)
         ]
         if not files:
             raise UserError(f"{root} holds no subfolders with images, one for each class.")

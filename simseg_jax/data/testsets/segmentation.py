@@ -16,7 +16,8 @@ from PIL import Image
 from simseg_jax.data import shapes
 from simseg_jax.data.images import read_header, turned
 from simseg_jax.data.testsets import folders as layouts
-from simseg_jax.data.testsets.classes import TEST_SETS, class_names
+from simseg_jax.data.testsets.classes import class_names, classes_of, label_set
+from simseg_jax.data.testsets.own import own
 from simseg_jax.data.testsets.pascal_context import context
 from simseg_jax.runtime.errors import UserError, require_file
 from simseg_jax.runtime.files import stamp
@@ -41,13 +42,13 @@ def segmentation_source(settings):
     """The test set that an entry of `config.evals.seg` describes."""
     if settings.data == "shapes":
         return ShapesSegmentation(settings.size, settings.split)
-    return SegmentationFolder(settings.data, settings.root, settings.split)
+    return SegmentationFolder(settings)
 
 
 class ShapesSegmentation:
     """The generated scenes with their masks."""
 
-    class_names = class_names("shapes")
+    class_names = ("background", *label_set("shapes"))
     background = True
     turned: frozenset[str] = frozenset()
 
@@ -69,15 +70,19 @@ class ShapesSegmentation:
 
 
 class SegmentationFolder:
-    """A test set on disk; data: a key of LAYOUTS.
+    """A test set on disk: settings.data is a key of LAYOUTS, or folder.
 
     A `UserError` names a file that is missing, cannot be read or does not fit.
     """
 
-    def __init__(self, data: str, root: str, split: str):
-        self.class_names = class_names(data)
-        self.background = TEST_SETS[data].background
-        self.layout = LAYOUTS[data](Path(root).expanduser(), split)
+    def __init__(self, settings):
+        classes, root = classes_of(settings), Path(settings.root).expanduser()
+        self.class_names = class_names(settings)
+        self.background = classes.background
+        if settings.data == "folder":
+            self.layout = own(root, settings.split, classes)
+        else:
+            self.layout = LAYOUTS[settings.data](root, settings.split)
         self.names = self.layout.names
         self.turned: set[str] = set()
 

@@ -22,6 +22,10 @@ def open_source(root, data, **settings):
     return segmentation_source(tiny_eval(data=data, root=str(root), **settings))
 
 
+def names_of(data, names="original"):
+    return prompt_names(tiny_eval(data=data, names=names))
+
+
 def write_image(path, width=3, height=2):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height)).save(path)
@@ -57,8 +61,8 @@ def test_label_sets_are_complete(name, count):
 
 @pytest.mark.parametrize("data", TEST_SETS)
 def test_every_benchmark_has_names_for_prompts(data):
-    classes = class_names(data)
-    original, synonyms = prompt_names(data), prompt_names(data, "synonyms")
+    classes = class_names(tiny_eval(data=data))
+    original, synonyms = names_of(data), names_of(data, "synonyms")
     assert original == tuple((name,) for name in classes)
     assert len(synonyms) == len(classes)
     assert all(names and all(name.strip() for name in names) for names in synonyms)
@@ -84,9 +88,9 @@ def test_label_order():
 
 
 def test_synonyms_replace_names():
-    assert prompt_names("voc20", "synonyms")[16] == ("sheep",)
-    assert prompt_names("voc", "synonyms")[16] == ("potted plant", "plant in a pot")
-    assert prompt_names("coco_stuff", "synonyms")[label_set("coco_stuff").index("wall-other")] == (
+    assert names_of("voc20", "synonyms")[16] == ("sheep",)
+    assert names_of("voc", "synonyms")[16] == ("potted plant", "plant in a pot")
+    assert names_of("coco_stuff", "synonyms")[label_set("coco_stuff").index("wall-other")] == (
         "wall",
     )
 
@@ -94,17 +98,17 @@ def test_synonyms_replace_names():
 def test_own_names(tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("".join(f"class {i}\n" for i in range(18)) + "sea: sea , ocean\n\n")
-    names = prompt_names("cityscapes", str(path))
+    names = names_of("cityscapes", str(path))
     assert names[0] == ("class 0",)
     assert names[18] == ("sea", "ocean")
     path.write_text("sofa, couch\n" * 20)
     with pytest.raises(UserError, match=r"a comma but no colon: write 'sofa: sofa, couch'"):
-        prompt_names("voc20", str(path))
+        names_of("voc20", str(path))
     path.write_text("".join(f"class {i}\n" for i in range(19)))
     with pytest.raises(UserError, match=r"names\.txt names 19 classes, but voc20 has 20"):
-        prompt_names("voc20", str(path))
+        names_of("voc20", str(path))
     with pytest.raises(UserError, match="original, synonyms or a text file, but synonym is no"):
-        prompt_names("voc", "synonym")
+        names_of("voc", "synonym")
 
 
 # Generated scenes and VOC
