@@ -92,6 +92,25 @@ def write_json(path: Path, content) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def check_same(folder, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises a `UserError` that names what differs between a folder's job and the one wanted.
+
+    "content" is the digest of the source's files.
+    """
+    differing = [key for key in wanted if saved.get(key) != wanted[key]]
+    if differing == ["content"]:
+        raise UserError(
+            f"The files of the source have changed since {folder} was begun: use another --output, "
+            "or delete that folder to start again."
+        )
+    if differing:
+        changes = ", ".join(f"{k}={saved.get(k)!r} instead of {wanted[k]!r}" for k in differing)
+        raise UserError(
+            f"{folder} holds another job, with {changes}: use another --output, or delete that "
+            "folder to start again."
+        )
+
+
 def cache_folder(configured: str = "") -> Path:
     """The folder for everything that is made once and reused: indexes, copies, compiled programs.
 
