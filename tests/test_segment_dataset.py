@@ -124,7 +124,7 @@ def test_finished_files_stay_and_others_are_written(monkeypatch, capsys, trained
     assert "have changed since" in refusal(*arguments)
     assert "holds other files" in refusal(photos, photos, WORDS)
     assert "--words is needed" in refusal(photos, out)
-    assert "vocabulary of the model knows no word of: zzz" in refusal(photos, out, "--words=zzz")
+    assert "vocabulary of the model knows no word of: 犬" in refusal(photos, out, "--words=犬")
 
 
 def test_tars_and_run_lengths(monkeypatch, capsys, trained, tmp_path, segmenter):
@@ -172,7 +172,7 @@ def test_tars_and_run_lengths(monkeypatch, capsys, trained, tmp_path, segmenter)
 
 
 def test_parquet_and_embeddings(monkeypatch, capsys, trained, tmp_path, segmenter):
-    table = parquet.pa if hasattr(parquet, "pa") else __import__("pyarrow")
+    table = pytest.importorskip("pyarrow")
     structs = [
         {"bytes": png(0), "path": "a"},
         {"bytes": b"x", "path": "b"},
@@ -219,17 +219,18 @@ def cluster():
         yield ray
 
 
-def deadly(folder, item):
-    """Ends its process at its first call with 1, and at every call with 2."""
-    if item == 2 or (item == 1 and not (folder / "died").exists()):
-        (folder / "died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return os.environ["NPROC"], item * 10
-
-
 @quiet
 def test_actors_that_die_are_replaced(cluster, tmp_path):
-    make = lambda cores: lambda item: deadly(tmp_path, item)  # noqa: E731
+    def deadly(item):
+        """Ends its process at its first call with 1, and at every call with 2."""
+        if item == 2 or (item == 1 and not (tmp_path / "died").exists()):
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.environ["NPROC"], item * 10
+
+    def make(cores):
+        return deadly
+
     found = {item: rest for item, *rest in actors.results(cluster, make, range(4), 1, 0)}
     cores = str(os.cpu_count())
     assert {i: found[i] for i in (0, 1, 3)} == {i: [(cores, 10 * i), ""] for i in (0, 1, 3)}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simseg_jax.runtime.errors import UserError, reading
+from simseg_jax.runtime.errors import UserError, one_line, reading
 
 CACHE = "SIMSEG_CACHE"
 
@@ -104,7 +104,9 @@ def check_same(folder, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
             "or delete that folder to start again."
         )
     if differing:
-        changes = ", ".join(f"{k}={saved.get(k)!r} instead of {wanted[k]!r}" for k in differing)
+        pairs = {key: (repr(saved.get(key)), repr(wanted[key])) for key in differing}
+        values = {k: [one_line(text, 80) for text in pair] for k, pair in pairs.items()}
+        changes = ", ".join(f"{k}={old} instead of {new}" for k, (old, new) in values.items())
         raise UserError(
             f"{folder} holds another job, with {changes}: use another --output, or delete that "
             "folder to start again."
