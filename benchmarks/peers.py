@@ -6,7 +6,9 @@ import importlib.util
 PACKAGES = {
     "cv2": "opencv-python-headless",
     "psutil": "psutil",
+    "pyarrow": "pyarrow",
     "pydensecrf": "pydensecrf2",
+    "ray": "ray",
     "torch": "torch",
 }
 

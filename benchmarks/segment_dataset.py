@@ -4,8 +4,8 @@
 
 Generates small images, then takes turns: the plain loop over `Segmenter.segment`, the command with
 one actor, the loop again, the command with two. Each rate leaves out the first shard, in which the
-model is loaded and compiled. Then the command is killed (SIGKILL to all its processes) after a third
-and after two thirds of its shards and started once more: every image must be in exactly one row.
+model is loaded and compiled. Then the command is killed (SIGKILL to its group) after a third and
+after two thirds of its shards, and started once more: every image must be in exactly one row.
 Prints the memory of the actors while they work. The last line is one JSON object.
 """
 

@@ -64,7 +64,8 @@ status: 0 every file is written, 1 some are not, 2 an error that you can correct
 """
 
 
-def _parse() -> argparse.Namespace:
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
     parser = make_parser("segment_dataset", "Segments or embeds all images of a data set.", EPILOG)
     parser.add_argument("source", help="folder, tar or Parquet files, pattern or address")
     parser.add_argument("output", help="folder or address of the results")
@@ -127,7 +128,7 @@ def _stamp(path: str) -> str:
 @report_user_errors
 def main() -> None:
     """Writes the missing output files of the data set of the command line."""
-    args = _parse()
+    args = parse()
     source = remote.local_path(args.source)
     form, listed, left_out = _find(source)
     if left_out:
@@ -196,7 +197,7 @@ def _begin(job: Job, shards: list[Shard]) -> list[Shard]:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged: use another OUTPUT.") from error
         files.check_same(job.output, saved, wanted)
-    elif present - {".lock"}:
+    elif any(not name.startswith(".") for name in present):
         raise UserError(f"{job.output} holds other files: use another OUTPUT.")
     else:
         with remote.appearing(path) as partial:

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -195,6 +196,23 @@ def test_parquet_and_embeddings(monkeypatch, capsys, trained, tmp_path, segmente
     np.testing.assert_allclose(found["0"]["embedding"], vectors[0], atol=1e-6)
     np.testing.assert_allclose(found["0#2"]["embedding"], vectors[1], atol=1e-6)
     assert found["1"]["embedding"] is None
+
+
+def test_addresses(monkeypatch, capsys, trained):
+    system = fsspec.filesystem("memory")
+    for index in range(3):
+        system.pipe(f"/in/more/{index}.png", png(index))
+    system.pipe("/in/.hidden.png", png(0))
+    options = [WORDS, "--shard_size=2", "--refine=none"]
+    said = go(monkeypatch, capsys, trained, "memory://in", "memory://out", *options)
+    assert "3 images, none with an error" in said
+    assert sorted(name.rpartition("/")[2] for name in system.find("/out")) == [
+        *("00000-of-00002.parquet", "00001-of-00002.parquet", "job.json")
+    ]
+    table = parquet.read_table(io.BytesIO(system.cat("/out/00000-of-00002.parquet")))
+    assert table["key"].to_pylist() == ["more/0.png", "more/1.png"]
+    again = go(monkeypatch, capsys, trained, "memory://in", "memory://out", *options)
+    assert "2 of 2 files were there before" in again
 
 
 def test_cores_are_shared_between_actors():
