@@ -238,6 +238,7 @@ def cluster():
 
 
 @quiet
+@pytest.mark.slow
 def test_actors_that_die_are_replaced(cluster, tmp_path):
     def deadly(item):
         """Ends its process at its first call with 1, and at every call with 2."""

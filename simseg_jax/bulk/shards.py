@@ -41,12 +41,11 @@ def find_archives(source: str) -> tuple[str, list[File]]:
 
 
 def remote_images(source: str) -> dict[str, File]:
-    """Key -> image file of a remote folder with its subfolders; a key is the path below it."""
-    root = source.rstrip("/") + "/"
+    """Path below a remote folder -> image file, of the folder and its subfolders."""
     images = {
-        file.path.removeprefix(root): file
-        for file in remote.below(source)
-        if f".{file.path.lower().rpartition('.')[2]}" in IMAGE_SUFFIXES
+        path: file
+        for path, file in remote.below(source).items()
+        if f".{path.lower().rpartition('.')[2]}" in IMAGE_SUFFIXES
     }
     if not images:
         raise UserError(f"{source} holds no images.")

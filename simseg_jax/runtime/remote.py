@@ -131,12 +131,14 @@ def listing(folder: str) -> tuple[list[File], list[str]]:
     return sorted(files), sorted(folders)
 
 
-def below(folder: str) -> list[File]:
-    """All files in a remote folder and its subfolders, sorted; hidden ones are left out."""
+def below(folder: str) -> dict[str, File]:
+    """Path below a remote folder -> file, of the folder and its subfolders; hidden are left out."""
     system, name = _connect(folder)
     infos = _retry(folder, lambda: system.find(name, detail=True)).values()
+    root = system.unstrip_protocol(name).rstrip("/") + "/"
     found = (_remote_file(system, info) for info in infos)
-    return sorted(f for f in found if not any(map(is_hidden, f.path.split("/"))))
+    named = {file.path.removeprefix(root): file for file in found}
+    return {path: f for path, f in named.items() if not any(map(is_hidden, path.split("/")))}
 
 
 @contextlib.contextmanager
