@@ -9,8 +9,8 @@
 #   a file system that all nodes see; VENV names another virtual environment.
 # Data and results: on that file system, or addresses (gs://, s3://, with the extra cloud).
 # Preemption and restart: finished files are kept, whatever is killed. Unless the job is done (status
-#   0), has a mistake in its command (2) or files that could not be written (1), it goes back to the
-#   queue, at most RESTARTS times, and continues, also with another --nodes.
+#   0) or has a mistake in its command (2), it goes back to the queue, at most RESTARTS times, and
+#   continues, also with another --nodes.
 #SBATCH --job-name=simseg_jax_ray
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -28,7 +28,7 @@ status=0
 srun --kill-on-bad-exit=0 ray symmetric-run --address "${hosts%%$'\n'*}:${PORT:-6379}" \
     --min-nodes "$SLURM_JOB_NUM_NODES" -- \
     python -m simseg_jax.segment_dataset "$@" --address=auto || status=$?
-if [ "$status" -le 2 ]; then
+if [ "$status" -eq 0 ] || [ "$status" -eq 2 ]; then
     exit "$status"
 fi
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "${RESTARTS:-20}" ]; then

@@ -75,7 +75,7 @@ def test_slurm_goes_back_to_the_queue(tmp_path, status, restarts, requeued):
 
 @pytest.mark.parametrize(
     ("status", "restarts", "requeued"),
-    [(0, 0, False), (1, 0, False), (2, 0, False), (130, 0, True)],
+    [(0, 0, False), (1, 0, True), (2, 0, False), (130, 0, True)],
 )
 def test_slurm_with_ray_goes_back_to_the_queue(tmp_path, status, restarts, requeued):
     stub(tmp_path / "bin", "srun", f"exit {status}")

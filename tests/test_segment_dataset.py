@@ -271,30 +271,39 @@ def test_actors_write_the_same(cluster, monkeypatch, capsys, trained, photos, tm
 
 
 @pytest.mark.slow
-def test_a_killed_job_continues(trained, tmp_path):
+def test_a_job_that_is_stopped_or_killed_continues(trained, tmp_path):
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
-    for index in range(60):
+    for index in range(80):
         (photos / f"{index}.png").write_bytes(png(index % 7))
     command = [sys.executable, "-m", "simseg_jax.segment_dataset", photos, out, WORDS]
-    command += [f"--checkpoint={trained}", "--shard_size=2", "--refine=none", "--actors=1"]
+    command += [f"--checkpoint={trained}", "--shard_size=1", "--refine=none", "--actors=1"]
+    command = [*map(str, command)]
     seen = 0
-    for _ in range(2):
-        job = subprocess.Popen([*map(str, command)], start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 180
             while len(list(out.glob("*.parquet"))) < seen + 2:
                 assert job.poll() is None
                 assert time.monotonic() < end
-                time.sleep(0.05)
+                time.sleep(0.02)
         finally:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
+            # SIGTERM to the whole group also ends Ray, which may end the command before it speaks.
+            (os.kill if number == signal.SIGTERM else os.killpg)(job.pid, number)
+        _, errors = job.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert job.returncode == -number
+        else:
+            assert job.returncode == 130, errors
+            assert "are kept; the same command continues" in errors
+            assert f"Stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}" in errors
+            assert "Traceback" not in errors
         seen = len(list(out.glob("*.parquet")))
-        assert seen < 30
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-    assert "of 30 files were there before" in done.stdout
+        assert seen < 80
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "of 80 files were there before" in done.stdout
     keys = [key for p in out.glob("*.parquet") for key in parquet.read_table(p)["key"].to_pylist()]
-    assert collections.Counter(keys) == {str(index): 1 for index in range(60)}
+    assert collections.Counter(keys) == {str(index): 1 for index in range(80)}
     assert not list(out.glob(".*.partial"))
