@@ -92,6 +92,8 @@ setup(
         # promise, which tensorflow-datasets asks for, has no wheel: pip builds it, in pure Python.
         "prepare": ["tensorflow-datasets>=4.9.7,<5", "importlib-resources>=6"],
         "beam": ["apache-beam>=2.70,<3"],
+        # Ray with what KubeRay asks its nodes for.
+        "ray": ["ray[default]>=2.50,<3"],
         # Drivers of object storage: gs://, s3://.
         "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
         "docs": [

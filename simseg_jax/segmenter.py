@@ -227,11 +227,16 @@ class Segmenter:
             "similarity": dict(zip(names, maps, strict=False)),
         }
 
-    def embed_images(self, images: Source | Iterable[Source]) -> np.ndarray:
+    def embed_images(
+        self,
+        images: Source | Iterable[Source],
+        left_out: Callable[[int, UserError], None] | None = None,
+    ) -> np.ndarray:
         """Unit-length embeddings float32 [N, D]; of one image [D].
 
         images: as for `segment`. Their products with `embed_texts` are the image-text scores of
-        retrieval, with the settings of the checkpoint's first test set for it.
+        retrieval, with the settings of the checkpoint's first test set for it. left_out: as for
+        `answers`; the row of such an image means nothing.
         """
         several = _several(images)
         sources: list[Any] = [images] if several is None else list(several)
@@ -240,7 +245,13 @@ class Segmenter:
 
         def load(index: int) -> tuple[Image.Image, None]:
             source = sources[index]
-            return decode_image(_opened(source), _name(source, index), self.max_pixels), None
+            try:
+                return decode_image(_opened(source), _name(source, index), self.max_pixels), None
+            except UserError as error:
+                if left_out is None:
+                    raise
+                left_out(index, error)
+                return Image.new("RGB", (1, 1)), None
 
         vectors, _ = self._image_embedder(self.model.params, range(len(sources)), load)
         return vectors[0] if several is None else vectors
@@ -251,11 +262,11 @@ class Segmenter:
         if not several or not all(isinstance(text, str) for text in several):
             raise UserError("Give embed_texts() a text or a list of texts.")
         ids, mask = self.model.encoder.batch(several)
-        vectors = self._text_embedder(self.model.params, ids, mask, self._embedding.m_text)
+        vectors = self._text_embedder(self.model.params, ids, mask, self.embedding.m_text)
         return vectors[0] if isinstance(texts, str) else vectors
 
     @functools.cached_property
-    def _embedding(self) -> EmbeddingConfig:
+    def embedding(self) -> EmbeddingConfig:
         """The settings of the first retrieval test set, or the paper's for this patch size."""
         side = self.settings.resolution
         usual = EmbeddingConfig(resize=round(side * 9 / 8), crop=side)
@@ -263,7 +274,7 @@ class Segmenter:
 
     @functools.cached_property
     def _image_embedder(self) -> ImageEmbedder:
-        return ImageEmbedder(self.model, self._embedding, self._embedding.batch_size)
+        return ImageEmbedder(self.model, self.embedding, self.embedding.batch_size)
 
     @functools.cached_property
     def _text_embedder(self) -> Callable:

@@ -23,7 +23,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "launch/README
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 COMMANDS = (
     *("main", "segment", "evaluate", "convert", "sweep", "ablate", "linear_probe", "plan"),
-    *("data.inspect", "data.prepare"),
+    *("segment_dataset", "data.inspect", "data.prepare"),
     *(f"figures {kind}" for kind in ("responses", "gallery", "classes", "scores", "retrieved")),
 )
 SETTINGS = [*declared(RunConfig), *declared(ProbeConfig)]

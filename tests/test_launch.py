@@ -1,18 +1,22 @@
 """The files in launch/: scripts and manifests against their checkers (extra `launch`)."""
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from simseg_jax import segment_dataset
 from simseg_jax.config import load_config
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 # Fields of a JobSet, from its API reference (jobset.x-k8s.io/v1alpha2).
 SPEC = {"replicatedJobs", "network", "successPolicy", "failurePolicy", "startupPolicy", "suspend"}
 SPEC |= {"coordinator", "managedBy", "ttlSecondsAfterFinished"}
+# Fields of a RayJob, from its API reference (ray.io/v1).
+RAY_JOB = {"entrypoint", "rayClusterSpec", "shutdownAfterJobFinishes", "backoffLimit"}
 ACTIONS = {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"}
 
 
@@ -23,7 +27,7 @@ def check(program, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["slurm.sh", "tpu.sh", "../.ci/run"])
+@pytest.mark.parametrize("name", ["slurm.sh", "slurm_ray.sh", "tpu.sh", "../.ci/run"])
 def test_shell(name):
     check("shellcheck", LAUNCH / name)
 
@@ -66,6 +70,27 @@ def test_slurm_goes_back_to_the_queue(tmp_path, status, restarts, requeued):
     expected = "srun --kill-on-bad-exit=1 python -m simseg_jax.main --config=c.py --distributed"
     assert calls[0] == expected
     assert calls[1:] == (["scontrol requeue 7"] if requeued else [])
+    assert returned == (0 if requeued else status)
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [(0, 0, False), (1, 0, True), (2, 0, False), (130, 0, True)],
+)
+def test_slurm_with_ray_goes_back_to_the_queue(tmp_path, status, restarts, requeued):
+    stub(tmp_path / "bin", "srun", f"exit {status}")
+    stub(tmp_path / "bin", "scontrol", 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; fi')
+    (tmp_path / "bin" / "activate").touch()
+    settings = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    settings |= {"VENV": str(tmp_path), "SLURM_RESTART_COUNT": str(restarts)}
+    returned, calls = run_script(tmp_path, "slurm_ray.sh", "in", "out", "--actors=2", **settings)
+    assert calls[0] == "scontrol show hostnames n[1-2]"
+    started, command = calls[1].split(" -- ")
+    assert started == (
+        "srun --kill-on-bad-exit=0 ray symmetric-run --address n1:6379 --min-nodes 2"
+    )
+    assert command == "python -m simseg_jax.segment_dataset in out --actors=2 --address=auto"
+    assert calls[2:] == (["scontrol requeue 7"] if requeued else [])
     assert returned == (0 if requeued else status)
 
 
@@ -136,6 +161,34 @@ def test_job_sets(name):
         # JobSet names the pods NAME-GROUP-JOB-INDEX and the network NAME.
         host = f"{manifest['metadata']['name']}-{group['name']}-0-0.{manifest['metadata']['name']}"
         assert environment["JAX_COORDINATOR_ADDRESS"].split(":")[0] == host
+
+
+def test_ray_job(monkeypatch):
+    reason = "kubernetes-validate is missing: pip install -e '.[launch]'"
+    kubernetes = pytest.importorskip("kubernetes_validate", reason=reason)
+    yaml = pytest.importorskip("yaml", reason=reason)
+    manifest = yaml.safe_load((LAUNCH / "rayjob.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    spec = manifest["spec"]
+    assert set(spec) <= RAY_JOB
+    cluster = spec["rayClusterSpec"]
+    assert set(cluster) <= {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+    (workers,) = cluster["workerGroupSpecs"]
+    group = {"rayStartParams", "template"}
+    assert set(cluster["headGroupSpec"]) == group
+    assert set(workers) == {*group, "groupName", "replicas", "minReplicas", "maxReplicas"}
+    for template in (cluster["headGroupSpec"]["template"], workers["template"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **template}
+        kubernetes.validate(pod, "1.33", strict=True)
+        (container,) = template["spec"]["containers"]
+        mounts = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounts == {volume["name"] for volume in template["spec"]["volumes"]}
+    command = shlex.split(spec["entrypoint"])
+    assert command[:3] == ["python", "-m", "simseg_jax.segment_dataset"]
+    monkeypatch.setattr("sys.argv", command[2:])
+    args = segment_dataset.parse()
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert args.actors * args.gpus_per_actor == workers["replicas"] * gpus
 
 
 @pytest.mark.parametrize("name", ["jobset_gpu.yaml", "jobset_tpu.yaml"])

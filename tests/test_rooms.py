@@ -16,8 +16,10 @@ FLOORS = (
     {"weights"},
     {"reports"},
     {"train", "segmenter"},
+    {"bulk"},
     {"main", "evaluate", "segment", "convert", "linear_probe", "ablate", "plan"},
-    {"sweep", "figures"},  # They share what evaluate does with one test set.
+    # They share what evaluate does with one test set, and what segment does with folders.
+    {"sweep", "figures", "segment_dataset"},
 )
 # The command that starts all others, and commands that lie with what they are about.
 COMMANDS = {"__main__.py", "data/inspect.py", "data/prepare/__main__.py"}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simseg_jax.runtime.errors import UserError, reading
+from simseg_jax.runtime.errors import UserError, one_line, reading
 
 CACHE = "SIMSEG_CACHE"
 
@@ -90,6 +90,27 @@ def write_json(path: Path, content) -> None:
     """Writes indented JSON, replacing `path` atomically."""
     with appearing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_same(folder, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises a `UserError` that names what differs between a folder's job and the one wanted.
+
+    "content" is the digest of the source's files.
+    """
+    differing = [key for key in wanted if saved.get(key) != wanted[key]]
+    if differing == ["content"]:
+        raise UserError(
+            f"The files of the source have changed since {folder} was begun: use another --output, "
+            "or delete that folder to start again."
+        )
+    if differing:
+        pairs = {key: (repr(saved.get(key)), repr(wanted[key])) for key in differing}
+        values = {k: [one_line(text, 80) for text in pair] for k, pair in pairs.items()}
+        changes = ", ".join(f"{k}={old} instead of {new}" for k, (old, new) in values.items())
+        raise UserError(
+            f"{folder} holds another job, with {changes}: use another --output, or delete that "
+            "folder to start again."
+        )
 
 
 def cache_folder(configured: str = "") -> Path:

@@ -6,18 +6,22 @@ keeps failing, the `OSError` is a `ConnectionError`: it says nothing about the d
 index must stop rather than leave a file out.
 """
 
+import contextlib
 import glob
 import io
 import os
 import posixpath
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 from tqdm import tqdm
 
+from simseg_jax.runtime import files
 from simseg_jax.runtime.errors import UserError
 
 WAITS = (0.5, 1, 2)  # Seconds before the second, third and fourth attempt.
@@ -125,6 +129,29 @@ def listing(folder: str) -> tuple[list[File], list[str]]:
         files = [_local_file(name) for name in names if _is_file(name)]
         folders = [name for name in names if os.path.isdir(name)]
     return sorted(files), sorted(folders)
+
+
+def below(folder: str) -> dict[str, File]:
+    """Path below a remote folder -> file, of the folder and its subfolders; hidden are left out."""
+    system, name = _connect(folder)
+    infos = _retry(folder, lambda: system.find(name, detail=True)).values()
+    root = system.unstrip_protocol(name).rstrip("/") + "/"
+    found = (_remote_file(system, info) for info in infos)
+    named = {file.path.removeprefix(root): file for file in found}
+    return {path: f for path, f in named.items() if not any(map(is_hidden, path.split("/")))}
+
+
+@contextlib.contextmanager
+def appearing(path: str) -> Iterator[Path]:
+    """As `files.appearing`; for a URL a file in the temporary folder, which is then uploaded."""
+    if not is_remote(path):
+        with files.appearing(Path(path)) as partial:
+            yield partial
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield (local := Path(folder) / path.rpartition("/")[2])
+        system, name = _connect(path)
+        _retry(path, lambda: system.put_file(str(local), name))
 
 
 def is_damage(error: Exception) -> bool:

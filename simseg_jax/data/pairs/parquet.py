@@ -93,7 +93,7 @@ class ParquetSource:
     def _add(self, file: File, image_key: str, caption_key: str, cache: Path) -> None:
         """Copies the usable rows of a file into the cache, unless an earlier run did."""
         with remote.open_file(file.path) as opened:
-            table = _pyarrow().parquet.ParquetFile(opened, buffer_size=1 << 20)
+            table = import_pyarrow().parquet.ParquetFile(opened, buffer_size=1 << 20)
             schema = table.schema_arrow
             columns = _choose_columns(file.path, schema, image_key, caption_key, self.problems)
             copy, problems = cached(
@@ -129,7 +129,36 @@ class ParquetSource:
         self.__dict__ = {**state, "table": _open(state["copies"])}
 
 
-def _pyarrow():
+def parquet_images(file: File, image_key: str, problems: Problems) -> Iterator[tuple[str, bytes]]:
+    """Streams (value of the name column or number of the row, image or b"") of every row.
+
+    Columns are chosen as for `ParquetSource`. Damage is counted and ends the file.
+    """
+    try:
+        with remote.open_file(file.path) as opened:
+            table = import_pyarrow().parquet.ParquetFile(opened, buffer_size=1 << 20)
+            schema = table.schema_arrow
+            image = _image_column(file.path, schema, image_key, problems)
+            name = optional_key(schema.names)
+            wanted = {image, name} - {""}
+            size = _batch_size(file, table.metadata, wanted)
+            batches = table.iter_batches(size, columns=sorted(wanted))
+            for number, row in enumerate(row for batch in batches for row in _decoded(batch)):
+                if row is None:
+                    problems.add(f"{file.path}, row {number}: text that is not UTF-8")
+                    continue
+                content = row[image]
+                content = content["bytes"] if isinstance(content, dict) else content
+                yield str(row[name]) if name else str(number), content or b""
+    # As in `ParquetSource`.
+    except Exception as error:
+        if not remote.is_damage(error):
+            raise
+        problems.add(f"{file.path}: unreadable from here on ({one_line(error, 60)})")
+
+
+def import_pyarrow():
+    """The module pyarrow with its Parquet part; a `UserError` if it is missing."""
     try:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -139,7 +168,7 @@ def _pyarrow():
 
 def _schema():
     """The layout of the copies."""
-    pa = _pyarrow()
+    pa = import_pyarrow()
     fields = {
         "image": pa.large_binary(),  # Null in a row whose group has an earlier row.
         "captions": pa.list_(pa.string()),
@@ -153,11 +182,25 @@ def _choose_columns(
     path: str, schema, image_key: str, caption_key: str, problems: Problems
 ) -> Columns:
     """The columns of a file; an `UnfitError` if they are missing or of other types."""
-    pa = _pyarrow()
     names = schema.names
+    image = _image_column(path, schema, image_key, problems)
     try:
-        [image] = choose_keys(path, "column image", image_key, names, problems)
         captions = choose_keys(path, "column caption", caption_key, names, problems)
+    except UserError as error:
+        raise UnfitError(str(error)) from error
+    for caption in captions:
+        if not _holds_text(schema.field(caption).type):
+            raise UnfitError(
+                f"{path}: column {caption} is of type {schema.field(caption).type}, not text, a "
+                f"list of it or of records with {' or '.join(TEXT_FIELDS)}: set caption_key."
+            )
+    return Columns(image, tuple(captions), optional_key(names), optional_key(names, [GROUP_KEY]))
+
+
+def _image_column(path: str, schema, image_key: str, problems: Problems) -> str:
+    pa = import_pyarrow()
+    try:
+        [image] = choose_keys(path, "column image", image_key, schema.names, problems)
     except UserError as error:
         raise UnfitError(str(error)) from error
     kind = schema.field(image).type
@@ -170,18 +213,12 @@ def _choose_columns(
             f"{path}: column {image} is of type {kind}, not the bytes of images; download the "
             "images first, for example with img2dataset."
         )
-    for caption in captions:
-        if not _holds_text(schema.field(caption).type):
-            raise UnfitError(
-                f"{path}: column {caption} is of type {schema.field(caption).type}, not text, a "
-                f"list of it or of records with {' or '.join(TEXT_FIELDS)}: set caption_key."
-            )
-    return Columns(image, tuple(captions), optional_key(names), optional_key(names, [GROUP_KEY]))
+    return image
 
 
 def _holds_text(kind) -> bool:
     """Whether `read_captions` may find text in values of an Arrow type."""
-    types = _pyarrow().types
+    types = import_pyarrow().types
     if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind):
         return _holds_text(kind.value_type)
     if types.is_struct(kind):
@@ -215,7 +252,7 @@ def _check_size(file: File, size: int) -> None:
 
 def _copy(file: File, table, columns: Columns, target: Path) -> Problems:
     """Writes the usable rows of a Parquet file to `target`, in the layout of `_schema`."""
-    pa = _pyarrow()
+    pa = import_pyarrow()
     problems, rows, waiting, written = Problems(), [], 0, 0
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, _schema()) as writer:
         for row in _usable_rows(file, table, columns, problems):
@@ -285,7 +322,7 @@ def _owner(identity: Any, image: bytes) -> str | None:
 
 def _open(copies: list[Path]):
     """The Arrow table of all copies, mapped into memory."""
-    pa = _pyarrow()
+    pa = import_pyarrow()
     tables = [_schema().empty_table()]
     for copy in copies:
         # The mapping outlives the file object, so that thousands of files need not stay open.

@@ -7,10 +7,10 @@ offsets and sizes, one row per pair. Reading an example is then one read of the 
 import contextlib
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -58,11 +58,7 @@ class TarSource:
     """
 
     def __init__(self, path: str, files: list[File], image_key: str, caption_key: str, cache: Path):
-        for file in files:
-            if file.path.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
-                raise UserError(
-                    f"{file.path} is compressed, which has no random access: decompress it first."
-                )
+        refuse_compressed(files)
         self.shards = [file.path for file in files]
         self.images = (image_key.lower(),) if image_key else IMAGES
         # The suffixes of captions, and whether these are JSON documents with fields.
@@ -190,6 +186,45 @@ class TarSource:
         return [document[key] for key in keys]
 
 
+def refuse_compressed(files: Iterable[File]) -> None:
+    """Raises a `UserError` for an archive that is compressed, by its name."""
+    for file in files:
+        if file.path.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
+            raise UserError(
+                f"{file.path} is compressed, which has no random access: decompress it first."
+            )
+
+
+def tar_images(path: str, image_key: str, problems: Problems) -> Iterator[tuple[str, bytes]]:
+    """Streams (key, content) of every image in a shard, in one pass; damage is counted.
+
+    A key ends at the first dot of the file name, as in WebDataset. image_key: the suffix behind it;
+    '': every file whose last suffix is one of an image.
+    """
+    with remote.open_file(path) as file:
+        for _, name, member in _files(file, path, problems):
+            key, _, suffix = name.name.partition(".")
+            last = suffix.rpartition(".")[2]
+            if suffix.lower() == image_key.lower() if image_key else last.lower() in IMAGES:
+                file.seek(member.offset_data)
+                yield str(name.with_name(key)), file.read(member.size)
+
+
+def _files(file: BinaryIO, path: str, problems: Problems) -> Iterator[tuple]:
+    """(number of the archive, name, `TarInfo`) of every regular file that is not hidden."""
+    for archive, member in find_members(file, path, problems):
+        name = PurePosixPath(member.name)
+        if member.isdir():
+            continue
+        if hidden := next(filter(remote.is_hidden, name.parts), ""):
+            problems.note(f"hidden {'._*' if hidden.startswith('._') else hidden} left out")
+            continue
+        if not member.isreg() or member.issparse():
+            problems.add(f"{path}: the member {member.name!r} is not a regular file")
+            continue
+        yield archive, name, member
+
+
 def _scan(path: str, wanted: set[str], suffixes: set[str], problems: Problems) -> dict:
     """{(archive, key): {suffix: (offset, size)}} of the wanted suffixes.
 
@@ -198,16 +233,7 @@ def _scan(path: str, wanted: set[str], suffixes: set[str], problems: Problems) -
     """
     pairs: dict[tuple[int, str], dict] = {}
     with remote.open_file(path) as file:
-        for archive, member in find_members(file, path, problems):
-            name = PurePosixPath(member.name)
-            if member.isdir():
-                continue
-            if hidden := next(filter(remote.is_hidden, name.parts), ""):
-                problems.note(f"hidden {'._*' if hidden.startswith('._') else hidden} left out")
-                continue
-            if not member.isreg() or member.issparse():
-                problems.add(f"{path}: the member {member.name!r} is not a regular file")
-                continue
+        for archive, name, member in _files(file, path, problems):
             parts = name.name.split(".")
             suffixes.add(".".join(parts[1:]).lower())
             for cut in range(1, len(parts)):

@@ -29,6 +29,7 @@ from simseg_jax.data.prepare.shards import (
     statistics_path,
     write_shard,
 )
+from simseg_jax.runtime import files
 from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.runtime.files import make_writable, write_json
 
@@ -86,18 +87,7 @@ def check_same(folder: Path, job: Job) -> None:
         saved = dict(json.loads((folder / JOB).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError) as error:
         raise UserError(f"{folder} was not made by prepare: use another --output.") from error
-    differing = [key for key in wanted if saved.get(key) != wanted[key]]
-    if differing == ["content"]:
-        raise UserError(
-            f"The files of the source have changed since {folder} was begun: use another --output, "
-            "or delete that folder to start again."
-        )
-    if differing:
-        changes = ", ".join(f"{k}={saved.get(k)!r} instead of {wanted[k]!r}" for k in differing)
-        raise UserError(
-            f"{folder} holds another job, with {changes}: use another --output, or delete that "
-            "folder to start again."
-        )
+    files.check_same(folder, saved, wanted)
 
 
 def read_back(folder: Path, job: Job):
