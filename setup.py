@@ -58,6 +58,9 @@ setup(
         "beam": ["apache-beam>=2.70,<3"],
         # Drivers of object storage: gs://, s3://.
         "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
+        # The web page; its test drives a Chromium that is installed, through selenium.
+        "demo": ["gradio>=6.31,<7"],
+        "browser": ["selenium>=4.20,<5"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"],
         # Checkers of the files in launch/.
         "launch": [

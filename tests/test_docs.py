@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "launch/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 COMMANDS = (
-    *("main", "segment", "evaluate", "convert", "sweep", "ablate", "linear_probe", "plan"),
+    *("main", "segment", "evaluate", "convert", "sweep", "ablate", "linear_probe", "plan", "demo"),
     *("data.inspect", "data.prepare"),
     *(f"figures {kind}" for kind in ("responses", "gallery", "classes", "scores", "retrieved")),
 )
