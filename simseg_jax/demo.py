@@ -6,6 +6,7 @@ import html
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from simseg_jax.reports.visualize import labels_in
 from simseg_jax.runtime.command_line import accepted, add_setting, cache_programs, make_parser
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.files import write_json
+from simseg_jax.runtime.processes import keeping
 from simseg_jax.runtime.ranges import whole
 from simseg_jax.runtime.settings import plain
 from simseg_jax.segmenter import Segmenter, words_of
@@ -86,10 +88,12 @@ class Column:
         self._forget()
         if not image:
             raise UserError("Give an image first: upload or paste one, or choose an example.")
-        looked_for = [word for text in words or () for word in split_words(text)]
+        looked_for, others = (
+            [word for text in texts or () for word in split_words(text) if word]
+            for texts in (words, contrast_words)
+        )
         if not looked_for:
             raise UserError("Give at least one word to look for.")
-        others = [word for text in contrast_words or () for word in split_words(text)]
         if len(looked_for) + len(others) > MOST_WORDS:
             raise UserError(f"Give at most {MOST_WORDS} words here.")
         given = {"resolution": resolution, "refine": refine, "m_image": m_image}
@@ -329,10 +333,10 @@ def _choices(columns: Sequence[Column]):
     for column in columns:
         patch, own = column.model.patch_size, column.settings.resolution
         sides |= {max(round(own * factor / patch), 1) * patch for factor in (0.5, 0.75, 1, 1.5, 2)}
-    yield "Resolution: side in pixels that the model sees", "resolution", sorted(sides)
+    yield "Resolution in pixels", "resolution", sorted(sides)
     refine = ["none", "pamr"] + ["crf"] * any(c.settings.protocol == "paper" for c in columns)
-    yield "Refinement of the masks", "refine", refine
-    yield "M^I: patches averaged per channel for the scores", "m_image", [1, 2, 3, 5, 10, 20]
+    yield "Mask refinement", "refine", refine
+    yield "M^I: patches that a score counts per channel", "m_image", [1, 2, 3, 5, 10, 20]
 
 
 def _results(gr, first: list[dict]) -> list:
@@ -421,7 +425,8 @@ def serve(
         raise UserError(f"Port {port} of {host} is in use: choose another with --port.") from error
     print(f"Ready: {public or address}  (Ctrl-C ends it)", flush=True)
     if wait:
-        page.block_thread()
+        with keeping(lambda: "The files of visitors are deleted."):
+            threading.Event().wait()
     return address
 
 

@@ -46,7 +46,7 @@ MENTIONED = {
         *("pytest tests/runtime/test_processes.py", "pip install build", "python -m build"),
         "ruff format --check . && ruff check . && pyright",
     ),
-    "a server that does not end": ("mkdocs serve",),
+    "servers that do not end": ("mkdocs serve",),
     "named only, or run by a block": (
         *("python -m simseg_jax.main --help", "python -m simseg_jax.linear_probe"),
         "python -m simseg_jax.main --config=... --workdir=...",

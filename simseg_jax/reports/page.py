@@ -22,6 +22,11 @@ CSS = """
 .results .told { border-left: 4px solid var(--color-accent); padding: .4rem .8rem; }
 .given img, .annotated img, .maps img, .examples img { width: 100%; image-rendering: pixelated; }
 .given img, .annotated img { object-fit: contain; }
+.examples .grid-wrap { min-height: 0 !important; height: auto !important; }
+.examples .grid-container { padding-top: 1.6rem; grid-template-rows: none !important;
+  grid-auto-rows: auto !important; height: auto !important;
+  grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+.examples .thumbnail-item { height: auto !important; aspect-ratio: 1; }
 .scores ul { list-style: none; margin: 0; padding: 0; }
 .scores li { margin: 0 0 .9rem; padding: 0; }
 .scores .name { display: flex; align-items: center; gap: .5rem; font-weight: 600; }
