@@ -215,7 +215,7 @@ def build(checkpoints: Sequence[str], examples: str | None = None, max_pixels: i
     with gr.Blocks(title="simseg_jax: words to masks", analytics_enabled=False) as page:
         gr.HTML(
             '<header class="intro"><h1>Words to masks</h1><p>Name what to look for in an image. '
-            "The model was trained with captions only; it has never seen a mask.</p></header>"
+            "The model learned from images with captions; it has never seen a mask.</p></header>"
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
