@@ -312,7 +312,7 @@ def build(checkpoints: Sequence[str], examples: str | None = None, max_pixels: i
             checkpoint,
         ):
             """Segments an image with words; the mask's pixel values are positions in words."""
-            column = columns[names.index(checkpoint)]
+            column = columns[names.index(checkpoint or names[0])]
             given = image, words, contrast, contrast_words, sigma_weight
             try:
                 answer, record = column.segment(*given, resolution, refine, m_image)
@@ -394,6 +394,7 @@ def serve(
     process is stopped.
     """
     gr = import_gradio()
+    import httpx  # pyright: ignore[reportMissingImports]
     from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
 
     # No fonts of other servers, and explanations in a colour that is read on both backgrounds.
@@ -423,6 +424,10 @@ def serve(
         )
     except OSError as error:
         raise UserError(f"Port {port} of {host} is in use: choose another with --port.") from error
+    # Gradio's first event takes a second longer than others: an empty one, which is refused.
+    call, data = f"{address}gradio_api/call/segment", [None, [], NONE, [], 0, 0, "", 0, None]
+    event = httpx.post(call, json={"data": data}, trust_env=False).json()["event_id"]
+    httpx.get(f"{call}/{event}", trust_env=False)
     print(f"Ready: {public or address}  (Ctrl-C ends it)", flush=True)
     if wait:
         with keeping(lambda: "The files of visitors are deleted."):

@@ -122,6 +122,7 @@ def address(trained, tmp_path_factory):
         expected = f"http://127.0.0.1:{port}/"
         assert lines == ["Loading and compiling ...\n", f"Ready: {expected}  (Ctrl-C ends it)\n"]
         yield expected
+        assert server.poll() is None
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 130
