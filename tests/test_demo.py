@@ -151,6 +151,7 @@ def expected_mask(trained, path, folder, **settings):
     return (folder / f"{path.stem}_mask.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_programs_get_what_segment_writes(client, trained, tmp_path):
     path = tmp_path / "photo.png"
     Image.fromarray(scene(0, "val")[0]).resize((90, 70)).save(path)
@@ -170,6 +171,7 @@ def test_programs_get_what_segment_writes(client, trained, tmp_path):
     assert client.predict(**asked(path, **own))[0]["contrast"] == ["apple", "leaf"]
 
 
+@pytest.mark.slow
 def test_mistakes_are_sentences(client, tmp_path):
     image, text = tmp_path / "x.png", tmp_path / "text.png"
     Image.new("RGB", (9, 9)).save(image)
@@ -198,6 +200,7 @@ def raw(address, trained, path):
     return httpx.get(f"{call}/{event}", timeout=60).text
 
 
+@pytest.mark.slow
 def test_the_page_reads_nothing_but_uploads(address, trained, tmp_path):
     photo = tmp_path / "photo.png"
     Image.fromarray(scene(0, "val")[0]).save(photo)
@@ -215,6 +218,7 @@ def test_the_page_reads_nothing_but_uploads(address, trained, tmp_path):
     assert "downloads nothing" in refused
 
 
+@pytest.mark.slow
 def test_large_requests_are_refused(address):
     large = b"0" * (demo.UPLOAD + 2**17)
     upload = httpx.post(f"{address}gradio_api/upload", files={"files": ("x.png", large)})
@@ -222,6 +226,7 @@ def test_large_requests_are_refused(address):
     assert httpx.post(f"{address}gradio_api/queue/join", content=large).status_code in (400, 413)
 
 
+@pytest.mark.slow
 def test_the_page_names_no_other_server(address):
     text = httpx.get(address).text
     assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', text)
