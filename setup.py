@@ -96,6 +96,9 @@ setup(
         "ray": ["ray[default]>=2.50,<3"],
         # Drivers of object storage: gs://, s3://.
         "cloud": ["gcsfs>=2025.3", "s3fs>=2025.3"],
+        # The web page; its test drives a Chromium that is installed, through selenium.
+        "demo": ["gradio>=6.31,<7"],
+        "browser": ["selenium>=4.20,<5"],
         "docs": [
             "ipykernel>=6.29,<8",
             "mkdocs>=1.6,<2",
@@ -114,7 +117,9 @@ setup(
         "bench": [
             "opencv-python-headless>=4.10,<6",
             "psutil>=6,<8",
+            "pyarrow>=18,<28",
             "pydensecrf2>=1.1,<2",
+            "ray[default]>=2.50,<3",
             "timm>=1,<2",
             "torch>=2.6,<3",
         ],

@@ -18,6 +18,8 @@ from simseg_jax.runtime.errors import UserError, report_user_errors
 MODULES = {
     "train": "main",
     "segment": "segment",
+    "segment_dataset": "segment_dataset",
+    "demo": "demo",
     "evaluate": "evaluate",
     "convert": "convert",
     "sweep": "sweep",

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import io
@@ -30,7 +31,7 @@ from simseg_jax.runtime.settings import changed, typed
 from simseg_jax.weights.load import TrainedModel, load_model
 from simseg_jax.zeroshot.classifier import text_embedder, unknown_words
 from simseg_jax.zeroshot.engine import Engine
-from simseg_jax.zeroshot.paper import Response
+from simseg_jax.zeroshot.paper import PaperProtocol, Response
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 Source = Picture | str  # A string is a path or an address.
@@ -92,6 +93,16 @@ class Segmenter:
         options: further arguments of `Segmenter`.
         """
         return cls(load_model(source, step), **options)
+
+    def with_sigma_weight(self, sigma_weight: float) -> "Segmenter":
+        """This segmenter with another threshold; both share embeddings and compiled programs."""
+        other, engine = copy.copy(self), copy.copy(self.engine)
+        other.settings = changed(self.settings, {"sigma_weight": sigma_weight})
+        other.engine, engine.settings = engine, [other.settings]
+        engine.protocol = copy.copy(engine.protocol)
+        if isinstance(engine.protocol, PaperProtocol):
+            engine.protocol.sigma_weights = np.array([sigma_weight], np.float32)
+        return other
 
     def __call__(
         self,

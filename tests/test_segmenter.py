@@ -87,6 +87,21 @@ def test_ten_sets_of_words_compile_once(segmenter, caplog):
     assert caplog.text.count("Finished XLA compilation of jit(_respond)") == 1
 
 
+def test_another_threshold_compiles_nothing(segmenter, caplog):
+    one = segmenter(SCENES[0], CATEGORIES, [])
+    with jax.log_compiles():
+        higher = segmenter.with_sigma_weight(0.75)
+        other = higher(SCENES[0], CATEGORIES, [])
+        assert "XLA compilation" not in caplog.text
+    own = Segmenter(segmenter.model, sigma_weight=0.75, refine="none")
+    expected = own(SCENES[0], CATEGORIES, [])
+    assert other.record() == expected.record()
+    np.testing.assert_array_equal(other.mask, expected.mask)
+    assert set(other.drawn) < set(one.drawn)
+    assert (higher.settings.sigma_weight, segmenter.settings.sigma_weight) == (0.75, -1)
+    assert segmenter(SCENES[0], CATEGORIES, []).record() == one.record()
+
+
 def test_threads_share_a_segmenter(segmenter):
     expected = {word: segmenter(SCENES[0], word, []) for word in CATEGORIES}
     segmenter._embeddings.clear()

@@ -71,12 +71,14 @@ def respond(
     settings: SegmentationConfig,
     background: bool = True,
     maps: bool = False,
+    sigma_weight: float | Float[Array, ""] | None = None,
 ) -> Response:
     """Scores, threshold, candidates and similarity maps from projected tokens [B, 1 + g * g, D].
 
     class_embeddings: [C, D]; the first is the background's, which is scored only if `background`.
     Rows of zeros are no classes: they pad C, so that one program serves several numbers of classes.
-    maps: whether to return the similarity to all classes, too.
+    maps: whether to return the similarity to all classes, too. sigma_weight: by default that of the
+    settings.
     """
     embedding = model.pool_image(tokens, settings.m_image)
     highest = jax.lax.Precision.HIGHEST
@@ -85,7 +87,8 @@ def respond(
     if not background:
         scored = scored.at[0].set(False)
     scores = jnp.where(scored, scores, -jnp.inf)
-    threshold = adaptive_threshold(scores, settings.class_scores, settings.sigma_weight)
+    weight = settings.sigma_weight if sigma_weight is None else sigma_weight
+    threshold = adaptive_threshold(scores, settings.class_scores, weight)
     classes, drawn = candidate_classes(scores, threshold, settings.candidates)
     grid = math.isqrt(tokens.shape[1] - 1)
     patches = l2_normalize(tokens[:, 1:]).reshape(-1, grid, grid, tokens.shape[2])
@@ -104,7 +107,7 @@ def classes_in(class_embeddings: Float[Array, "C D"]) -> Bool[Array, " C"]:
 
 
 def adaptive_threshold(
-    scores: Float[Array, "B C"], top_k: int, sigma_weight: float
+    scores: Float[Array, "B C"], top_k: int, sigma_weight: float | Float[Array, ""]
 ) -> Float[Array, " B"]:
     """Mean + sigma_weight * unbiased standard deviation of the top-k scores: [B, C] -> [B].
 
@@ -172,6 +175,8 @@ class PaperProtocol:
     ):
         self.graphdef, self.mesh = model.graphdef, model.local_mesh
         self.settings, self.background, self.maps = settings, background, maps
+        # An argument of the program, so that it serves every threshold.
+        self.sigma_weights = np.array([s.sigma_weight for s in settings], np.float32)
         self.size = settings[0].resolution
         pool = ThreadPoolExecutor(thread_count(settings[0].threads))
         # A stage holds the settings with the same refinement: the CRF's lattice of an image is
@@ -200,7 +205,7 @@ class PaperProtocol:
     def start(self, params, class_embeddings: Mapping[int, Any], batch: dict):
         """Starts work on a batch of arrays from `load`; class_embeddings: M^T -> [C, D]."""
         images = to_global_batch(batch["image"], self.mesh)
-        responses, slots = self.respond_jit(params, class_embeddings, images)
+        responses, slots = self.respond_jit(params, class_embeddings, images, self.sigma_weights)
         refined = [
             refiner.start(images, *arrays)
             for (refiner, _), arrays in zip(self.stages, slots, strict=True)
@@ -222,7 +227,8 @@ class PaperProtocol:
         The arguments are those of `start` as shape structs with shardings.
         """
         images, sharding = batch["image"], batch_sharding(self.mesh)
-        encode = self.respond_jit.lower(params, class_embeddings, images).compile()
+        arguments = params, class_embeddings, images, self.sigma_weights
+        encode = self.respond_jit.lower(*arguments).compile()
         yield "encoder and responses", encode
         responses, slots = structs(encode.out_info, sharding)
         masks = []
@@ -233,7 +239,7 @@ class PaperProtocol:
                 yield refiner.settings.refine, refiner.compile(images, *arrays)
         yield "composition", self.compose_jit.lower(masks, responses).compile()
 
-    def _respond(self, params, class_embeddings, images):
+    def _respond(self, params, class_embeddings, images, sigma_weights):
         """(a response per setting, per stage (maps [B, K, g, g] in [0, 1], needed [B, K])).
 
         K: the candidates of all groups in the stage. needed: those that some setting may draw.
@@ -241,8 +247,10 @@ class PaperProtocol:
         model = bind(self.graphdef, params)
         tokens = project(model, images, self.mesh)
         responses = [
-            respond(model, tokens, class_embeddings[s.m_text], s, self.background, self.maps)
-            for s in self.settings
+            respond(
+                model, tokens, class_embeddings[s.m_text], s, self.background, self.maps, weight
+            )
+            for s, weight in zip(self.settings, sigma_weights, strict=True)
         ]
         slots = []
         for _, groups in self.stages:
