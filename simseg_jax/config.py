@@ -119,6 +119,11 @@ class RunConfig:
     loss_chunk: int = setting(
         0, "images per device compared with all texts at a time; 0: all at once", whole(0)
     )
+    positives: str = setting(
+        "pair",
+        "what belongs together; pair: image and own caption; caption: all pairs of equal captions",
+        one_of("pair", "caption"),
+    )
     log_every: int = setting(10, "steps between two lines of metrics", whole(1))
     eval_every: int = setting(0, "steps between evaluations; 0: only after training", whole(0))
     pictures: int = setting(
@@ -144,6 +149,11 @@ class RunConfig:
             raise UserError(
                 f"data.max_length={self.data.max_length} must not exceed "
                 f"model.text.max_positions={self.model.text.max_positions}."
+            )
+        if self.data.collage and self.model.image.image_size % 2:
+            raise UserError(
+                f"data.collage={self.data.collage} needs an even model.image.image_size, not "
+                f"{self.model.image.image_size}."
             )
         if not (self.epochs or self.steps):
             raise UserError("Set steps or epochs to a positive number.")

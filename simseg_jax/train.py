@@ -220,6 +220,7 @@ def open_examples(config: RunConfig, tokenizer) -> tuple[TextEncoder, Examples]:
         batch_size=config.batch_size,
         encoder=encoder,
         seed=config.seed,
+        groups=config.positives == "caption",
     )
     return encoder, examples
 
@@ -295,11 +296,14 @@ def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of a global batch."""
     size, side = config.batch_size, config.model.image.image_size
     words = (size, config.data.max_length)
-    return {
+    shapes = {
         "image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8),
         "ids": jax.ShapeDtypeStruct(words, jnp.int32),
         "mask": jax.ShapeDtypeStruct(words, jnp.bool_),
     }
+    if config.positives == "caption":
+        shapes["groups"] = jax.ShapeDtypeStruct((size, 2), jnp.uint32)
+    return shapes
 
 
 def evaluate(evaluators: dict, params, reporter: Reporter, step: int) -> dict[str, float]:

@@ -22,14 +22,18 @@ MODEL = SimSegConfig(
 )
 
 
-def batch(size=BATCH):
+def batch(size=BATCH, groups=0):
+    """groups: if given, the number of groups of pairs."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, TOKENS + 1, (size, 1))
-    return {
+    arrays = {
         "image": rng.integers(0, 256, (size, 32, 32, 3), np.uint8),
         "ids": rng.integers(1, 50, (size, TOKENS)).astype(np.int32),
         "mask": np.arange(TOKENS)[None] < lengths,
     }
+    if groups:
+        arrays["groups"] = rng.integers(0, groups, (size, 1)).astype(np.uint32)
+    return arrays
 
 
 def compile_step(**settings):
@@ -47,6 +51,7 @@ def lower_step(
     dtype=jnp.float32,
     gradient_dtype=None,
     wrap=lambda update: update,
+    groups=0,
     **options,
 ):
     """The step before compilation and its arguments; the state after it holds the gradients.
@@ -66,5 +71,5 @@ def lower_step(
     step = jit_update(wrap(update), shardings, mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(init, out_shardings=shardings)()
-        arguments = state, to_global_batch(batch(size), mesh)
+        arguments = state, to_global_batch(batch(size, groups), mesh)
         return step.lower(*arguments), arguments

@@ -6,6 +6,7 @@ processes only share the computation, so one number is enough to resume a run: i
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,9 @@ class DataConfig:
     crop_aspect: tuple[float, float] = setting(
         (3 / 4, 4 / 3), "RandomResizedCrop: range of width / height", pair(number(0.01, 100))
     )
+    collage: float = setting(
+        0.0, "share of examples that join four images in a square, and their captions", SHARE
+    )
     autoaugment: bool = setting(True, "AutoAugment, ImageNet policy", FLAG)
     transform: str = setting(
         "fast",
@@ -86,11 +90,19 @@ class DataConfig:
 class Examples:
     """The endless stream of training examples that `config.data` describes.
 
-    image_size: side of the images in pixels. batch_size: of the global batch.
+    image_size: side of the images in pixels. batch_size: of the global batch. groups: whether
+    examples say which of them have the same caption.
     """
 
     def __init__(
-        self, data: DataConfig, *, image_size: int, batch_size: int, encoder: TextEncoder, seed: int
+        self,
+        data: DataConfig,
+        *,
+        image_size: int,
+        batch_size: int,
+        encoder: TextEncoder,
+        seed: int,
+        groups: bool = False,
     ):
         if not data.train:
             raise UserError(
@@ -98,6 +110,7 @@ class Examples:
                 "config.data.train.NAME = data_set(path=...) (see configs/flickr8k.py)."
             )
         self.data, self.image_size, self.encoder, self.seed = data, image_size, encoder, seed
+        self.groups = groups
         self.sources = [open_source(settings, data.cache) for settings in data.train.values()]
         sizes = [len(source) for source in self.sources]
         weights = [settings.weight for settings in data.train.values()]
@@ -132,7 +145,8 @@ class Examples:
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The example at a position of the stream.
 
-        "image": uint8 [S, S, 3]; "ids": int32 [T]; "mask": bool [T]; "caption", "name": str;
+        "image": uint8 [S, S, 3]; "ids": int32 [T]; "mask": bool [T]; with `groups` "groups": uint32
+        [2], equal for captions of equal word pieces; "caption", "name": str;
         "unknown": whether the vocabulary knows no word of the caption; "bad": tuple of str, the
         problems of the examples that this one replaces.
         """
@@ -142,7 +156,7 @@ class Examples:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
         while len(bad) < ATTEMPTS:
             try:
-                return {**self._prepare(source[index], rng), "bad": tuple(bad)}
+                return {**self._prepare(source, index, rng), "bad": tuple(bad)}
             except BadExample as problem:
                 bad.append(str(problem))
                 index = int(rng.integers(len(source)))
@@ -152,44 +166,64 @@ class Examples:
             "simseg_jax.data.inspect."
         )
 
-    def _prepare(self, pair: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        try:
-            image = self._crop(pair["image"], rng)
-        except (ValueError, UserError) as error:
-            raise BadExample(pair["name"], error) from error
-        caption = pair["captions"][rng.integers(len(pair["captions"]))]
+    def _prepare(self, source, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        # The generator draws nothing for a collage unless there are some, so that other runs stay
+        # the same.
+        if self.data.collage and rng.random() < self.data.collage:
+            indices = [index, *rng.integers(len(source), size=3).tolist()]
+            tiles = [self._tile(source[i], self.image_size // 2, rng) for i in indices]
+            pictures, captions, names = zip(*tiles, strict=True)
+            image = np.vstack([np.hstack(pictures[:2]), np.hstack(pictures[2:])])
+            caption, name = ", ".join(captions), " + ".join(names)
+        else:
+            image, caption, name = self._tile(source[index], self.image_size, rng)
         pieces = self.encoder.pieces(caption)
         ids, mask = self.encoder.layout(pieces, rng)
-        return {
+        example = {
             "image": image,
             "ids": ids,
             "mask": mask,
             "caption": caption,
-            "name": pair["name"],
+            "name": name,
             "unknown": self.encoder.unknown(pieces),
         }
+        if self.groups:
+            content = np.array(pieces, np.int32).tobytes()
+            digest = hashlib.blake2b(content, digest_size=8).digest()
+            example["groups"] = np.frombuffer(digest, np.uint32)
+        return example
 
-    def _crop(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A random crop, uint8 [S, S, 3]; with AutoAugment if transform is pil."""
+    def _tile(
+        self, pair: dict[str, Any], side: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, str, str]:
+        """(crop [side, side, 3], caption, name) of a pair."""
+        try:
+            image = self._crop(pair["image"], side, rng)
+        except (ValueError, UserError) as error:
+            raise BadExample(pair["name"], error) from error
+        return image, pair["captions"][rng.integers(len(pair["captions"]))], pair["name"]
+
+    def _crop(self, image: bytes | np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+        """A random crop, uint8 [side, side, 3]; with AutoAugment if transform is pil."""
         data = self.data
 
         def draw(width: int, height: int):
             return draw_crop(width, height, data.crop_area, data.crop_aspect, rng)
 
         if data.transform == "fast":
-            return read_crop(image, self.image_size, draw, data.max_pixels)
+            return read_crop(image, side, draw, data.max_pixels)
         whole = decode_image(image, max_pixels=data.max_pixels)
-        crop = crop_and_resize(whole, draw(*whole.size), self.image_size)
+        crop = crop_and_resize(whole, draw(*whole.size), side)
         return np.asarray(autoaugment(decode_image(crop), rng)) if data.autoaugment else crop
 
 
 class TrainBatches:
     """This process's share of the global batches: {"image": uint8 [b, S, S, 3], "ids", "mask"}.
 
-    The batches never end. Assigning `position` continues from there. `waited` is the total time in
-    `next`, in seconds. Bad examples are counted and the first few are named; a `UserError` stops
-    the run when their share exceeds `config.data.max_bad`. `unknown` counts the captions without a
-    known word.
+    With "groups" if the examples have it. The batches never end. Assigning `position` continues
+    from there. `waited` is the total time in `next`, in seconds. Bad examples are counted and the
+    first few are named; a `UserError` stops the run when their share exceeds `config.data.max_bad`.
+    `unknown` counts the captions without a known word.
     """
 
     def __init__(
@@ -284,7 +318,8 @@ def _place(batch_size: int, share: int, offset: int, number: int) -> int:
 
 def stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays of several examples: the inputs of a training step, and what is counted."""
-    chunk = {key: np.stack([x[key] for x in examples]) for key in ("image", "ids", "mask")}
+    inputs = [key for key in ("image", "ids", "mask", "groups") if key in examples[0]]
+    chunk = {key: np.stack([x[key] for x in examples]) for key in inputs}
     chunk["unknown"] = np.array([x["unknown"] for x in examples])
     chunk["bad"] = np.array([len(x["bad"]) for x in examples], np.int32)
     first = [x["bad"][0].encode() if x["bad"] else b"" for x in examples]

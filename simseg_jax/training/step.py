@@ -1,5 +1,6 @@
 """One training step as a pure function: augment, embed, compare, update; exact gradient cache."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def make_update(
     """update(state, batch) -> (state, metrics): one pure training step.
 
     state: {"params", "opt", "step"}; batch: {"image": uint8 [B, H, W, 3], "ids": int32 [B, T],
-    "mask": bool [B, T]}. Dropout and augmentation follow from (seed, step) alone.
+    "mask": bool [B, T], optionally "groups": uint32 [B, n], see `contrastive_loss`}. Dropout and
+    augmentation follow from (seed, step) alone.
 
     micro_batch: pairs per device that the encoders see at a time, 0 for all (`cached_gradient`).
     loss_chunk: as of `chunked_contrastive_loss`, 0 for the plain form. Neither changes the result,
@@ -48,25 +50,28 @@ def make_update(
         texts = model.encode_text(examples["ids"], examples["mask"], keys=examples["keys"])
         return images, texts
 
-    def compare(embeddings, params):
+    def compare(embeddings, params, groups):
         images, texts = embeddings
         temperature = fixed(params)["temperature"]
         if loss_chunk:
-            return chunked_contrastive_loss(images, texts, temperature, loss_chunk)
-        return contrastive_loss(images, texts, temperature)
+            return chunked_contrastive_loss(images, texts, temperature, loss_chunk, groups)
+        return contrastive_loss(images, texts, temperature, groups)
 
     def update(state, batch):
         params, size = state["params"], len(batch["image"])
+        batch = dict(batch)
+        groups = batch.pop("groups", None)
         if autoaugment:
             keys = draw_keys(seed, state["step"], size)
             batch = {**batch, "image": map_batch(augment_batch, batch["image"], keys)}
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         examples = {**batch, "keys": constrain_batch(jax.random.split(key, size))}
+        compare_all = functools.partial(compare, groups=groups)
         if micro_batch:
-            value_and_gradient = cached_gradient(embed, compare, micro_batch)
+            value_and_gradient = cached_gradient(embed, compare_all, micro_batch)
         else:
             value_and_gradient = jax.value_and_grad(
-                lambda params, examples: compare(embed(params, examples), params), has_aux=True
+                lambda params, examples: compare_all(embed(params, examples), params), has_aux=True
             )
         (loss, metrics), gradients = value_and_gradient(params, examples)
         updates, opt = optimizer.update(gradients, state["opt"], params)

@@ -34,7 +34,7 @@ class NumberedSource:
 def examples(monkeypatch):
     """Makes `Examples` of given sources (data sets "a", "b", ...) and settings."""
 
-    def make(*sources, batch_size=8, seed=0, **settings):
+    def make(*sources, batch_size=8, seed=0, groups=False, **settings):
         data = tiny_config().data
         weights = settings.pop("weights", [1.0] * len(sources))
         data.train = {
@@ -45,7 +45,8 @@ def examples(monkeypatch):
         monkeypatch.setattr(pipeline, "open_source", lambda s, _cache: by_name[s.path])
         data.update({"crop_area": (1.0, 1.0), "autoaugment": False, "max_length": 6, **settings})
         encoder = TextEncoder(load_tokenizer("shapes"), data.max_length, data.edit_rate)
-        return Examples(data, image_size=16, batch_size=batch_size, encoder=encoder, seed=seed)
+        fixed = {"image_size": 16, "encoder": encoder, "groups": groups}
+        return Examples(data, batch_size=batch_size, seed=seed, **fixed)
 
     return make
 
@@ -249,3 +250,37 @@ def test_resuming_with_any_number_of_workers_gives_the_same_batches(scenes):
     for workers in (0, 2, 4):
         rest = batches(scenes(workers=workers), 3, 80, position=160)
         assert_trees_equal(rest, whole[2:])
+
+
+def test_equal_captions_are_a_group(examples):
+    """Before words are edited, and for equal word pieces."""
+    made = examples(NumberedSource(32), groups=True, edit_rate=0.9)
+    (batch,) = batches(made, 1)
+    captions = [made[i]["caption"] for i in range(8)]
+    assert set(captions) == {"a star", "a moon"}
+    groups = [tuple(row) for row in batch["groups"].tolist()]
+    assert batch["groups"].dtype == np.uint32
+    for caption, group in zip(captions, groups, strict=True):
+        assert [g == group for g in groups] == [c == caption for c in captions]
+
+
+def test_collages(examples):
+    source = NumberedSource(200)
+    made = examples(source, collage=0.5, max_length=20)
+    collages = 0
+    for example in map(made.__getitem__, range(200)):
+        tiles = [example["image"][y : y + 8, x : x + 8] for y in (0, 8) for x in (0, 8)]
+        values = [int(tile[0, 0, 0]) for tile in tiles]
+        assert all((tile == value).all() for tile, value in zip(tiles, values, strict=True))
+        names = [f"number {value}" for value in values]
+        if " + " in example["name"]:
+            collages += 1
+            assert example["name"] == " + ".join(names)
+            assert len(example["caption"].split(", ")) == 4
+            assert example["mask"].sum() >= 2 + 4 * 2  # [CLS], [SEP] and the words.
+        else:
+            assert {example["name"]} == set(names)
+    assert 70 <= collages <= 130
+    # A damaged tile makes its collage another example.
+    damaged = examples(NumberedSource(200, damaged=range(0, 200, 7)), collage=1.0)
+    assert any(damaged[i]["bad"] for i in range(20))

@@ -62,6 +62,65 @@ def test_chunks_and_devices_give_the_same_loss(devices, chunk):
     jax.tree.map(lambda a, b: assert_close(a, b, 5e-6), same_gradients, gradients)
 
 
+def groups_of(numbers):
+    return jnp.stack([jnp.zeros(len(numbers), jnp.uint32), jnp.array(numbers, jnp.uint32)], axis=1)
+
+
+def test_groups_share_the_target():
+    """Against soft cross entropies: the target of a row is even over the columns of its group."""
+    numbers = np.array([0, 1, 0, 2, 1, 0, 3, 4, 5, 6, 7, 8])
+    same = numbers[:, None] == numbers
+    texts = unit_rows(1, (12, 8))
+    # The best text of an image is that of the first pair in its group.
+    images = texts[same.argmax(axis=1)] + 0.1 * unit_rows(0, (12, 8))
+    target = same / same.sum(1, keepdims=True)
+
+    def expected(images, texts):
+        logits = images @ texts.T / 0.1
+        both = [optax.safe_softmax_cross_entropy(x, target).mean() for x in (logits, logits.T)]
+        return sum(both) / 2
+
+    def actual(images, texts):
+        return contrastive_loss(images, texts, jnp.float32(0.1), groups_of(numbers))
+
+    loss, metrics = actual(images, texts)
+    assert_close(loss, expected(images, texts), 1e-6)
+    gradients = jax.grad(lambda *pair: actual(*pair)[0], (0, 1))(images, texts)
+    expected_gradients = jax.grad(expected, (0, 1))(images, texts)
+    jax.tree.map(lambda a, b: assert_close(a, b, 2e-6), gradients, expected_gradients)
+    logits = np.asarray(images @ texts.T)
+    rows = np.arange(12)
+    assert_close(metrics["t2i_accuracy"], same[rows, logits.argmax(0)].mean(), 1e-6)
+    assert metrics["i2t_accuracy"] == 1 > (logits.argmax(1) == rows).mean()
+
+
+def test_groups_of_one_change_nothing():
+    images, texts = unit_rows(0, (12, 8)), unit_rows(1, (12, 8))
+    plain, metrics = contrastive_loss(images, texts, jnp.float32(0.1))
+    alone, same_metrics = contrastive_loss(images, texts, jnp.float32(0.1), groups_of(range(12)))
+    np.testing.assert_allclose(alone, plain, rtol=1e-6)
+    assert same_metrics == metrics
+
+
+@pytest.mark.parametrize(("devices", "chunk"), [(1, 16), (8, 0), (8, 2)])
+def test_chunks_and_devices_give_the_same_loss_of_groups(devices, chunk):
+    images, texts = unit_rows(0, (64, 8)), unit_rows(1, (64, 8))
+    groups = groups_of(np.random.default_rng(0).integers(0, 20, 64))
+    arguments = (images, texts, jnp.float32(0.07))
+    (expected, metrics), gradients = value_and_gradients(0)(*arguments, groups=groups)
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        sharding = batch_sharding(mesh)
+        *rows, own = jax.device_put((*arguments[:2], groups), sharding)
+        (loss, same_metrics), same_gradients = value_and_gradients(chunk)(
+            *rows, arguments[2], groups=own
+        )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert same_metrics == metrics
+    # Sums of 64 float32 terms in another order.
+    jax.tree.map(lambda a, b: assert_close(a, b, 5e-6), same_gradients, gradients)
+
+
 def value_and_gradients(chunk):
     loss = contrastive_loss
     if chunk:

@@ -55,6 +55,18 @@ def test_the_gradient_is_that_of_the_whole_batch(plain, settings, tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), same_metrics, metrics)
 
 
+def test_groups_of_pairs_reach_the_loss(plain):
+    """In micro-batches, chunks and on several devices as at once."""
+    expected, metrics = gradients(groups=4)
+    settings = {"micro_batch": 1, "devices": 8, "loss_chunk": 2}
+    actual, same_metrics = gradients(groups=4, **settings)
+    # Sums in another order, as above.
+    difference = optax.tree.norm(jax.tree.map(np.subtract, actual, expected))
+    assert difference <= 3e-6 * optax.tree.norm(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), same_metrics, metrics)
+    assert metrics["loss"] != plain[1]["loss"]
+
+
 def test_dropout_changes_the_gradient(plain):
     """Otherwise the test above could not see wrong keys."""
     text = dataclasses.replace(MODEL.text, dropout=0.0)
