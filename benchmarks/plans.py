@@ -1,6 +1,6 @@
 """The table of plans in docs/guides/scaling.md, whose rows it compiles and checks.
 
-A program must fit, send the minimum (for TPUs at most 6 % more, for several slices anything) and
+A program must fit, send the minimum (for TPUs at most 10 % more, for several slices anything) and
 for H100s call cuDNN's attention. Rows that are in the folder already are not compiled again; one
 takes one to ten minutes on two cores. TPUs need the extra tpu, GPUs the extra cuda.
 
@@ -33,7 +33,7 @@ VITB16 = {
     "h100:1": (FULL, CACHED, CACHED),
     "h100:8": ("", FULL, FULL),
     "h100:4x8": ("", "", ""),
-    "v5e:4x8": ("", FULL, FULL),
+    "v5e:4x8": ("", FULL, CACHED),
     "v6e:4x8": ("", FULL, FULL),
     "v4:2x2x4": ("", FULL, FULL),
     "v5p:2x4x4": ("", "", ""),
@@ -117,7 +117,7 @@ def problems(devices: str, plan: dict) -> list[str]:
         found.append(plan["communication"])
     # XLA for some TPUs sums the gradient of the embeddings whole, of which a part would do, and
     # rings that it merges with products take one turn more than they need.
-    elif "slices" not in devices and not 0.999 * least <= sent <= (1.06 if tpu else 1.001) * least:
+    elif "slices" not in devices and not 0.999 * least <= sent <= (1.1 if tpu else 1.001) * least:
         found.append(f"sends {sent:,}, the minimum is {least:,.0f}")
     # The blocks form loops: a call in the forward pass, one in the backward pass.
     if tpu == (plan["fused_attention_calls"] >= 2):
