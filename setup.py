@@ -117,9 +117,7 @@ setup(
         "bench": [
             "opencv-python-headless>=4.10,<6",
             "psutil>=6,<8",
-            "pyarrow>=18,<28",
             "pydensecrf2>=1.1,<2",
-            "ray[default]>=2.50,<3",
             "timm>=1,<2",
             "torch>=2.6,<3",
         ],

@@ -9,9 +9,7 @@ from simseg_jax.runtime.errors import UserError
 PACKAGES = {
     "cv2": "opencv-python-headless",
     "psutil": "psutil",
-    "pyarrow": "pyarrow",
     "pydensecrf": "pydensecrf2",
-    "ray": "ray",
     "timm": "timm",
     "torch": "torch",
 }

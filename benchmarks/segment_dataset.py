@@ -12,6 +12,7 @@ Prints the memory of the actors while they work. The last line is one JSON objec
 import argparse
 import collections
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -21,10 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import require
 from PIL import Image
 
 from simseg_jax.data import shapes
+from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.segmenter import Segmenter
 
 WORDS = ["apple", "leaf", "moon"]
@@ -77,6 +78,7 @@ def job(args, photos: Path, out: Path, actors: int, stop: int = 0) -> tuple[floa
     return rate, memory
 
 
+@report_user_errors
 def main() -> None:
     """Runs everything and prints the results."""
     parser = argparse.ArgumentParser(
@@ -86,7 +88,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--shard_size", type=int, default=500)
     args = parser.parse_args()
-    require("ray", "pyarrow")
+    if not all(map(importlib.util.find_spec, ("ray", "pyarrow"))):
+        raise UserError('This benchmark needs more: pip install -e ".[ray,parquet]".')
     import pyarrow.parquet
 
     with tempfile.TemporaryDirectory() as folder:

@@ -65,9 +65,9 @@ def overview() -> Iterator[str]:
     """The lines of the help."""
     yield from ("usage: simseg COMMAND ...", "", str(simseg_jax.__doc__), "")
     for name, module in MODULES.items():
-        lines = textwrap.wrap(description(module), 63)
-        yield f"  {name:13}{lines[0]}"
-        yield from (f"{'':15}{line}" for line in lines[1:])
+        lines = textwrap.wrap(description(module), 60)
+        yield f"  {name:17}{lines[0]}"
+        yield from (f"{'':19}{line}" for line in lines[1:])
     yield ""
     yield "`simseg COMMAND --help` shows options and examples, `simseg --version` the version."
 

@@ -80,7 +80,7 @@ def test_class_embeddings_follow_the_parameters(model):
     model, params = model
     evaluator = SegmentationEvaluator(model, tiny_eval(limit=2))
     calls, embed = [], evaluator.engine.embed
-    evaluator.engine.embed = lambda params: calls.append(params) or embed(params)
+    evaluator.engine.embed = lambda params, prompts: calls.append(params) or embed(params, prompts)
     others = jax.tree.map(lambda x: x + 0.1, params)
     for current in (params, params, others, params):
         list(evaluator.records(current))
