@@ -1,6 +1,9 @@
 """Helpers of several tests."""
 
 import os
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,3 +138,20 @@ def hub_environment(folder: Path, **more: str) -> dict[str, str]:
         "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
         **more,
     }
+
+
+def interrupt_imports(*arguments: str) -> None:
+    """Ctrl-C while a Python process with these arguments imports JAX ends it without traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stderr
+    while not re.search(r"\| +numpy$", process.stderr.readline()):
+        pass  # JAX, which imports it, takes a second more.
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == -signal.SIGINT

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import interrupt_imports
 
 import simseg_jax
 from simseg_jax.__main__ import MODULES
@@ -92,19 +93,7 @@ def test_commands_keep_their_arguments_and_exit_status(tmp_path):
 
 @pytest.mark.parametrize("start", [["-c", SCRIPT], ["-m", "simseg_jax"]])
 def test_an_interrupt_while_libraries_load(start):
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", *start, "train", "--help"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stderr
-    while not re.search(r"\| +numpy$", process.stderr.readline()):
-        pass  # JAX, which imports it, takes a second more.
-    process.send_signal(signal.SIGINT)
-    assert "Traceback" not in process.stderr.read()
-    process.stderr.close()
-    assert process.wait(60) == -signal.SIGINT
+    interrupt_imports(*start, "train", "--help")
 
 
 @pytest.mark.slow

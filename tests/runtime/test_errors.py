@@ -1,10 +1,10 @@
 import errno
-import re
 import signal
 import subprocess
 import sys
 
 import pytest
+from support import interrupt_imports
 
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.runtime.processes import keeping
@@ -96,19 +96,7 @@ def test_sigterm_is_reported_as_what_it_is(capsys):
 
 
 def test_an_interrupt_while_a_command_loads_its_libraries():
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "simseg_jax.main", "--help"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stderr
-    while not re.search(r"\| +numpy$", process.stderr.readline()):
-        pass  # JAX, which imports it, takes a second more.
-    process.send_signal(signal.SIGINT)
-    assert "Traceback" not in process.stderr.read()
-    process.stderr.close()
-    assert process.wait(60) == -signal.SIGINT
+    interrupt_imports("-m", "simseg_jax.main", "--help")
 
 
 @pytest.mark.parametrize("end", ["while True: print('again and again')", "sys.exit(0)"])
