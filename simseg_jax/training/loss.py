@@ -45,10 +45,9 @@ def contrastive_loss(
     # devices on each of them for argmax, while max and min send B numbers each.
     highest = logits.max(axis=0, keepdims=True)
     best = jnp.where(logits == highest, pairs[:, None], len(images)).min(axis=0)
-    right = best == pairs if groups is None else jnp.all(groups[best] == groups, axis=1)
     metrics = {
         "i2t_accuracy": jnp.mean(_found(jnp.argmax(logits, axis=1), pairs, same)),
-        "t2i_accuracy": jnp.mean(right),
+        "t2i_accuracy": jnp.mean(_matches(best, groups)),
         "temperature": tau,
     }
     return loss, metrics
@@ -112,12 +111,9 @@ def chunked_contrastive_loss(
     total, best, where = columns
     to_images = jax.nn.logsumexp(total, axis=0)
     first = jnp.where(best == best.max(axis=0, keepdims=True), where, batch).min(axis=0)
-    right = first == jnp.arange(batch)
-    if groups is not None:
-        right = jnp.all(groups[first] == groups, axis=1)
     metrics = {
         "i2t_accuracy": jnp.mean(found),
-        "t2i_accuracy": jnp.mean(right),
+        "t2i_accuracy": jnp.mean(_matches(first, groups)),
         "temperature": tau,
     }
     return (to_texts.sum() + to_images.sum()) / (2 * batch), metrics
@@ -152,3 +148,10 @@ def _found(
     if same is None:
         return best == pairs
     return jnp.take_along_axis(same, best[..., None], axis=-1)[..., 0]
+
+
+def _matches(best: Shaped[Array, " B"], groups: UInt32[Array, "B n"] | None) -> Bool[Array, " B"]:
+    """Whether the best image of every text is its own, or one of its group."""
+    if groups is None:
+        return best == jnp.arange(len(best))
+    return jnp.all(groups[best] == groups, axis=1)
