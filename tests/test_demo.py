@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +24,7 @@ from simseg_jax.segment import find_images, segment_files
 from simseg_jax.zeroshot.settings import SegmentationConfig
 
 pytest.importorskip("gradio", reason="gradio is missing: pip install -e '.[demo]'")
+httpx = pytest.importorskip("httpx", reason="httpx comes with gradio: pip install -e '.[demo]'")
 # Gradio and what it uses: sockets of its event loop, names that Starlette is about to rename.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
