@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 import zlib
 from importlib.metadata import version
@@ -27,6 +28,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Small programs as well go into the cache below, also those of processes that tests start.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"  # No test asks the network.
+# A shell starts jobs in the background with Ctrl-C ignored; processes of tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The processes that share the tests inherit it.
 if "SIMSEG_JAX_TEST_CACHE" not in os.environ:
     folder = tempfile.mkdtemp(prefix="simseg_jax_tests_")
