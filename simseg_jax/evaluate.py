@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,16 @@ from tqdm import tqdm
 
 from simseg_jax.config import RunConfig, load_config, resolved
 from simseg_jax.evaluators.build import entries_of, headlines, make_evaluators
-from simseg_jax.evaluators.records import IMMATERIAL, Record, RecordStore, gather
+from simseg_jax.evaluators.earlier import Earlier
+from simseg_jax.evaluators.measures import measures, without_model
+from simseg_jax.evaluators.records import Record, RecordStore, gather, material
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
+from simseg_jax.reports.bootstrap import (
+    NO_MODEL,
+    Estimate,
+    estimates,
+    format_estimates,
+)
 from simseg_jax.reports.statistics import class_table, format_table, image_ious, write_csv
 from simseg_jax.reports.visualize import write_contact_sheet
 from simseg_jax.runtime.command_line import (
@@ -40,6 +48,8 @@ from simseg_jax.weights.load import TrainedModel, load_model
 EPILOG = """examples:
   python -m simseg_jax.evaluate --checkpoint=runs/shapes
   python -m simseg_jax.evaluate --checkpoint=runs/shapes --config.evals.seg.shapes.refine=none
+  python -m simseg_jax.evaluate --checkpoint=runs/shapes --bootstrap \\
+      --against=runs/mean/evaluation-700
   python -m simseg_jax.evaluate --checkpoint=runs/f8k --config=vits16 \\
       --config.evals.seg.voc.root=data/VOCdevkit/VOC2012 --output=runs/f8k/voc
 
@@ -50,6 +60,12 @@ all images if class names have changed. A mask that has the stored size of its i
 the image as EXIF says; where the size does not decide this, masks are counted and named. A test set
 that cannot be evaluated does not stop the others, but the exit status is 2. With --distributed each
 process of a SLURM job, TPU pod or MPI launch takes its share.
+
+Segmentation is also measured with the classes of each image given: by the IoU of masks of exactly
+these classes, without refinement (given), and by how often the patch most similar to a class lies
+on it (points). --bootstrap adds 95 % intervals over draws of the images, and compares with what
+needs no model: an empty mask, the image's largest class everywhere, a random patch. --against
+compares with another evaluation of the same images, of another model or under other settings.
 """
 WRITTEN = ("classes.csv", "worst.png", "best.png")  # For every segmentation test set.
 
@@ -72,6 +88,22 @@ def main() -> None:
         default=8,
         help="worst and best images; 0: none",
     )
+    parser.add_argument(
+        "--bootstrap",
+        nargs="?",
+        const=1000,
+        default=0,
+        type=accepted(whole(100, 100_000)),
+        metavar="DRAWS",
+        help="95 %% intervals from this many draws of the images, by default 1000",
+    )
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER",
+        help="with --bootstrap: an --output to compare with, image by image; may be repeated",
+    )
     add_distributed_option(parser)
     args, overrides = parser.parse_known_args()
     if args.distributed:
@@ -81,10 +113,13 @@ def main() -> None:
     config = resolved(evaluation_config(model.config, args.config, overrides))
     test_sets = choose(config, args.test_set)
     folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
+    against = [Earlier.named(text) for text in args.against]
+    if against and not args.bootstrap:
+        raise UserError("--against compares intervals: add --bootstrap.")
     make_writable(folder)
     failed = Failures(len(test_sets))
     record = {"checkpoint": str(args.checkpoint), "step": model.step, "config": plain(config)}
-    results, evaluators = {}, {}
+    results, intervals, evaluators = {}, {}, {}
     kept = f"What was done is kept in {folder}: the same command continues from there."
     with only_run(folder), keeping(lambda: kept):
         if jax.process_index() == 0:
@@ -97,13 +132,16 @@ def main() -> None:
             kind, name = prefix.split("/")
             with failed.set_aside(prefix):
                 if kind == "seg":
-                    numbers = evaluate(model, evaluator, name, folder / name, args.pictures)
+                    options = args.pictures, args.bootstrap, against
+                    numbers, found = evaluate(model, evaluator, name, folder / name, *options)
+                    intervals |= {prefix: found} if found else {}
                 else:
                     numbers = measure(model, evaluator, name)
                 results |= {f"{prefix}/{key}": value for key, value in numbers.items()}
                 if jax.process_index() == 0:
                     # Written now and not at the end, in case the next test set fails.
-                    write_json(folder / "result.json", {**record, "results": results})
+                    everything = {**record, "results": results, "intervals": intervals}
+                    write_json(folder / "result.json", everything)
     if jax.process_index() == 0 and results:
         print(f"{', '.join(headlines(results))}. Numbers, tables and pictures are in {folder}")
     failed.report()
@@ -115,6 +153,7 @@ def _remove_result(folder: Path, record: dict, test_sets: Iterable[str]) -> None
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         before = json.loads(path.read_text(encoding="utf-8"))
         before.pop("results", None)
+        before.pop("intervals", None)
         if before == json.loads(json.dumps(record)):
             path.unlink()
             for prefix, name in itertools.product(test_sets, WRITTEN):
@@ -207,17 +246,20 @@ def evaluate(
     evaluator: SegmentationEvaluator,
     name: str,
     folder: Path,
-    pictures: int,
-) -> dict[str, float]:
-    """Evaluates one segmentation test set; process 0 writes tables and pictures into `folder`.
+    pictures: int = 0,
+    draws: int = 0,
+    against: Sequence[Earlier] = (),
+) -> tuple[dict[str, float], dict[str, dict[str, Estimate]]]:
+    """(numbers, 95 % intervals) of one segmentation test set; without `draws` no intervals.
 
-    Images with a record there are not evaluated again, unless they have changed since.
+    Process 0 prints them and writes tables and pictures into `folder`. Images with a record there
+    are not evaluated again, unless they have changed since.
     """
     began = time.monotonic()
     records, fresh = collect(model, evaluator, name, folder)
     seconds = time.monotonic() - began
-    confusion = evaluator.confusion(records)
-    ranked = np.argsort(image_ious(records, len(evaluator.class_names)), kind="stable")
+    names, background = evaluator.class_names, evaluator.background
+    ranked = np.argsort(image_ious(records, len(names)), kind="stable")
     places = {name: index for index, (name, _) in enumerate(evaluator.images)}
     indices = [places[records[i].name] for i in ranked if len(records[i].counts[0])]
     for title, chosen in (("worst", indices[:pictures]), ("best", indices[: -pictures - 1 : -1])):
@@ -226,12 +268,28 @@ def evaluate(
         elif fresh and jax.process_index() == 0:
             # The file is of an earlier evaluation, whose images may have changed.
             (folder / f"{title}.png").unlink(missing_ok=True)
+    numbers = dict(evaluator.results(records))
+    intervals, notes = {}, {}
+    if draws:
+        models = {"this": measures(records, len(names), background)}
+        models[NO_MODEL] = without_model(records, len(names), background)
+        for earlier in against:
+            paired, notes[earlier.name] = earlier.records(
+                name, records, material(evaluator.settings)
+            )
+            models[earlier.name] = measures(paired, len(names), background)
+        intervals = estimates(models, draws)
     if jax.process_index() == 0:
-        rows = class_table(records, evaluator.ious(confusion), evaluator.class_names)
+        rows = class_table(records, names, background, draws)
         write_csv(folder / "classes.csv", rows)
         print(format_table(rows))
         print(f"{name}: {fresh} images in {seconds:.1f} s\n")
-    return dict(evaluator.scores(confusion))
+        if intervals:
+            for other, differing in filter(all, notes.items()):
+                print(f"{name}: {other} was evaluated with {differing}")
+            print(f"{name}: 95 % intervals from {draws} draws of its {len(records)} images")
+            print(f"{format_estimates(intervals)}\n")
+    return numbers, intervals
 
 
 def collect(
@@ -241,9 +299,8 @@ def collect(
 
     Records that `folder` holds for unchanged files are reused; new ones are appended at once.
     """
-    settings = (plain(each) for each in evaluator.several)
-    material = [{k: v for k, v in each.items() if k not in IMMATERIAL} for each in settings]
-    identity = {"checkpoint": model.identity, "settings": dict(enumerate(material))}
+    settings = dict(enumerate(map(material, evaluator.several)))
+    identity = {"checkpoint": model.identity, "settings": settings}
     store = RecordStore(folder, identity, evaluator.inputs)
     kept = store.read()
     records = gather(kept.of(evaluator.images).values())

@@ -27,7 +27,7 @@ from simseg_jax.bulk.shards import Shard, cut, find_archives, remote_images
 from simseg_jax.bulk.worker import Done, Job, Worker
 from simseg_jax.data.pipeline import DataConfig
 from simseg_jax.data.words import split_words
-from simseg_jax.evaluators.records import IMMATERIAL
+from simseg_jax.evaluators.records import material
 from simseg_jax.runtime import actors, files, remote
 from simseg_jax.runtime.command_line import (
     accepted,
@@ -40,7 +40,6 @@ from simseg_jax.runtime.errors import UserError, one_line, report_user_errors, s
 from simseg_jax.runtime.processes import keeping, only_run
 from simseg_jax.runtime.ranges import number, whole
 from simseg_jax.runtime.remote import File
-from simseg_jax.runtime.settings import plain
 from simseg_jax.segment import find_images
 from simseg_jax.segmenter import Segmenter, add_protocol_options, protocol_settings
 from simseg_jax.zeroshot.settings import SegmentationConfig
@@ -152,7 +151,7 @@ def main() -> None:
         if args.what == "masks":
             contrast = None if args.contrast is None else split_words(args.contrast)
             classes = segmenter.classes(split_words(args.words), contrast)
-        settings = plain(segmenter.settings if classes else segmenter.embedding)
+        settings = segmenter.settings if classes else segmenter.embedding
         identity = segmenter.model.identity
         shards = cut(form, listed, args.shard_size)
         job = Job(
@@ -163,7 +162,7 @@ def main() -> None:
             identity=identity,
             words=list(classes.words if classes else ()),
             contrast=list(classes.contrast if classes else ()),
-            settings={key: value for key, value in settings.items() if key not in IMMATERIAL},
+            settings=material(settings),
             **{key: getattr(args, key) for key in SAME},
         )
         if not remote.is_remote(job.output):

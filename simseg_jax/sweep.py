@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 from simseg_jax.evaluate import collect, evaluation_config, first_of
+from simseg_jax.evaluators.metrics import mean_iou
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.models.vit import ViTConfig
 from simseg_jax.reports.tables import (
@@ -135,8 +136,8 @@ def sweep(
         name = f"pass {number} of {len(passes)}"
         records, _ = collect(model, evaluator, name, folder / f"pass-{number}")
         for number, (combination, _) in enumerate(group):
-            scores = dict(evaluator.scores(evaluator.confusion(records, number)))
-            row = {**dict(zip(table.values, combination, strict=True)), "miou": scores["miou"]}
+            miou = mean_iou(evaluator.ious(evaluator.confusion(records, number)))
+            row = {**dict(zip(table.values, combination, strict=True)), "miou": miou}
             rows.append(row | paper_columns(table, combination))
     return rows
 

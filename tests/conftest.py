@@ -28,8 +28,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Small programs as well go into the cache below, also those of processes that tests start.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"  # No test asks the network.
-# A shell starts jobs in the background with Ctrl-C ignored; processes of tests would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # The processes that share the tests inherit it.
 if "SIMSEG_JAX_TEST_CACHE" not in os.environ:
     folder = tempfile.mkdtemp(prefix="simseg_jax_tests_")
@@ -50,6 +48,8 @@ from simseg_jax.train import train
 from simseg_jax.weights.containers import read_weights
 from simseg_jax.weights.read import read_model
 
+# A shell starts jobs in the background with Ctrl-C ignored; processes of tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests train the same tiny model: compile it once per session.
 jax.config.update("jax_compilation_cache_dir", os.environ["SIMSEG_JAX_TEST_CACHE"])

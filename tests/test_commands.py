@@ -77,6 +77,47 @@ def test_evaluate_command(monkeypatch, capsys, workdir):
             assert picture.height > 8 * 128
 
 
+def test_intervals_and_comparisons(monkeypatch, capsys, workdir, tmp_path):
+    changed = "--config.evals.seg.shapes.sigma_weight=0.5"
+    run(
+        monkeypatch,
+        capsys,
+        evaluate,
+        f"--checkpoint={workdir}",
+        f"--output={tmp_path / 'a'}",
+        changed,
+    )
+    options = f"--checkpoint={workdir}", f"--output={tmp_path / 'b'}", "--pictures=0"
+    against = f"--against=half={tmp_path / 'a'}"
+    out = run(monkeypatch, capsys, evaluate, *options, against, "--bootstrap=200")
+    assert "shapes: half was evaluated with sigma_weight=0.5\n" in out
+    assert "shapes: 95 % intervals from 200 draws of its 20 images\n" in out
+    result = json.loads((tmp_path / "b" / "result.json").read_text())
+    rows = result["intervals"]["seg/shapes"]
+    assert list(rows) == ["this", "no model", "this - no model", "half", "this - half"]
+    for name, row in rows.items():
+        for measure in ("miou", "miou_given", "pointing"):
+            value, low, high = row[measure]
+            assert low <= value <= high
+            if name == "this":
+                assert value == result["results"][f"seg/shapes/{measure}"]
+    # The threshold has no influence on what is given the classes.
+    assert rows["this - half"]["miou_given"] == rows["this - half"]["pointing"] == [0, 0, 0]
+    with (tmp_path / "b" / "shapes" / "classes.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert float(row["iou_low"]) <= float(row["iou"]) <= float(row["iou_high"])
+    # What was written is found again by the same command without the option.
+    out = run(monkeypatch, capsys, evaluate, *options)
+    assert "20 of 20 images are done already" in out
+    assert "intervals" not in out
+    assert json.loads((tmp_path / "b" / "result.json").read_text())["intervals"] == {}
+
+    error = message(monkeypatch, capsys, evaluate, *options, against)
+    assert error == "error: --against compares intervals: add --bootstrap."
+    error = message(monkeypatch, capsys, evaluate, *options, "--bootstrap", "--against=none")
+    assert error == "error: --against=none: there is no folder none."
+
+
 def test_a_converted_run_needs_nothing_else(monkeypatch, capsys, workdir, photos, tmp_path):
     model = tmp_path / "model"
     out = run(monkeypatch, capsys, convert, workdir, model, "--to=safetensors")

@@ -11,12 +11,16 @@ import numpy as np
 
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.files import digest, naming
-from simseg_jax.runtime.settings import first_difference
+from simseg_jax.runtime.settings import first_difference, plain
 from simseg_jax.runtime.sharding import gather_bytes
 
-FORMAT = 2  # Version of the lines. Records in another format are computed again.
-# Settings that do not affect the record of an image.
+FORMAT = 3  # Version of the lines. Records in another format are computed again.
 IMMATERIAL = ("limit", "batch_size", "threads")
+
+
+def material(settings: Any) -> dict[str, Any]:
+    """The settings of a test set that affect the result for an image."""
+    return {key: value for key, value in plain(settings).items() if key not in IMMATERIAL}
 
 
 class Record(NamedTuple):
@@ -24,25 +28,30 @@ class Record(NamedTuple):
 
     name: of the image. stamp: identifies the version of its files. counts: per setting int [n, 3]
     with rows (true label, predicted label, pixels). scores: per setting image-text scores [C], NaN
-    for a class that is not scored.
+    for a class that is not scored. given, points: under the first settings, from the true classes:
+    counts of `localisation.masks_of_given`, and `localisation.pointing_game`.
     """
 
     name: str
     stamp: str
     counts: list[np.ndarray]
     scores: list[np.ndarray]
+    given: np.ndarray
+    points: np.ndarray
 
     def to_list(self) -> list:
         """The record as lists that JSON can hold."""
         scores = [[None if np.isnan(x) else round(float(x), 6) for x in s] for s in self.scores]
-        return [self.name, self.stamp, [c.tolist() for c in self.counts], scores]
+        counts = [c.tolist() for c in self.counts]
+        return [self.name, self.stamp, counts, scores, self.given.tolist(), self.points.tolist()]
 
     @classmethod
     def from_list(cls, values: list) -> "Record":
         """The inverse of `to_list`."""
-        name, stamp, counts, scores = values
-        arrays = [np.array(c, np.int64).reshape(-1, 3) for c in counts]
-        return cls(name, stamp, arrays, [np.array(s, np.float64) for s in scores])
+        name, stamp, counts, scores, given, points = values
+        arrays = [np.array(c, np.int64).reshape(-1, 3) for c in (*counts, given)]
+        scores = [np.array(s, np.float64) for s in scores]
+        return cls(name, stamp, arrays[:-1], scores, arrays[-1], np.array(points).reshape(-1, 4))
 
 
 def total_confusion(records: Iterable[Record], classes: int, number: int = 0) -> np.ndarray:
@@ -146,6 +155,21 @@ class RecordStore:
                 "or delete that folder to start again."
             )
         return "of other class names or prompts"
+
+
+def stored(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """(identity, finished records) of whatever evaluation wrote the records in `folder`."""
+    files = (path.read_bytes() for path in sorted(folder.glob("records-*.jsonl")))
+    lines = (_parse(line) for content in files for line in content.split(b"\n") if line)
+    headers = [line for line in lines if isinstance(line, dict)]
+    if not headers:
+        raise UserError(f"{folder} holds no records: give the folder of an evaluation.")
+    identity = {key: value for key, value in headers[-1].items() if key not in ("format", "seal")}
+    store = RecordStore(folder, identity, identity.pop("inputs", ""))
+    kept = store.read()
+    if not kept.records:
+        raise UserError(f"{folder} holds no records of this version: evaluate again.")
+    return identity, list(kept.records.values())
 
 
 def _parse(line: bytes) -> list | dict | None:

@@ -6,14 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from simseg_jax.data.images import decode_image
 from simseg_jax.data.testsets.classes import prompt_names
 from simseg_jax.data.testsets.segmentation import segmentation_source
-from simseg_jax.evaluators.metrics import class_iou, confusion_matrix, mean_iou
-from simseg_jax.evaluators.records import Record, total_confusion
+from simseg_jax.evaluators.localisation import masks_of_given, pointing_game
+from simseg_jax.evaluators.measures import measures
+from simseg_jax.evaluators.metrics import class_iou, confusion_matrix
+from simseg_jax.evaluators.records import Record, gather, total_confusion
+from simseg_jax.masks.postprocess import resize_nearest
 from simseg_jax.runtime.errors import UserError, some
 from simseg_jax.runtime.files import digest
 from simseg_jax.runtime.sharding import local_params
@@ -50,7 +52,7 @@ class SegmentationEvaluator:
             raise UserError(f"The test set {settings.data} in {settings.root!r} has no images.")
         self._require_labels()
         self._require_candidates()
-        self.engine = Engine(model, several, self.background)
+        self.engine = Engine(model, several, self.background, maps=True)
         self.prompts = self.engine.prompts(names)
         prompts = [array.tolist() for array in self.prompts]
         self.inputs = digest([self.class_names, prompts])
@@ -58,15 +60,22 @@ class SegmentationEvaluator:
         self._said = False  # Whether the message about turned masks was printed.
 
     def run(self, params, progress: Callable[[Iterable], Iterable] = iter):
-        """Yields ("miou", fraction) and ("iou/<class>", fraction) for classes that occur.
+        """Yields the `results` of all images. progress: wraps the iterator over images, for a bar.
 
-        The results are those of the first settings. progress: wraps the iterator over images, to
-        show a bar.
+        All processes must call this together.
         """
-        confusion = self.confusion(self.records(params, progress=progress))
-        if jax.process_count() > 1:
-            confusion = multihost_utils.process_allgather(confusion).sum(axis=0)
-        yield from self.scores(confusion)
+        yield from self.results(list(gather(self.records(params, progress=progress)).values()))
+
+    def results(self, records: Sequence[Record]) -> Iterator[tuple[str, float]]:
+        """Under the first settings: ("miou", fraction), both measures of `evaluators.localisation`
+        as ("miou_given", ...) and ("pointing", ...), and ("iou/<class>", ...) of what occurs.
+        """
+        each = np.ones((1, len(records)))
+        found = measures(records, len(self.class_names), self.background)
+        yield from ((name, float(measure.mean(each)[0])) for name, measure in found.items())
+        for name, iou in zip(self.class_names, found["miou"].of_classes(each)[0], strict=True):
+            if np.isfinite(iou):
+                yield f"iou/{name}", float(iou)
 
     def confusion(self, records: Iterable[Record], number: int = 0) -> np.ndarray:
         """Pixels int64 [C, C] of all records, see `records.total_confusion`."""
@@ -78,14 +87,6 @@ class SegmentationEvaluator:
         if not self.background:
             ious[0] = np.nan
         return ious
-
-    def scores(self, confusion: np.ndarray) -> Iterator[tuple[str, float]]:
-        """The results of `run` from a confusion matrix."""
-        ious = self.ious(confusion)
-        yield "miou", mean_iou(ious)
-        for name, iou in zip(self.class_names, ious, strict=True):
-            if np.isfinite(iou):
-                yield f"iou/{name}", float(iou)
 
     def records(
         self,
@@ -101,7 +102,8 @@ class SegmentationEvaluator:
             def finished() -> Iterator[tuple]:
                 for examples, masks, responses in self._run(params, progress(share)):
                     for i, example in enumerate(examples):
-                        yield example, masks[:, i], [response.scores[i] for response in responses]
+                        scores = [response.scores[i] for response in responses]
+                        yield example, masks[:, i], scores, responses[0].maps[i]
 
             yield from ahead(pool, self._record, finished(), 2 * self.settings.batch_size)
         if self.source.turned and not self._said:
@@ -137,17 +139,25 @@ class SegmentationEvaluator:
         return {**example, "mask": mask, "index": index}, image, mask.shape
 
     def _record(self, finished: tuple) -> Record:
-        example, masks, scores = finished
-        truth, classes = example["mask"], len(self.class_names)
-        counts = []
-        for mask in masks:
-            labels = self.engine.protocol.restore(mask, truth.shape)
-            confusion = confusion_matrix(labels, truth, classes)
-            pairs = np.argwhere(confusion)
-            counts.append(np.concatenate([pairs, confusion[confusion > 0][:, None]], axis=1))
+        example, masks, scores, maps = finished
+        truth = example["mask"]
+        counts = [
+            self._counts(self.engine.protocol.restore(mask, truth.shape), truth) for mask in masks
+        ]
+        maps = self.engine.protocol.restore_maps(maps, truth.shape)
+        shown = np.setdiff1d(truth, (0, 255))
+        given = masks_of_given(maps, scores[0], shown, self.background)
+        given = self._counts(resize_nearest(given, *truth.shape), truth)
+        points = pointing_game(maps, truth, shown)
         scores = [np.where(np.isfinite(s), s, np.nan) for s in scores]
         name, stamp = self.images[example["index"]]
-        return Record(name, stamp, counts, scores)
+        return Record(name, stamp, counts, scores, given, points)
+
+    def _counts(self, labels: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Rows (true label, predicted label, pixels) [n, 3] of all pairs of labels that occur."""
+        confusion = confusion_matrix(labels, truth, len(self.class_names))
+        pairs = np.argwhere(confusion)
+        return np.concatenate([pairs, confusion[confusion > 0][:, None]], axis=1)
 
     def _require_candidates(self) -> None:
         """Refuses a threshold above the scores of any image, which few classes allow."""

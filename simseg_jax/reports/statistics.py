@@ -6,29 +6,48 @@ from pathlib import Path
 
 import numpy as np
 
+from simseg_jax.evaluators.measures import MEASURES, measures
 from simseg_jax.evaluators.metrics import class_iou, mean_iou
 from simseg_jax.evaluators.records import Record, total_confusion
+from simseg_jax.reports.bootstrap import class_intervals
 
 
-def class_table(records: Sequence[Record], ious: np.ndarray, names: Sequence[str]) -> list[dict]:
+def class_table(
+    records: Sequence[Record], names: Sequence[str], background: bool, draws: int = 0
+) -> list[dict]:
     """One row per class that occurs or is predicted, in label order.
 
+    iou_low, iou_high: the 95 % interval, None without `draws`. iou_given, pointing: of masks and
+    maps for the classes that are known to show, see `evaluators.localisation`.
     images: how many show the class. drawn: the share of them where it is predicted somewhere.
     score_present, deviation_present: mean and deviation of its image-text score on these images.
     score_absent: the mean on the others. The scores show whether a class is missed (as "person" in
-    figure 14 of the paper) or confused with others.
+    figure 14 of the paper) or confused with others. background: whether label 0 is a class.
     """
     present, predicted = (_occurring(records, len(names), column) for column in (0, 1))
     scores = np.array([record.scores[0] for record in records])
+    found = measures(records, len(names), background)
+    values = {
+        key: measure.of_classes(np.ones((1, len(records))))[0] for key, measure in found.items()
+    }
+    ends = class_intervals(found["miou"], draws) if draws else np.full((len(names), 2), np.nan)
     rows = []
     for label, name in enumerate(names):
-        if not np.isfinite(ious[label]):
+        iou, iou_given, pointing, low, high = (
+            float(value) if np.isfinite(value) else None
+            for value in (*(values[key][label] for key in MEASURES), *ends[label])
+        )
+        if iou is None:
             continue
         shown = present[:, label]
         rows.append(
             {
                 "class": name,
-                "iou": float(ious[label]),
+                "iou": iou,
+                "iou_low": low,
+                "iou_high": high,
+                "iou_given": iou_given,
+                "pointing": pointing,
                 "images": int(shown.sum()),
                 "drawn": _mean(predicted[shown, label]),
                 "score_present": _mean(scores[shown, label]),
@@ -42,13 +61,27 @@ def class_table(records: Sequence[Record], ious: np.ndarray, names: Sequence[str
 def format_table(rows: Sequence[dict]) -> str:
     """The rows of `class_table` as aligned text."""
     width = max(len(row["class"]) for row in rows)
-    lines = [f"{'class':{width}}    IoU  images  drawn  score if present  if absent"]
+    bounds = any(row["iou_low"] is not None for row in rows)
+    head = f"{'class':{width}}    IoU  {'  95 % interval  ' if bounds else ''}given  points"
+    lines = [f"{head}  images  drawn  score if present  if absent"]
     for row in rows:
-        drawn, present, deviation, absent = (
-            row[key] for key in ("drawn", "score_present", "deviation_present", "score_absent")
+        low, high, given, points, drawn, present, deviation, absent = (
+            row[key]
+            for key in (
+                "iou_low",
+                "iou_high",
+                "iou_given",
+                "pointing",
+                "drawn",
+                "score_present",
+                "deviation_present",
+                "score_absent",
+            )
         )
+        interval = f" {_cell(low, 5)} to {_cell(high, 5)}  " if bounds else ""
         lines.append(
-            f"{row['class']:{width}}  {row['iou']:.3f}  {row['images']:6d}  {_cell(drawn, 5)}  "
+            f"{row['class']:{width}}  {row['iou']:.3f}  {interval}{_cell(given, 5)}  "
+            f"{_cell(points, 6)}  {row['images']:6d}  {_cell(drawn, 5)}  "
             f"{_cell(present, 7)} +- {_cell(deviation, 5)}  {_cell(absent, 9)}"
         )
     return "\n".join(lines)

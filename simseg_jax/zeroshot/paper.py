@@ -159,8 +159,8 @@ class PaperProtocol:
     which does not wait for the device, and `finish`), and a mask into labels of the image's own
     pixels (`restore`). `standard.StandardProtocol` is the other protocol. settings: differ only in
     keys of `after_encoder`, so that the encoder runs once per image for all of them. background:
-    whether class 0, the background, is scored. maps: whether responses hold the similarity to all
-    classes.
+    whether class 0, the background, is scored. maps: whether responses to the first settings hold
+    the similarity to all classes.
     """
 
     after_encoder = ("m_image", "m_text", "top_k", "sigma_weight", "candidates")
@@ -248,9 +248,15 @@ class PaperProtocol:
         tokens = project(model, images, self.mesh)
         responses = [
             respond(
-                model, tokens, class_embeddings[s.m_text], s, self.background, self.maps, weight
+                model,
+                tokens,
+                class_embeddings[s.m_text],
+                s,
+                self.background,
+                self.maps and i == 0,
+                sigma_weights[i],
             )
-            for s, weight in zip(self.settings, sigma_weights, strict=True)
+            for i, s in enumerate(self.settings)
         ]
         slots = []
         for _, groups in self.stages:

@@ -140,11 +140,13 @@ class StandardProtocol:
         )
         masks, maps = label(class_embeddings, patches, windows, rows, columns)
         responses = []
-        for settings in self.settings:
+        for i, settings in enumerate(self.settings):
             embedding = model.pool_image(tokens, settings.m_image).reshape(images, count, -1)
             classes = class_embeddings[settings.m_text].T
             scores = jnp.matmul(embedding.mean(axis=1), classes, precision=HIGHEST)
-            responses.append(Scores(scores, maps[settings.m_text] if self.maps else None))
+            responses.append(
+                Scores(scores, maps[settings.m_text] if i == 0 and self.maps else None)
+            )
         return masks.swapaxes(0, 1), responses
 
     def _labels(self, class_embeddings, patches, windows, rows, columns) -> tuple:

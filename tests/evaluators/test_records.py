@@ -11,13 +11,17 @@ NAMES = ("background", "dog", "person", "cat")
 
 
 def record(number, counts, scores=(0.1, 0.2, 0.3, 0.4)):
-    return Record(f"image {number}", "1:2 3:4", [np.array(counts)], [np.array(scores)])
+    counts = np.array(counts)
+    points = np.array([[label, 1, 3, 16] for label in np.unique(counts[:, 0]) if label])
+    return Record(f"image {number}", "1:2 3:4", [counts], [np.array(scores)], counts, points)
 
 
 def assert_equal(first, second):
     assert (first.name, first.stamp) == (second.name, second.stamp)
     np.testing.assert_array_equal(first.counts, second.counts)
     np.testing.assert_array_equal(first.scores, second.scores)
+    np.testing.assert_array_equal(first.given, second.given)
+    np.testing.assert_array_equal(first.points, second.points.reshape(first.points.shape))
 
 
 def names(store):
@@ -122,8 +126,8 @@ def test_lines_are_plain_json(tmp_path):
     list(RecordStore(tmp_path, {}).extend([record(0, [[0, 1, 7]], (np.nan, 0.5, 1 / 3, 1))]))
     header, line = map(json.loads, (tmp_path / "records-00000.jsonl").read_text().splitlines())
     assert header["format"] == FORMAT
-    expected = ["image 0", "1:2 3:4", [[[0, 1, 7]]], [[None, 0.5, 0.333333, 1.0]]]
-    assert line[:-1] == expected
+    scores = [[None, 0.5, 0.333333, 1.0]]
+    assert line[:-1] == ["image 0", "1:2 3:4", [[[0, 1, 7]]], scores, [[0, 1, 7]], []]
 
 
 def test_statistics_by_hand():
@@ -132,9 +136,10 @@ def test_statistics_by_hand():
         record(0, [[0, 0, 50], [1, 1, 30], [2, 1, 10], [2, 2, 10]], (0, 0.4, 0.1, 0)),
         record(1, [[0, 0, 60], [2, 0, 40]], (0, 0.2, 0.3, 0)),
     ]
-    ious = np.array([110 / 150, 30 / 40, 10 / 60, np.nan])
-    rows = {row["class"]: row for row in class_table(records, ious, NAMES)}
+    rows = {row["class"]: row for row in class_table(records, NAMES, background=True)}
     assert list(rows) == ["background", "dog", "person"]
+    ious = [110 / 150, 30 / 40, 10 / 60]
+    assert [row["iou"] for row in rows.values()] == pytest.approx(ious)
     person, dog = rows["person"], rows["dog"]
     assert (person["images"], person["drawn"]) == (2, 0.5)
     assert person["score_present"] == pytest.approx(0.2)

@@ -4,6 +4,7 @@ import pytest
 from conftest import SHARED
 from support import model_of, tiny_eval, tiny_model
 
+from simseg_jax.evaluators.metrics import mean_iou
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.reports.statistics import class_table
 from simseg_jax.runtime.errors import UserError
@@ -67,7 +68,9 @@ def test_records_add_up_and_keep_every_pixel(model, protocol):
     for record in records:
         assert [counts[:, 2].sum() for counts in record.counts] == [64 * 64] * 2
         assert record.scores[0].shape == (11,)
-    scores = dict(evaluator.scores(evaluator.confusion(records)))
+    scores = dict(evaluator.results(records))
+    ious = evaluator.ious(evaluator.confusion(records))
+    assert scores["miou"] == pytest.approx(mean_iou(ious))
     assert scores == evaluate(model, protocol=protocol, window=32, limit=10)
     some = list(evaluator.records(model[1], [7, 2]))
     assert {record.name for record in some} == {"val_00002", "val_00007"}

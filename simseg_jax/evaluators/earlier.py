@@ -1,0 +1,63 @@
+"""An earlier evaluation of the same images, which a new one is compared with."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from simseg_jax.evaluators.records import Record, stored
+from simseg_jax.runtime.errors import UserError, some
+from simseg_jax.runtime.settings import leaves
+
+
+class Earlier(NamedTuple):
+    """name: in tables. folder: the --output of `simseg_jax.evaluate`."""
+
+    name: str
+    folder: Path
+
+    @classmethod
+    def named(cls, argument: str) -> "Earlier":
+        """From [NAME=]FOLDER; without NAME it is called as the run that the folder belongs to."""
+        name, _, path = argument.rpartition("=")
+        if not Path(path).is_dir():
+            raise UserError(f"--against={argument}: there is no folder {path}.")
+        return cls(name or Path(path).resolve().parent.name, Path(path))
+
+    def records(
+        self, test_set: str, ours: Sequence[Record], settings: Mapping[str, Any]
+    ) -> tuple[list[Record], str]:
+        """(its records of the images of `ours` in their order, its settings that differ).
+
+        settings: of the new evaluation. A `UserError` if images are missing or their masks differ.
+        """
+        folder = self.folder / test_set
+        identity, records = stored(folder)
+        known = {record.name: record for record in records}
+        missing = [record.name for record in ours if record.name not in known]
+        if missing:
+            raise UserError(
+                f"{folder} has no result for {len(missing)} of {len(ours)} images, of "
+                f"{some(missing)}: evaluate the same images there."
+            )
+        theirs = [known[record.name] for record in ours]
+        changed = [a.name for a, b in zip(ours, theirs, strict=True) if _truth(a) != _truth(b)]
+        if changed:
+            raise UserError(
+                f"{folder} is about other masks or classes: {len(changed)} of {len(ours)} images "
+                f"have different true pixels there, of {some(changed)}."
+            )
+        # Through JSON, as theirs: it has no tuples.
+        new = dict(leaves(json.loads(json.dumps(settings))))
+        old = dict(leaves(identity["settings"]["0"]))
+        differing = [f"{key}={old.get(key)!r}" for key in new if old.get(key) != new[key]]
+        return theirs, ", ".join(differing)
+
+
+def _truth(record: Record) -> dict[int, int]:
+    """Pixels of every true label."""
+    truth, _, pixels = record.counts[0].T
+    labels = np.unique(truth)
+    return {int(label): int(pixels[truth == label].sum()) for label in labels}

@@ -1,0 +1,96 @@
+"""What is measured on a segmentation test set, as sums that any selection of images can share."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from simseg_jax.evaluators.records import Record
+
+MEASURES = ("miou", "miou_given", "pointing")
+
+
+class Quotients(NamedTuple):
+    """A measure whose value for a class is a quotient of sums over images; its own is their mean.
+
+    IoU divides pixels of the intersection by those of the union, the pointing game hits by trials.
+    Both fields: float [n, C] for n images and C classes.
+    """
+
+    hits: np.ndarray
+    trials: np.ndarray
+
+    def of_classes(self, weights: Float[np.ndarray, "R n"]) -> Float[np.ndarray, "R C"]:
+        """The values of every class, each image counted `weights` times; NaN without trials."""
+        with np.errstate(invalid="ignore"):
+            return (weights @ self.hits) / (weights @ self.trials)
+
+    def mean(self, weights: Float[np.ndarray, "R n"]) -> Float[np.ndarray, " R"]:
+        """The mean over the classes with trials."""
+        values = self.of_classes(weights)
+        return np.where(np.isnan(values), 0, values).sum(axis=1) / (~np.isnan(values)).sum(axis=1)
+
+
+def measures(records: Sequence[Record], classes: int, background: bool) -> dict[str, Quotients]:
+    """The measures of a model under its first settings, by the names in MEASURES.
+
+    background: whether label 0 is a class.
+    """
+    return {
+        "miou": _ious([record.counts[0] for record in records], classes, background),
+        "miou_given": _ious([record.given for record in records], classes, background),
+        "pointing": _points(records, classes, chance=False),
+    }
+
+
+def without_model(
+    records: Sequence[Record], classes: int, background: bool
+) -> dict[str, Quotients]:
+    """What `measures` would be for an empty mask, for the largest class of an image everywhere,
+    and for a random patch.
+    """
+    empty, largest = [], []
+    for record in records:
+        labels, pixels = _truth(record, classes)
+        things = np.where(labels > 0, pixels, 0)
+        everywhere = labels[things.argmax()] if things.any() else 0
+        empty.append(np.stack([labels, 0 * labels, pixels], axis=1))
+        largest.append(np.stack([labels, 0 * labels + everywhere, pixels], axis=1))
+    return {
+        "miou": _ious(empty, classes, background),
+        "miou_given": _ious(largest, classes, background),
+        "pointing": _points(records, classes, chance=True),
+    }
+
+
+def _truth(record: Record, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(labels that an image shows, pixels of each)."""
+    truth, _, pixels = record.counts[0].T
+    sums = np.bincount(truth, weights=pixels, minlength=classes).astype(np.int64)
+    labels = np.flatnonzero(sums)
+    return labels, sums[labels]
+
+
+def _ious(counts: Sequence[Int[np.ndarray, "m 3"]], classes: int, background: bool) -> Quotients:
+    """IoU from rows (true label, predicted label, pixels) of every image."""
+    found = Quotients(np.zeros((len(counts), classes)), np.zeros((len(counts), classes)))
+    for hits, union, rows in zip(*found, counts, strict=True):
+        truth, predicted, pixels = rows.T
+        same = truth == predicted
+        np.add.at(hits, truth[same], pixels[same])
+        np.add.at(union, truth, pixels)
+        np.add.at(union, predicted[~same], pixels[~same])
+    if not background:
+        found.hits[:, 0] = found.trials[:, 0] = 0
+    return found
+
+
+def _points(records: Sequence[Record], classes: int, chance: bool) -> Quotients:
+    """The pointing game of a model, or of a random patch if `chance`."""
+    found = Quotients(np.zeros((len(records), classes)), np.zeros((len(records), classes)))
+    for hits, trials, record in zip(*found, records, strict=True):
+        label, hit, on_class, patches = record.points.T
+        hits[label] = on_class / patches if chance else hit
+        trials[label] = 1
+    return found
