@@ -109,7 +109,7 @@ def test_intervals_and_comparisons(monkeypatch, capsys, workdir, tmp_path):
     # What was written is found again by the same command without the option.
     out = run(monkeypatch, capsys, evaluate, *options)
     assert "20 of 20 images are done already" in out
-    assert "intervals" not in out
+    assert "95 % intervals" not in out
     assert json.loads((tmp_path / "b" / "result.json").read_text())["intervals"] == {}
 
     error = message(monkeypatch, capsys, evaluate, *options, against)
