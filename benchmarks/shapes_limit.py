@@ -6,7 +6,7 @@ For a finished WORKDIR, on the scenes it was evaluated on, the mean IoU of
 - grid: the ground truth itself, by majority vote on the patch grid and upsampled (the bound of
   any model without refinement);
 - foreground given: true object pixels, each labelled with the strongest map of a present class;
-- classes given: the model's masks of exactly the classes that are present;
+- classes given: the model's masks of exactly the classes that are present, with p > 0.5;
 - without refinement: the paper protocol with p > 0.5, threshold included;
 - with dense CRF: as evaluated.
 """
@@ -14,19 +14,18 @@ For a finished WORKDIR, on the scenes it was evaluated on, the mean IoU of
 import argparse
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from simseg_jax.data.testsets.classes import class_names
 from simseg_jax.evaluators.metrics import class_iou, confusion_matrix
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
-from simseg_jax.masks.postprocess import closing, resize_nearest, upsample
+from simseg_jax.masks.postprocess import resize_nearest
 from simseg_jax.runtime.errors import UserError, report_user_errors
 from simseg_jax.weights.load import load_model
-from simseg_jax.zeroshot.paper import compose, min_max
+from simseg_jax.zeroshot.paper import min_max
 
-ORACLES = ("grid", "foreground given", "classes given")
+ORACLES = ("grid", "foreground given")
 
 
 def majority_on_grid(truth: np.ndarray, size: int, patch: int, classes: int) -> np.ndarray:
@@ -34,18 +33,6 @@ def majority_on_grid(truth: np.ndarray, size: int, patch: int, classes: int) -> 
     one_hot = np.eye(classes, dtype=int)[resize_nearest(truth, size, size)]
     votes = one_hot.reshape(size // patch, patch, size // patch, patch, classes).sum(axis=(1, 3))
     return np.kron(votes.argmax(axis=-1), np.ones((patch, patch), int))
-
-
-def with_truth(response, truth: np.ndarray, patch: int, settings):
-    """(masks of exactly the present classes, strongest present class everywhere) [S, S]."""
-    present = np.isin(response.classes, truth) & (response.classes > 0)
-    maps = min_max(jnp.asarray(response.similarity))
-    masks = closing(upsample(maps > 0.5, patch), settings.closing)
-    one = response._replace(drawn=present)
-    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
-    given = compose(masks[None], batch)[0]
-    strongest = np.where(present[:, None, None], maps, -1).argmax(axis=0)
-    return np.asarray(given), np.asarray(upsample(response.classes[strongest], patch))
 
 
 def oracle_confusions(model, settings) -> dict[str, np.ndarray]:
@@ -57,11 +44,13 @@ def oracle_confusions(model, settings) -> dict[str, np.ndarray]:
     confusions = {name: np.zeros((count, count), np.int64) for name in ORACLES}
     for example, _, response in evaluator.predictions(model.params, range(evaluator.count)):
         truth = example["mask"]
-        given, strongest = with_truth(response, truth, patch, settings)
+        present = np.isin(response.classes, truth) & (response.classes > 0)
+        maps = np.asarray(min_max(jnp.asarray(response.similarity)))
+        strongest = response.classes[np.where(present[:, None, None], maps, -1).argmax(axis=0)]
+        strongest = resize_nearest(strongest, size, size)
         answers = (
             majority_on_grid(truth, size, patch, count),
             np.where(resize_nearest(truth, size, size) > 0, strongest, 0),
-            given,
         )
         for name, answer in zip(ORACLES, answers, strict=True):
             answer = resize_nearest(answer, *truth.shape)
@@ -87,6 +76,8 @@ def main() -> None:
     confusions = oracle_confusions(model, settings)
     evaluator = evaluator_with(model, settings, {"refine": "none"}, {"refine": "crf"})
     records = list(evaluator.records(model.params))
+    given = [record._replace(counts=[record.given]) for record in records]
+    confusions["classes given"] = evaluator.confusion(given)
     confusions["without refinement"] = evaluator.confusion(records, 0)
     confusions["with dense CRF"] = evaluator.confusion(records, 1)
     scores = {name: class_iou(matrix) for name, matrix in confusions.items()}

@@ -57,6 +57,7 @@ class DataConfig:
     crop_aspect: tuple[float, float] = setting(
         (3 / 4, 4 / 3), "RandomResizedCrop: range of width / height", pair(number(0.01, 100))
     )
+    flip: float = setting(0.0, "share of images that are mirrored; the paper mirrors none", SHARE)
     collage: float = setting(
         0.0, "share of examples that join four images in a square, and their captions", SHARE
     )
@@ -201,6 +202,9 @@ class Examples:
             image = self._crop(pair["image"], side, rng)
         except (ValueError, UserError) as error:
             raise BadExample(pair["name"], error) from error
+        # Nothing is drawn unless images are to be mirrored, so that other runs stay the same.
+        if self.data.flip and rng.random() < self.data.flip:
+            image = image[:, ::-1]
         return image, pair["captions"][rng.integers(len(pair["captions"]))], pair["name"]
 
     def _crop(self, image: bytes | np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

@@ -264,6 +264,18 @@ def test_equal_captions_are_a_group(examples):
         assert [g == group for g in groups] == [c == caption for c in captions]
 
 
+def test_mirrored_images(scenes):
+    plain, all_, some = (scenes(flip=share) for share in (0.0, 1.0, 0.3))
+    mirrored = 0
+    for i in range(60):
+        image = plain[i]["image"]
+        np.testing.assert_array_equal(all_[i]["image"], image[:, ::-1])
+        equal = [np.array_equal(some[i]["image"], each) for each in (image, image[:, ::-1])]
+        assert sum(equal) == 1
+        mirrored += equal[1]
+    assert 8 <= mirrored <= 28
+
+
 def test_collages(examples):
     source = NumberedSource(200)
     made = examples(source, collage=0.5, max_length=20)
