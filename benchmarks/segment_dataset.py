@@ -90,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     if not all(map(importlib.util.find_spec, ("ray", "pyarrow"))):
         raise UserError('This benchmark needs more: pip install -e ".[ray,parquet]".')
-    import pyarrow.parquet
+    import pyarrow.parquet  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
