@@ -150,11 +150,12 @@ class RunConfig:
                 f"data.max_length={self.data.max_length} must not exceed "
                 f"model.text.max_positions={self.model.text.max_positions}."
             )
-        if self.data.collage and self.model.image.image_size % 2:
-            raise UserError(
-                f"data.collage={self.data.collage} needs an even model.image.image_size, not "
-                f"{self.model.image.image_size}."
-            )
+        for name, entry in self.data.train.items():
+            if entry.collage and self.model.image.image_size % 2:
+                raise UserError(
+                    f"data.train.{name}.collage={entry.collage} needs an even "
+                    f"model.image.image_size, not {self.model.image.image_size}."
+                )
         if not (self.epochs or self.steps):
             raise UserError("Set steps or epochs to a positive number.")
         if self.data.train and self.model.pool == "loda":

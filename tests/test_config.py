@@ -297,9 +297,11 @@ def test_what_cannot_work_is_refused_by_name(override):
 
 
 def test_collages_need_an_even_side():
-    odd = ("data.collage=0.5", "model.image.image_size=7", "model.image.patch_size=7")
+    odd = ("data.train.shapes.collage=0.5", "model.image.image_size=7", "model.image.patch_size=7")
     changes = [f"--config.{key}" for key in (*odd, "model.m_image=1")]
-    with pytest.raises(UserError, match=r"data\.collage=0\.5 needs an even model\.image"):
+    with pytest.raises(
+        UserError, match=r"data\.train\.shapes\.collage=0\.5 needs an even model\.image"
+    ):
         overridden(RunConfig, tiny_config().to_dict(), changes)
 
 

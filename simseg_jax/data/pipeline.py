@@ -58,9 +58,6 @@ class DataConfig:
         (3 / 4, 4 / 3), "RandomResizedCrop: range of width / height", pair(number(0.01, 100))
     )
     flip: float = setting(0.0, "share of images that are mirrored; the paper mirrors none", SHARE)
-    collage: float = setting(
-        0.0, "share of examples that join four images in a square, and their captions", SHARE
-    )
     autoaugment: bool = setting(True, "AutoAugment, ImageNet policy", FLAG)
     transform: str = setting(
         "fast",
@@ -113,6 +110,7 @@ class Examples:
         self.data, self.image_size, self.encoder, self.seed = data, image_size, encoder, seed
         self.groups = groups
         self.sources = [open_source(settings, data.cache) for settings in data.train.values()]
+        self.collages = [settings.collage for settings in data.train.values()]
         sizes = [len(source) for source in self.sources]
         weights = [settings.weight for settings in data.train.values()]
         self.mixture = Mixture(sizes, weights, data.mixture, batch_size, seed)
@@ -157,7 +155,7 @@ class Examples:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, position]))
         while len(bad) < ATTEMPTS:
             try:
-                return {**self._prepare(source, index, rng), "bad": tuple(bad)}
+                return {**self._prepare(chosen, index, rng), "bad": tuple(bad)}
             except BadExample as problem:
                 bad.append(str(problem))
                 index = int(rng.integers(len(source)))
@@ -167,10 +165,11 @@ class Examples:
             "simseg_jax.data.inspect."
         )
 
-    def _prepare(self, source, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    def _prepare(self, chosen: int, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        source, collage = self.sources[chosen], self.collages[chosen]
         # The generator draws nothing for a collage unless there are some, so that other runs stay
         # the same.
-        if self.data.collage and rng.random() < self.data.collage:
+        if collage and rng.random() < collage:
             indices = [index, *rng.integers(len(source), size=3).tolist()]
             tiles = [self._tile(source[i], self.image_size // 2, rng) for i in indices]
             pictures, captions, names = zip(*tiles, strict=True)

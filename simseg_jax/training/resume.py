@@ -19,7 +19,7 @@ MAY_CHANGE = (
     *("data.vocab", "data.threads", "data.workers", "data.prefetch", "data.cache"),
     *("data.max_bad", "data.max_pixels"),
 )
-LOCATION = re.compile(r"data\.train\.[^.]+\.(?!weight$)[^.]+")
+LOCATION = re.compile(r"data\.train\.[^.]+\.(?!(?:weight|collage)$)[^.]+")
 
 
 def identity(tokenizer, examples: Examples) -> dict[str, Any]:

@@ -37,9 +37,10 @@ def examples(monkeypatch):
     def make(*sources, batch_size=8, seed=0, groups=False, **settings):
         data = tiny_config().data
         weights = settings.pop("weights", [1.0] * len(sources))
+        collages = settings.pop("collages", [0.0] * len(sources))
         data.train = {
-            name: data_set(path=name, weight=weight)
-            for name, weight in zip("abc", weights, strict=False)
+            name: data_set(path=name, weight=weight, collage=collage)
+            for name, weight, collage in zip("abc", weights, collages, strict=False)
         }
         by_name = dict(zip("abc", sources, strict=False))
         monkeypatch.setattr(pipeline, "open_source", lambda s, _cache: by_name[s.path])
@@ -278,7 +279,7 @@ def test_mirrored_images(scenes):
 
 def test_collages(examples):
     source = NumberedSource(200)
-    made = examples(source, collage=0.5, max_length=20)
+    made = examples(source, collages=[0.5], max_length=20)
     collages = 0
     for example in map(made.__getitem__, range(200)):
         tiles = [example["image"][y : y + 8, x : x + 8] for y in (0, 8) for x in (0, 8)]
@@ -294,5 +295,9 @@ def test_collages(examples):
             assert {example["name"]} == set(names)
     assert 70 <= collages <= 130
     # A damaged tile makes its collage another example.
-    damaged = examples(NumberedSource(200, damaged=range(0, 200, 7)), collage=1.0)
+    damaged = examples(NumberedSource(200, damaged=range(0, 200, 7)), collages=[1.0])
     assert any(damaged[i]["bad"] for i in range(20))
+    # Of two data sets only one may have them.
+    made = examples(source, NumberedSource(200), collages=[1.0, 0.0])
+    for i in range(40):
+        assert (" + " in made[i]["name"]) == (made.mixture[i][0] == 0)

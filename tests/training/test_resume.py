@@ -45,6 +45,7 @@ REFUSED = {
     "data.edit_rate": 0.5,
     "data.crop_area": (0.5, 1.0),
     "data.train.shapes.weight": 2.0,
+    "data.train.shapes.collage": 0.5,
 }
 MODEL = {"model.embed_dim": 8, "model.pool": "mean", "model.text.dropout": 0.0}
 

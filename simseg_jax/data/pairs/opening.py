@@ -12,7 +12,7 @@ from simseg_jax.data.pairs.tars import TarSource
 from simseg_jax.runtime import remote
 from simseg_jax.runtime.errors import UserError
 from simseg_jax.runtime.files import cache_folder, digest, stamp
-from simseg_jax.runtime.ranges import SCENES, TEXT, number, one_of
+from simseg_jax.runtime.ranges import SCENES, SHARE, TEXT, number, one_of
 from simseg_jax.runtime.settings import setting
 
 # File names by which formats are recognised. A folder with several formats is read as the first of
@@ -61,6 +61,9 @@ class DataSetConfig(PairsConfig):
 
     weight: float = setting(
         1.0, "times an epoch shows this data set; 0.5 shows half of it", number(1e-6, 1000)
+    )
+    collage: float = setting(
+        0.0, "share of examples that join four images in a square, and their captions", SHARE
     )
 
 
