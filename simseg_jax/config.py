@@ -67,8 +67,8 @@ class InitConfig:
     )
     image: str = setting(
         "",
-        "start the ViT from this file, folder, URL or hub id; it decides model.image except "
-        "image_size, to which the position embedding is resized",
+        "start the ViT from this file, folder, URL or hub id; it decides model.image except keep "
+        "and image_size, to which the position embedding is resized",
         TEXT,
     )
     text: str = setting(
@@ -159,7 +159,7 @@ class RunConfig:
         if not (self.epochs or self.steps):
             raise UserError("Set steps or epochs to a positive number.")
         if self.data.train and self.model.pool == "loda":
-            patches = (self.model.image.image_size // patch) ** 2
+            patches = self.model.image.kept((self.model.image.image_size // patch) ** 2)
             bounds = {"m_image": (patches, "patches"), "m_text": (self.data.max_length, "words")}
             for key, (most, what) in bounds.items():
                 value = getattr(self.model, key)

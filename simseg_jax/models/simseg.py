@@ -90,13 +90,14 @@ class SimSeg(nnx.Module):
         return (images.astype(jnp.float32) / 255 - mean) / std
 
     def encode_image(
-        self, images: Float[Array, "B H W 3"]
+        self, images: Float[Array, "B H W 3"], keys: Key[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B D"], Float[Array, "B tokens D"]]:
         """Normalised images [B, H, W, 3] -> (embedding [B, D], projected tokens [B, 1 + N, D]).
 
-        The embedding has unit length, the tokens (CLS, then the patches row by row) do not.
+        The embedding has unit length, the tokens (CLS, then the patches row by row) do not. keys:
+        as for `ViT`.
         """
-        tokens = constrain_batch(self.image_projection(self.image_encoder(images)))
+        tokens = constrain_batch(self.image_projection(self.image_encoder(images, keys)))
         return self.pool_image(tokens), tokens
 
     def pool_image(

@@ -19,15 +19,20 @@ def forward_flops(config: SimSegConfig, batch: int, tokens: int) -> int:
 
     tokens: length of the (padded) captions. A multiply-add is two operations, as usual.
     """
-    side = config.image.image_size
-    per_pair = image_flops(config, side, side) + _tower_flops(config.text, tokens, config.embed_dim)
+    image = config.image
+    patches = image.kept((image.image_size // image.patch_size) ** 2)
+    per_pair = _patch_flops(config, patches) + _tower_flops(config.text, tokens, config.embed_dim)
     return batch * per_pair + 2 * batch**2 * config.embed_dim
 
 
 def image_flops(config: SimSegConfig, height: int, width: int) -> int:
-    """Operations of the projected tokens of one image; height, width: in pixels."""
+    """Operations of the projected tokens of one whole image; height, width: in pixels."""
+    patch = config.image.patch_size
+    return _patch_flops(config, (height // patch) * (width // patch))
+
+
+def _patch_flops(config: SimSegConfig, patches: int) -> int:
     image = config.image
-    patches = (height // image.patch_size) * (width // image.patch_size)
     embedding = 2 * patches * 3 * image.patch_size**2 * image.width
     return embedding + _tower_flops(image, patches + 1, config.embed_dim)
 

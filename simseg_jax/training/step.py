@@ -29,8 +29,8 @@ def make_update(
     """update(state, batch) -> (state, metrics): one pure training step.
 
     state: {"params", "opt", "step"}; batch: {"image": uint8 [B, H, W, 3], "ids": int32 [B, T],
-    "mask": bool [B, T], optionally "groups": uint32 [B, n], see `contrastive_loss`}. Dropout and
-    augmentation follow from (seed, step) alone.
+    "mask": bool [B, T], optionally "groups": uint32 [B, n], see `contrastive_loss`}. Dropout,
+    the draw of patches and augmentation follow from (seed, step) alone.
 
     micro_batch: pairs per device that the encoders see at a time, 0 for all (`cached_gradient`).
     loss_chunk: as of `chunked_contrastive_loss`, 0 for the plain form. Neither changes the result,
@@ -46,8 +46,9 @@ def make_update(
 
     def embed(params, examples):
         model = bind(graphdef, fixed(params))
-        images, _ = model.encode_image(model.normalize(examples["image"]))
-        texts = model.encode_text(examples["ids"], examples["mask"], keys=examples["keys"])
+        keys = examples["keys"]
+        images, _ = model.encode_image(model.normalize(examples["image"]), keys)
+        texts = model.encode_text(examples["ids"], examples["mask"], keys=keys)
         return images, texts
 
     def compare(embeddings, params, groups):

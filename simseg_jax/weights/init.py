@@ -16,7 +16,7 @@ from simseg_jax.weights.load import load_model, open_source
 from simseg_jax.weights.read import PARTS, SIDES, Found, read_model, refuse_infinite
 
 # Fields of the encoders that remain the run's choice.
-KEPT = {"image": ("image_size",), "text": ("dropout",)}
+KEPT = {"image": ("image_size", "keep"), "text": ("dropout",)}
 
 
 class Pretrained(NamedTuple):

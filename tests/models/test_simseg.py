@@ -57,6 +57,33 @@ def test_every_pooling_gives_unit_embeddings_and_gradients(pool):
     assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(gradients)))
 
 
+def test_drawn_patches_are_the_tokens():
+    """The image encoder on some patches is the one on all tokens, of which the others are cut."""
+    config = dataclasses.replace(TINY, image=dataclasses.replace(TINY.image, keep=0.4))
+    params = init_params(config, jax.random.key(0))
+    vit = bind(make_model(config), params).image_encoder
+    images = jax.random.normal(jax.random.key(1), (5, 32, 32, 3))
+    keys = jax.random.split(jax.random.key(2), 5)
+    embedded = vit.patch_embed(vit.patch_embed.cut(images)) + vit.pos_embed[...][:, 1:]
+    numbers = jnp.broadcast_to(jnp.arange(16)[None, :, None], (5, 16, 1))
+    places = jnp.concatenate([jnp.zeros((1, 1, 1)), jnp.arange(16.0)[None, :, None]], axis=1)
+    chosen, found = vit._draw(places, numbers, keys)
+    np.testing.assert_array_equal(chosen[..., 0], found[:, 1:, 0])  # Each with its own position.
+    chosen = np.asarray(chosen[..., 0])
+    assert chosen.shape == (5, 6)
+    assert (np.diff(chosen) > 0).all()
+    assert len({tuple(row) for row in chosen}) > 1
+    cls = vit.cls_token[...] + vit.pos_embed[...][:, :1]
+    kept = jnp.take_along_axis(embedded, chosen[:, :, None], axis=1)
+    x = jnp.concatenate([jnp.broadcast_to(cls, (5, 1, 16)), kept], axis=1)
+    for block in vit.blocks:
+        x = block(x)
+    assert_close(vit(images, keys), vit.norm(x))
+    # An image draws the same in any batch, and without keys, as in evaluation, all are kept.
+    assert_close(vit(images[3:4], keys[3:4]), vit(images, keys)[3:4])
+    assert vit(images).shape == (5, 17, 16)
+
+
 def test_twelve_layers_keep_their_order():
     """With more than ten, "10" sorts before "2"."""
     image = dataclasses.replace(TINY.image, depth=12)

@@ -19,15 +19,17 @@ from simseg_jax.training.cost import (
 from simseg_jax.training.loss import contrastive_loss
 
 
-def test_flops_are_those_that_xla_counts():
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_flops_are_those_that_xla_counts(keep):
     """Of the products: a model whose widths dwarf its element-wise work, within 5 %."""
-    image = dataclasses.replace(MODEL.image, width=256, heads=4, mlp_width=1024)
+    image = dataclasses.replace(MODEL.image, width=256, heads=4, mlp_width=1024, keep=keep)
     text = dataclasses.replace(MODEL.text, width=256, heads=4, mlp_width=1024)
     model = dataclasses.replace(MODEL, image=image, text=text, embed_dim=256)
 
     def loss(params, examples):
         bound = bind(make_model(model), params)
-        images, _ = bound.encode_image(examples["image"].astype(jnp.float32))
+        keys = jax.random.split(jax.random.key(0), BATCH)
+        images, _ = bound.encode_image(examples["image"].astype(jnp.float32), keys)
         texts = bound.encode_text(examples["ids"], examples["mask"])
         return contrastive_loss(images, texts, params["temperature"])[0]
 
@@ -38,6 +40,9 @@ def test_flops_are_those_that_xla_counts():
     assert step_flops(model, BATCH, TOKENS) == 3 * expected
 
 
+SOME_PATCHES = dataclasses.replace(MODEL, image=dataclasses.replace(MODEL.image, keep=0.5))
+
+
 @pytest.fixture(scope="module")
 def data_parallel():
     return compile_step(devices=8)
@@ -45,7 +50,11 @@ def data_parallel():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"micro_batch": 2, "loss_chunk": 2}, marks=pytest.mark.slow)],
+    [
+        {},
+        pytest.param({"micro_batch": 2, "loss_chunk": 2}, marks=pytest.mark.slow),
+        pytest.param({"model": SOME_PATCHES}, marks=pytest.mark.slow, id="keep"),
+    ],
     ids=str,
 )
 def test_data_parallel_step_sends_the_minimum(data_parallel, options):
@@ -61,13 +70,13 @@ def test_data_parallel_step_sends_the_minimum(data_parallel, options):
     columns = 4 * 4 * BATCH
     scalars = 100
     # The row of the second token type has no gradient; micro-batches add it up all the same.
-    unused = 0 if options else 4 * MODEL.text.width
+    unused = 0 if "micro_batch" in options else 4 * MODEL.text.width
     least = 2 * share * (parameters - unused + columns)
     assert least <= sent.pop("all-reduce") <= least + scalars
     assert not sent
     # XLA for CPUs takes the maximum of a column twice.
     column = 2 * share * 4 * BATCH
-    needless = column + (2 * share * 4 * MODEL.text.width if options else 0)
+    needless = column + (2 * share * 4 * MODEL.text.width if not unused else 0)
     expected = 2 * embeddings + least - needless
     assert least_bytes(state["params"], options.get("micro_batch", 0)) == expected
 

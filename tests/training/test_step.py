@@ -67,6 +67,18 @@ def test_groups_of_pairs_reach_the_loss(plain):
     assert metrics["loss"] != plain[1]["loss"]
 
 
+def test_drawn_patches_do_not_depend_on_the_batch(plain):
+    """In micro-batches and on several devices as at once."""
+    model = dataclasses.replace(MODEL, image=dataclasses.replace(MODEL.image, keep=0.5))
+    expected, metrics = gradients(model=model)
+    actual, same_metrics = gradients(model=model, micro_batch=1, devices=8)
+    # Sums in another order, as above.
+    difference = optax.tree.norm(jax.tree.map(np.subtract, actual, expected))
+    assert difference <= 3e-6 * optax.tree.norm(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), same_metrics, metrics)
+    assert metrics["loss"] != plain[1]["loss"]
+
+
 def test_dropout_changes_the_gradient(plain):
     """Otherwise the test above could not see wrong keys."""
     text = dataclasses.replace(MODEL.text, dropout=0.0)
