@@ -18,7 +18,7 @@ from tqdm import tqdm
 from simseg_jax.config import RunConfig, load_config, resolved
 from simseg_jax.evaluators.build import entries_of, headlines, make_evaluators
 from simseg_jax.evaluators.earlier import Earlier
-from simseg_jax.evaluators.measures import measures, without_model
+from simseg_jax.evaluators.measures import without_model
 from simseg_jax.evaluators.records import Record, RecordStore, gather, material
 from simseg_jax.evaluators.segmentation import SegmentationEvaluator
 from simseg_jax.reports.bootstrap import (
@@ -258,7 +258,7 @@ def evaluate(
     began = time.monotonic()
     records, fresh = collect(model, evaluator, name, folder)
     seconds = time.monotonic() - began
-    names, background = evaluator.class_names, evaluator.background
+    names = evaluator.class_names
     ranked = np.argsort(image_ious(records, len(names)), kind="stable")
     places = {name: index for index, (name, _) in enumerate(evaluator.images)}
     indices = [places[records[i].name] for i in ranked if len(records[i].counts[0])]
@@ -268,19 +268,20 @@ def evaluate(
         elif fresh and jax.process_index() == 0:
             # The file is of an earlier evaluation, whose images may have changed.
             (folder / f"{title}.png").unlink(missing_ok=True)
-    numbers = dict(evaluator.results(records))
+    found = evaluator.measures(records)
+    numbers = dict(evaluator.results(found))
     intervals, notes = {}, {}
     if draws:
-        models = {"this": measures(records, len(names), background)}
-        models[NO_MODEL] = without_model(records, len(names), background)
+        baseline = without_model(records, len(names), evaluator.background)
+        models = {"this": found, NO_MODEL: baseline}
         for earlier in against:
             paired, notes[earlier.name] = earlier.records(
                 name, records, material(evaluator.settings)
             )
-            models[earlier.name] = measures(paired, len(names), background)
+            models[earlier.name] = evaluator.measures(paired)
         intervals = estimates(models, draws)
     if jax.process_index() == 0:
-        rows = class_table(records, names, background, draws)
+        rows = class_table(records, names, found, draws)
         write_csv(folder / "classes.csv", rows)
         print(format_table(rows))
         print(f"{name}: {fresh} images in {seconds:.1f} s\n")

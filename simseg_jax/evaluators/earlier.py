@@ -43,7 +43,8 @@ class Earlier(NamedTuple):
                 f"{some(missing)}: evaluate the same images there."
             )
         theirs = [known[record.name] for record in ours]
-        changed = [a.name for a, b in zip(ours, theirs, strict=True) if _truth(a) != _truth(b)]
+        pairs = zip(ours, theirs, strict=True)
+        changed = [a.name for a, b in pairs if not np.array_equal(a.truth, b.truth)]
         if changed:
             raise UserError(
                 f"{folder} is about other masks or classes: {len(changed)} of {len(ours)} images "
@@ -54,10 +55,3 @@ class Earlier(NamedTuple):
         old = dict(leaves(identity["settings"]["0"]))
         differing = [f"{key}={old.get(key)!r}" for key in new if old.get(key) != new[key]]
         return theirs, ", ".join(differing)
-
-
-def _truth(record: Record) -> dict[int, int]:
-    """Pixels of every true label."""
-    truth, _, pixels = record.counts[0].T
-    labels = np.unique(truth)
-    return {int(label): int(pixels[truth == label].sum()) for label in labels}

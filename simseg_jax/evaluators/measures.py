@@ -21,15 +21,21 @@ class Quotients(NamedTuple):
     hits: np.ndarray
     trials: np.ndarray
 
-    def of_classes(self, weights: Float[np.ndarray, "R n"]) -> Float[np.ndarray, "R C"]:
+    def of_classes(self, weights: Float[np.ndarray, "*R n"]) -> Float[np.ndarray, "*R C"]:
         """The values of every class, each image counted `weights` times; NaN without trials."""
         with np.errstate(invalid="ignore"):
             return (weights @ self.hits) / (weights @ self.trials)
 
-    def mean(self, weights: Float[np.ndarray, "R n"]) -> Float[np.ndarray, " R"]:
-        """The mean over the classes with trials."""
+    def mean(self, weights: Float[np.ndarray, "*R n"]) -> Float[np.ndarray, "*R"]:
+        """The mean over the classes with trials; NaN if none has any."""
         values = self.of_classes(weights)
-        return np.where(np.isnan(values), 0, values).sum(axis=1) / (~np.isnan(values)).sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            return np.nansum(values, axis=-1) / np.isfinite(values).sum(axis=-1)
+
+    @property
+    def once(self) -> Float[np.ndarray, " n"]:
+        """The weights that count every image once."""
+        return np.ones(len(self.hits))
 
 
 def measures(records: Sequence[Record], classes: int, background: bool) -> dict[str, Quotients]:
@@ -52,7 +58,7 @@ def without_model(
     """
     empty, largest = [], []
     for record in records:
-        labels, pixels = _truth(record, classes)
+        labels, pixels = record.truth.T
         things = np.where(labels > 0, pixels, 0)
         everywhere = labels[things.argmax()] if things.any() else 0
         empty.append(np.stack([labels, 0 * labels, pixels], axis=1))
@@ -62,14 +68,6 @@ def without_model(
         "miou_given": _ious(largest, classes, background),
         "pointing": _points(records, classes, chance=True),
     }
-
-
-def _truth(record: Record, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(labels that an image shows, pixels of each)."""
-    truth, _, pixels = record.counts[0].T
-    sums = np.bincount(truth, weights=pixels, minlength=classes).astype(np.int64)
-    labels = np.flatnonzero(sums)
-    return labels, sums[labels]
 
 
 def _ious(counts: Sequence[Int[np.ndarray, "m 3"]], classes: int, background: bool) -> Quotients:

@@ -39,6 +39,13 @@ class Record(NamedTuple):
     given: np.ndarray
     points: np.ndarray
 
+    @property
+    def truth(self) -> np.ndarray:
+        """Rows (label, pixels) [n, 2] of the labels that the mask of the image shows."""
+        true, _, pixels = self.counts[0].T
+        labels = np.unique(true)
+        return np.array([(label, pixels[true == label].sum()) for label in labels]).reshape(-1, 2)
+
     def to_list(self) -> list:
         """The record as lists that JSON can hold."""
         scores = [[None if np.isnan(x) else round(float(x), 6) for x in s] for s in self.scores]
@@ -160,8 +167,9 @@ class RecordStore:
 def stored(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     """(identity, finished records) of whatever evaluation wrote the records in `folder`."""
     files = (path.read_bytes() for path in sorted(folder.glob("records-*.jsonl")))
-    lines = (_parse(line) for content in files for line in content.split(b"\n") if line)
-    headers = [line for line in lines if isinstance(line, dict)]
+    lines = (line for content in files for line in content.split(b"\n"))
+    headers = [_parse(line) for line in lines if line.startswith(b"{")]
+    headers = [header for header in headers if isinstance(header, dict)]
     if not headers:
         raise UserError(f"{folder} holds no records: give the folder of an evaluation.")
     identity = {key: value for key, value in headers[-1].items() if key not in ("format", "seal")}

@@ -1,7 +1,7 @@
 """Zero-shot segmentation of a test set: a record per image, and mean IoU over all images."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -12,7 +12,7 @@ from simseg_jax.data.images import decode_image
 from simseg_jax.data.testsets.classes import prompt_names
 from simseg_jax.data.testsets.segmentation import segmentation_source
 from simseg_jax.evaluators.localisation import masks_of_given, pointing_game
-from simseg_jax.evaluators.measures import measures
+from simseg_jax.evaluators.measures import Quotients, measures
 from simseg_jax.evaluators.metrics import class_iou, confusion_matrix
 from simseg_jax.evaluators.records import Record, gather, total_confusion
 from simseg_jax.masks.postprocess import resize_nearest
@@ -64,16 +64,20 @@ class SegmentationEvaluator:
 
         All processes must call this together.
         """
-        yield from self.results(list(gather(self.records(params, progress=progress)).values()))
+        records = gather(self.records(params, progress=progress))
+        yield from self.results(self.measures(list(records.values())))
 
-    def results(self, records: Sequence[Record]) -> Iterator[tuple[str, float]]:
-        """Under the first settings: ("miou", fraction), both measures of `evaluators.localisation`
-        as ("miou_given", ...) and ("pointing", ...), and ("iou/<class>", ...) of what occurs.
+    def measures(self, records: Sequence[Record]) -> dict[str, Quotients]:
+        """The measures of records under their first settings, see `evaluators.measures`."""
+        return measures(records, len(self.class_names), self.background)
+
+    def results(self, found: Mapping[str, Quotients]) -> Iterator[tuple[str, float]]:
+        """Of the `measures`: ("miou", fraction), ("miou_given", ...), ("pointing", ...), and
+        ("iou/<class>", ...) of the classes that occur.
         """
-        each = np.ones((1, len(records)))
-        found = measures(records, len(self.class_names), self.background)
-        yield from ((name, float(measure.mean(each)[0])) for name, measure in found.items())
-        for name, iou in zip(self.class_names, found["miou"].of_classes(each)[0], strict=True):
+        yield from ((name, float(measure.mean(measure.once))) for name, measure in found.items())
+        ious = found["miou"].of_classes(found["miou"].once)
+        for name, iou in zip(self.class_names, ious, strict=True):
             if np.isfinite(iou):
                 yield f"iou/{name}", float(iou)
 

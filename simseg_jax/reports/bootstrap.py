@@ -37,10 +37,10 @@ def estimates(
     the first model and this one.
     """
     first, *others = models
-    count = len(models[first]["miou"].hits)
+    once = models[first]["miou"].once
     values: dict = {name: {key: [] for key in MEASURES} for name in models}
     # All images come first: their values are what the intervals are about.
-    for weights in itertools.chain([np.ones((1, count))], _draws(count, draws, seed)):
+    for weights in itertools.chain([once[None]], _draws(len(once), draws, seed)):
         for name, key in itertools.product(models, MEASURES):
             values[name][key].append(models[name][key].mean(weights))
     values = {n: {key: np.concatenate(v) for key, v in each.items()} for n, each in values.items()}

@@ -1,35 +1,37 @@
 """Tables per class and per image, from the records of a segmentation test set."""
 
 import csv
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from simseg_jax.evaluators.measures import MEASURES, measures
+from simseg_jax.evaluators.measures import MEASURES, Quotients
 from simseg_jax.evaluators.metrics import class_iou, mean_iou
 from simseg_jax.evaluators.records import Record, total_confusion
 from simseg_jax.reports.bootstrap import class_intervals
 
 
 def class_table(
-    records: Sequence[Record], names: Sequence[str], background: bool, draws: int = 0
+    records: Sequence[Record],
+    names: Sequence[str],
+    found: Mapping[str, Quotients],
+    draws: int = 0,
 ) -> list[dict]:
     """One row per class that occurs or is predicted, in label order.
 
+    found: the `measures` of the records.
     iou_low, iou_high: the 95 % interval, None without `draws`. iou_given, pointing: of masks and
     maps for the classes that are known to show, see `evaluators.localisation`.
     images: how many show the class. drawn: the share of them where it is predicted somewhere.
     score_present, deviation_present: mean and deviation of its image-text score on these images.
     score_absent: the mean on the others. The scores show whether a class is missed (as "person" in
-    figure 14 of the paper) or confused with others. background: whether label 0 is a class.
+    figure 14 of the paper) or confused with others.
     """
     present, predicted = (_occurring(records, len(names), column) for column in (0, 1))
     scores = np.array([record.scores[0] for record in records])
-    found = measures(records, len(names), background)
-    values = {
-        key: measure.of_classes(np.ones((1, len(records))))[0] for key, measure in found.items()
-    }
+    values = {key: measure.of_classes(measure.once) for key, measure in found.items()}
     ends = class_intervals(found["miou"], draws) if draws else np.full((len(names), 2), np.nan)
     rows = []
     for label, name in enumerate(names):
@@ -65,24 +67,13 @@ def format_table(rows: Sequence[dict]) -> str:
     head = f"{'class':{width}}    IoU  {'  95 % interval  ' if bounds else ''}given  points"
     lines = [f"{head}  images  drawn  score if present  if absent"]
     for row in rows:
-        low, high, given, points, drawn, present, deviation, absent = (
-            row[key]
-            for key in (
-                "iou_low",
-                "iou_high",
-                "iou_given",
-                "pointing",
-                "drawn",
-                "score_present",
-                "deviation_present",
-                "score_absent",
-            )
-        )
-        interval = f" {_cell(low, 5)} to {_cell(high, 5)}  " if bounds else ""
+        cell = functools.partial(_cell, row)
+        interval = f" {cell('iou_low', 5)} to {cell('iou_high', 5)}  " if bounds else ""
         lines.append(
-            f"{row['class']:{width}}  {row['iou']:.3f}  {interval}{_cell(given, 5)}  "
-            f"{_cell(points, 6)}  {row['images']:6d}  {_cell(drawn, 5)}  "
-            f"{_cell(present, 7)} +- {_cell(deviation, 5)}  {_cell(absent, 9)}"
+            f"{row['class']:{width}}  {row['iou']:.3f}  {interval}{cell('iou_given', 5)}  "
+            f"{cell('pointing', 6)}  {row['images']:6d}  {cell('drawn', 5)}  "
+            f"{cell('score_present', 7)} +- {cell('deviation_present', 5)}  "
+            f"{cell('score_absent', 9)}"
         )
     return "\n".join(lines)
 
@@ -113,5 +104,6 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) and np.isfinite(values).all() else None
 
 
-def _cell(value: float | None, width: int) -> str:
+def _cell(row: dict, key: str, width: int) -> str:
+    value = row[key]
     return f"{'-' if value is None else format(value, '.3f'):>{width}}"

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from simseg_jax.evaluators.measures import measures
 from simseg_jax.evaluators.records import FORMAT, Record, RecordStore, gather
 from simseg_jax.reports.statistics import class_table, format_table, image_ious
 from simseg_jax.runtime.errors import UserError
@@ -136,7 +137,8 @@ def test_statistics_by_hand():
         record(0, [[0, 0, 50], [1, 1, 30], [2, 1, 10], [2, 2, 10]], (0, 0.4, 0.1, 0)),
         record(1, [[0, 0, 60], [2, 0, 40]], (0, 0.2, 0.3, 0)),
     ]
-    rows = {row["class"]: row for row in class_table(records, NAMES, background=True)}
+    found = measures(records, len(NAMES), background=True)
+    rows = {row["class"]: row for row in class_table(records, NAMES, found)}
     assert list(rows) == ["background", "dog", "person"]
     ious = [110 / 150, 30 / 40, 10 / 60]
     assert [row["iou"] for row in rows.values()] == pytest.approx(ious)
