@@ -114,6 +114,7 @@ def main() -> None:
     test_sets = choose(config, args.test_set)
     folder = Path(args.output or results_folder(args.checkpoint) / f"evaluation-{model.step}")
     against = [Earlier.named(text) for text in args.against]
+    _require_different(["this", NO_MODEL, *(earlier.name for earlier in against)])
     if against and not args.bootstrap:
         raise UserError("--against compares intervals: add --bootstrap.")
     make_writable(folder)
@@ -145,6 +146,15 @@ def main() -> None:
     if jax.process_index() == 0 and results:
         print(f"{', '.join(headlines(results))}. Numbers, tables and pictures are in {folder}")
     failed.report()
+
+
+def _require_different(names: Sequence[str]) -> None:
+    """Refuses two rows of one name in the table of intervals: one would replace the other."""
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise UserError(
+            f"Two rows would be called {twice[0]!r}: give one as --against=NAME=FOLDER."
+        )
 
 
 def _remove_result(folder: Path, record: dict, test_sets: Iterable[str]) -> None:

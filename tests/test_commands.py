@@ -116,6 +116,8 @@ def test_intervals_and_comparisons(monkeypatch, capsys, workdir, tmp_path):
     assert error == "error: --against compares intervals: add --bootstrap."
     error = message(monkeypatch, capsys, evaluate, *options, "--bootstrap", "--against=none")
     assert error == "error: --against=none: there is no folder none."
+    error = message(monkeypatch, capsys, evaluate, *options, "--bootstrap", against, against)
+    assert error.startswith("error: Two rows would be called 'half': give one as --against=NAME=")
 
 
 def test_a_converted_run_needs_nothing_else(monkeypatch, capsys, workdir, photos, tmp_path):
