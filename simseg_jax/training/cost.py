@@ -47,7 +47,7 @@ def step_flops(config: SimSegConfig, batch: int, tokens: int) -> int:
     """Model FLOPs of a training step: the gradient takes twice the forward pass.
 
     What is computed again to save memory does not count, so that MFU (these over what the device
-    could do) compares runs.
+    could do) compares runs. Frozen parameters count as if they were trained.
     """
     return 3 * forward_flops(config, batch, tokens)
 
