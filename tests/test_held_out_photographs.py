@@ -1,0 +1,79 @@
+"""Photographs taken out of a shard: neither lost nor trained on, and named rightly in collages."""
+
+import io
+import json
+import runpy
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "held_out_photographs.py"
+GREY = {"cat": 10, "dog": 60, "pig": 110, "cow": 160, "hen": 210}
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["held_out_photographs.py", *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """251 photographs; number 50 i shows the i-th name in its own grey."""
+    path = tmp_path / "all.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(251):
+            name = list(GREY)[number // 50 % len(GREY)]
+            stream = io.BytesIO()
+            Image.new("RGB", (64, 64), (GREY[name],) * 3).save(stream, "jpeg")
+            text = json.dumps({"names": [name, "other"], "captions": [name]}).encode()
+            for suffix, content in (("jpg", stream.getvalue()), ("json", text)):
+                info = tarfile.TarInfo(f"{number:05}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_every_50th_is_left_out_and_the_others_are_copied(shard, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, shard, tmp_path / "out")
+    assert "6 photographs of 5 names left out" in capsys.readouterr().out
+    with tarfile.open(shard) as before, tarfile.open(tmp_path / "out/train.tar") as after:
+        kept = [name for name in before.getnames() if int(name[:5]) % 50]
+        assert after.getnames() == kept
+        for name in kept[:4]:
+            assert after.extractfile(name).read() == before.extractfile(name).read()
+    images = {str(p.relative_to(tmp_path / "out/images")) for p in tmp_path.glob("out/images/*/*")}
+    assert images == {
+        *("cat/00000.jpg", "dog/00050.jpg", "pig/00100.jpg"),
+        *("cow/00150.jpg", "hen/00200.jpg", "cat/00250.jpg"),
+    }
+
+
+def test_masks_of_collages_name_their_tiles(shard, tmp_path, monkeypatch):
+    run(monkeypatch, shard, tmp_path / "out")
+    folder = tmp_path / "out/collages"
+    names = (folder / "classes.txt").read_text().split()
+    images = sorted(folder.glob("images/*.png"))
+    assert len(images) == 250 and set(names) == set(GREY)
+    places = set()
+    for path in images:
+        image = np.asarray(Image.open(path))[..., 0]
+        mask = np.asarray(Image.open(folder / "masks" / path.name))
+        assert mask.shape == image.shape == (128, 128) and len(np.unique(mask)) == 4
+        expected = np.array([GREY[name] for name in names])[mask]
+        assert np.abs(image.astype(int) - expected).max() <= 2  # JPEG rounds greys.
+        places |= {(int(mask[y, x]), y, x) for y in (0, 64) for x in (0, 64)}
+    assert len(places) == len(GREY) * 4  # Every name comes to every place.
+
+
+def test_a_folder_in_use_and_a_missing_shard_are_refused(shard, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, shard, tmp_path)
+    assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path / "none.tar", tmp_path / "out")
+    assert "There is no shard" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
