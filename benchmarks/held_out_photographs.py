@@ -54,7 +54,8 @@ def split_shard(shard: Path, train: Path) -> list[Photograph]:
                 continue
             files[kind] = content.read()
             if files.keys() == {"jpg", "json"}:
-                left_out.append(Photograph(key, json.loads(files["json"])["names"][0], files["jpg"]))
+                name = json.loads(files["json"])["names"][0]
+                left_out.append(Photograph(key, name, files["jpg"]))
                 files = {}
     if not left_out or files:
         raise UserError(f"{shard} must hold pairs KEY.jpg, KEY.json, one after the other.")

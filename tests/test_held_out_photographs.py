@@ -57,12 +57,14 @@ def test_masks_of_collages_name_their_tiles(shard, tmp_path, monkeypatch):
     folder = tmp_path / "out/collages"
     names = (folder / "classes.txt").read_text().split()
     images = sorted(folder.glob("images/*.png"))
-    assert len(images) == 250 and set(names) == set(GREY)
+    assert len(images) == 250
+    assert set(names) == set(GREY)
     places = set()
     for path in images:
         image = np.asarray(Image.open(path))[..., 0]
         mask = np.asarray(Image.open(folder / "masks" / path.name))
-        assert mask.shape == image.shape == (128, 128) and len(np.unique(mask)) == 4
+        assert mask.shape == image.shape == (128, 128)
+        assert len(np.unique(mask)) == 4
         expected = np.array([GREY[name] for name in names])[mask]
         assert np.abs(image.astype(int) - expected).max() <= 2  # JPEG rounds greys.
         places |= {(int(mask[y, x]), y, x) for y in (0, 64) for x in (0, 64)}
