@@ -54,18 +54,28 @@ def split_shard(shard: Path, train: Path) -> list[Photograph]:
                 continue
             files[kind] = content.read()
             if files.keys() == {"jpg", "json"}:
-                name = json.loads(files["json"])["names"][0]
-                left_out.append(Photograph(key, name, files["jpg"]))
+                left_out.append(Photograph(key, first_name(key, files["json"]), files["jpg"]))
                 files = {}
     if not left_out or files:
         raise UserError(f"{shard} must hold pairs KEY.jpg, KEY.json, one after the other.")
     return left_out
 
 
+def first_name(key: str, text: bytes) -> str:
+    """The first of the "names" in a JSON file of the shard."""
+    try:
+        name = json.loads(text)["names"][0]
+    except (ValueError, TypeError, LookupError):
+        raise UserError(f'{key}.json has no list "names" of what the photograph shows.') from None
+    if not isinstance(name, str) or "/" in name or name.startswith("."):
+        raise UserError(f"{key}.json: the name {name!r} cannot be the name of a folder.")
+    return name
+
+
 def write_images(photographs: list[Photograph], folder: Path) -> None:
     """Writes folder/NAME/KEY.jpg."""
     for photograph in photographs:
-        path = folder / photograph.name / f"{photograph.key}.jpg"
+        path = folder / photograph.name / f"{Path(photograph.key).name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(photograph.jpg)
 

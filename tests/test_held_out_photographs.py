@@ -20,21 +20,26 @@ def run(monkeypatch, *arguments):
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-@pytest.fixture
-def shard(tmp_path):
-    """251 photographs; number 50 i shows the i-th name in its own grey."""
-    path = tmp_path / "all.tar"
+def write_shard(path, facts):
+    """A shard; facts: the content of every JSON file."""
     with tarfile.open(path, "w") as tar:
-        for number in range(251):
-            name = list(GREY)[number // 50 % len(GREY)]
+        for number, fact in enumerate(facts):
             stream = io.BytesIO()
-            Image.new("RGB", (64, 64), (GREY[name],) * 3).save(stream, "jpeg")
-            text = json.dumps({"names": [name, "other"], "captions": [name]}).encode()
-            for suffix, content in (("jpg", stream.getvalue()), ("json", text)):
+            grey = GREY.get(str((fact.get("names") or [""])[0]), 0)
+            Image.new("RGB", (64, 64), (grey,) * 3).save(stream, "jpeg")
+            files = {"jpg": stream.getvalue(), "json": json.dumps(fact).encode()}
+            for suffix, content in files.items():
                 info = tarfile.TarInfo(f"{number:05}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return path
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """251 photographs; number 50 i shows the i-th name in its own grey."""
+    shown = [list(GREY)[number // 50 % len(GREY)] for number in range(251)]
+    return write_shard(tmp_path / "all.tar", [{"names": [name, "other"]} for name in shown])
 
 
 def test_every_50th_is_left_out_and_the_others_are_copied(shard, tmp_path, monkeypatch, capsys):
@@ -79,3 +84,10 @@ def test_a_folder_in_use_and_a_missing_shard_are_refused(shard, tmp_path, monkey
         run(monkeypatch, tmp_path / "none.tar", tmp_path / "out")
     assert "There is no shard" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fact", [{}, {"names": []}, {"names": ["../out"]}, {"names": [3]}])
+def test_a_photograph_without_a_usable_name_is_refused(fact, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, write_shard(tmp_path / "all.tar", [fact]), tmp_path / "out")
+    assert "00000.json" in capsys.readouterr().err
