@@ -20,11 +20,23 @@ class Earlier(NamedTuple):
 
     @classmethod
     def named(cls, argument: str) -> "Earlier":
-        """From [NAME=]FOLDER; without NAME it is called as the run that the folder belongs to."""
-        name, _, path = argument.rpartition("=")
-        if not Path(path).is_dir():
+        """From [NAME=]FOLDER; without NAME it is called as the run that the folder belongs to.
+
+        The folder may have "=" in its path, as those of `simseg_jax.ablate` have.
+        """
+        signs = [place for place, letter in enumerate(argument) if letter == "="]
+        readings = [("", argument), *((argument[:i], argument[i + 1 :]) for i in signs)]
+        found = [(name, Path(path)) for name, path in readings if Path(path).is_dir()]
+        if not found:
+            path = readings[min(1, len(signs))][1]
             raise UserError(f"--against={argument}: there is no folder {path}.")
-        return cls(name or Path(path).resolve().parent.name, Path(path))
+        if len(found) > 1:
+            folders = " or ".join(str(folder) for _, folder in found)
+            raise UserError(
+                f"--against={argument} may mean {folders}: give the path in another way."
+            )
+        name, folder = found[0]
+        return cls(name or folder.resolve().parent.name, folder)
 
     def records(
         self, test_set: str, ours: Sequence[Record], settings: Mapping[str, Any]

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -162,3 +164,17 @@ def test_no_model_comes_first():
         NO_MODEL: without_model(records, CLASSES, True),
     }
     assert list(estimates(models, draws=100)) == ["this", "no model", "this - no model"]
+
+
+def test_folders_with_an_equals_sign(tmp_path, monkeypatch):
+    """The runs of ablate are called pool=mean and the like."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/pool=mean/evaluation-20")
+    folder.mkdir(parents=True)
+    assert Earlier.named(str(folder)) == ("pool=mean", folder)
+    assert Earlier.named(f"twin={folder}") == ("twin", folder)
+    with pytest.raises(UserError, match="there is no folder runs/pool=cls"):
+        Earlier.named("twin=runs/pool=cls")
+    Path("mean/evaluation-20").mkdir(parents=True)
+    with pytest.raises(UserError, match="runs/pool=mean/evaluation-20 or mean/evaluation-20"):
+        Earlier.named(str(folder))
