@@ -11,11 +11,10 @@ their labels ("a photo of a tabby cat"). The first command takes every 50th out 
 sets of them: one of single photographs, one of collages. flickr8k/ as for configs/flickr8k.py;
 vocab.txt is BERT's uncased vocabulary (without data.vocab it is fetched from the hub).
 
-Hardware: 2 CPU cores, 80 minutes with the evaluations, 220 pairs/s. Expected: pointing game 0.32 on
-100 VOC images and 0.20 on 50 COCO images, where a random patch has 0.21 and 0.13 (95 % of the
-differences lie above 0.03 and 0.02); mIoU 0.038 and 0.020, not yet beyond an empty mask (0.034 and
-0.011). Measured without every 50th image of Tiny-ImageNet. Mean and CLS (--config.model.pool=mean)
-have not been measured. See REPRODUCTION.md, 2026-11-28.
+Hardware: 2 CPU cores, 110 to 230 pairs/s. Hours: 1.3 at 220. Expected (measured with other
+photographs left out): pointing game 0.32 on 100 VOC images and 0.20 on 50 COCO images, where a
+random patch has 0.21 and 0.13; mIoU 0.038 and 0.020, not shown to be beyond an empty mask (0.034,
+0.011). docs/photographs.md compares LoDA, mean and CLS after 2,000 steps.
 """
 
 from simseg_jax.config import (
