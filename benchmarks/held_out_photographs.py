@@ -97,7 +97,7 @@ def write_collages(photographs: list[Photograph], folder: Path) -> None:
             same = by_name[names[index]]
             image = Image.open(io.BytesIO(same[rng.integers(len(same))].jpg)).convert("RGB")
             tiles.append(np.asarray(image.resize((TILE, TILE))))
-        image = np.block([[[tiles[0]], [tiles[1]]], [[tiles[2]], [tiles[3]]]])
+        image = np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])])
         mask = np.kron(chosen.reshape(2, 2), np.ones((TILE, TILE))).astype(np.uint8)
         Image.fromarray(image).save(folder / "images" / f"{number:03}.png")
         Image.fromarray(mask).save(folder / "masks" / f"{number:03}.png")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pairs_support import add_member
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "held_out_photographs.py"
@@ -29,9 +30,7 @@ def write_shard(path, facts):
             Image.new("RGB", (64, 64), (grey,) * 3).save(stream, "jpeg")
             files = {"jpg": stream.getvalue(), "json": json.dumps(fact).encode()}
             for suffix, content in files.items():
-                info = tarfile.TarInfo(f"{number:05}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+                add_member(tar, f"{number:05}.{suffix}", content)
     return path
 
 

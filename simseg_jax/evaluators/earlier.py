@@ -24,11 +24,11 @@ class Earlier(NamedTuple):
 
         The folder may have "=" in its path, as those of `simseg_jax.ablate` have.
         """
-        signs = [place for place, letter in enumerate(argument) if letter == "="]
-        readings = [("", argument), *((argument[:i], argument[i + 1 :]) for i in signs)]
+        parts = argument.split("=")
+        readings = [("=".join(parts[:i]), "=".join(parts[i:])) for i in range(len(parts))]
         found = [(name, Path(path)) for name, path in readings if Path(path).is_dir()]
         if not found:
-            path = readings[min(1, len(signs))][1]
+            path = argument.partition("=")[2] or argument
             raise UserError(f"--against={argument}: there is no folder {path}.")
         if len(found) > 1:
             folders = " or ".join(str(folder) for _, folder in found)
