@@ -10,13 +10,15 @@ the first counts). Every 50th photograph is left out. Written into the folder:
   `data=folder`. All of a tile counts as its object, although most photographs have a background,
   so the score of perfect maps is unknown; a random patch points at the right tile in a quarter.
 
-`configs/photographs.py` reads all three. Refuses a folder that is not empty.
+`configs/photographs.py` reads all three. The folder appears when all of it is written; one that is
+not empty is refused.
 """
 
 import argparse
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from simseg_jax.runtime.errors import UserError, report_user_errors
+from simseg_jax.runtime.errors import UserError, reading, report_user_errors, require_file
+from simseg_jax.weights.folder import complete
 
 EVERY = 50
 COLLAGES = 250
@@ -39,20 +42,25 @@ class Photograph(NamedTuple):
     jpg: bytes
 
 
+def files_of(shard: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """The files of a shard with their contents."""
+    with reading(f"the shard {shard}"), tarfile.open(shard) as tar:
+        for member in tqdm(tar, desc="read", unit=" files", mininterval=1):
+            if content := tar.extractfile(member):
+                yield member, content.read()
+
+
 def split_shard(shard: Path, train: Path) -> list[Photograph]:
     """Copies all examples but every 50th to the shard `train` and returns those left out."""
     left_out, files, keys = [], {}, {}
-    with tarfile.open(shard) as source, tarfile.open(train, "w") as target:
-        for member in tqdm(source, desc="read", unit=" files", mininterval=1):
+    with tarfile.open(train, "w") as target:
+        for member, content in files_of(shard):
             key, _, kind = member.name.rpartition(".")
             number = keys.setdefault(key, len(keys))
-            content = source.extractfile(member)
-            if content is None:
-                continue
             if number % EVERY:
-                target.addfile(member, content)
+                target.addfile(member, io.BytesIO(content))
                 continue
-            files[kind] = content.read()
+            files[kind] = content
             if files.keys() == {"jpg", "json"}:
                 left_out.append(Photograph(key, first_name(key, files["json"]), files["jpg"]))
                 files = {}
@@ -112,14 +120,11 @@ def main() -> None:
     parser.add_argument("shard", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    if not args.shard.is_file():
-        raise UserError(f"There is no shard {args.shard}.")
-    if args.folder.exists() and any(args.folder.iterdir()):
-        raise UserError(f"{args.folder} is not empty: name a new folder.")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    photographs = split_shard(args.shard, args.folder / "train.tar")
-    write_images(photographs, args.folder / "images")
-    write_collages(photographs, args.folder / "collages")
+    require_file(args.shard, "the shard")
+    with complete(args.folder) as folder:
+        photographs = split_shard(args.shard, folder / "train.tar")
+        write_images(photographs, folder / "images")
+        write_collages(photographs, folder / "collages")
     print(
         f"{len(photographs)} photographs of {len({p.name for p in photographs})} names left out, "
         f"{COLLAGES} collages: {args.folder}/train.tar, images, collages"

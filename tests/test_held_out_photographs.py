@@ -80,14 +80,18 @@ def test_masks_of_collages_name_their_tiles(shard, tmp_path, monkeypatch):
     assert len(places) == len(GREY) * 4  # Every name comes to every place.
 
 
-def test_a_folder_in_use_and_a_missing_shard_are_refused(shard, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run(monkeypatch, shard, tmp_path)
-    assert "is not empty" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(monkeypatch, tmp_path / "none.tar", tmp_path / "out")
-    assert "There is no shard" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_what_cannot_be_read_or_replaced_is_refused(shard, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.tar").write_text("no tar")
+    for arguments, message in {
+        (shard, tmp_path): f"{tmp_path} exists",
+        (shard, shard): f"{shard} exists",
+        (tmp_path / "none.tar", tmp_path / "out"): f"no file {tmp_path}/none.tar",
+        (tmp_path / "text.tar", tmp_path / "out"): f"Cannot read the shard {tmp_path}/text.tar",
+    }.items():
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *arguments)
+        assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"all.tar", "text.tar"}
 
 
 @pytest.mark.parametrize("fact", [{}, {"names": []}, {"names": ["../out"]}, {"names": [3]}])
@@ -95,3 +99,4 @@ def test_a_photograph_without_a_usable_name_is_refused(fact, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(monkeypatch, write_shard(tmp_path / "all.tar", [fact]), tmp_path / "out")
     assert "00000.json" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["all.tar"]

@@ -26,7 +26,7 @@ class Earlier(NamedTuple):
         """
         parts = argument.split("=")
         readings = [("=".join(parts[:i]), "=".join(parts[i:])) for i in range(len(parts))]
-        found = [(name, Path(path)) for name, path in readings if Path(path).is_dir()]
+        found = [(name, Path(path)) for name, path in readings if path and Path(path).is_dir()]
         if not found:
             path = argument.partition("=")[2] or argument
             raise UserError(f"--against={argument}: there is no folder {path}.")

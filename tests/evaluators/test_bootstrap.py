@@ -178,3 +178,5 @@ def test_folders_with_an_equals_sign(tmp_path, monkeypatch):
     Path("mean/evaluation-20").mkdir(parents=True)
     with pytest.raises(UserError, match="runs/pool=mean/evaluation-20 or mean/evaluation-20"):
         Earlier.named(str(folder))
+    with pytest.raises(UserError, match="there is no folder twin="):
+        Earlier.named("twin=")  # Not the folder of the command itself.
