@@ -64,8 +64,9 @@ process of a SLURM job, TPU pod or MPI launch takes its share.
 Segmentation is also measured with the classes of each image given: by the IoU of masks of exactly
 these classes, without refinement (given), and by how often the patch most similar to a class lies
 on it (points). --bootstrap adds 95 % intervals over draws of the images, and compares with what
-needs no model: an empty mask, the image's largest class everywhere, a random patch. --against
-compares with another evaluation of the same images, of another model or under other settings.
+needs no model: an empty mask, the image's largest class everywhere, the patch in its middle.
+--against compares with another evaluation of the same images, of another model or under other
+settings.
 """
 WRITTEN = ("classes.csv", "worst.png", "best.png")  # For every segmentation test set.
 

@@ -33,13 +33,13 @@ def pointing_game(
     maps: Float[np.ndarray, "C h w"],
     truth: Integer[np.ndarray, "H W"],
     shown: Integer[np.ndarray, " n"],
-) -> Int[np.ndarray, "m 4"]:
+) -> Int[np.ndarray, "m 3"]:
     """Whether the most similar patch lies on the class (Zhang et al., "Top-down Neural Attention
     by Excitation Backprop", 2016; here without their tolerance of 15 pixels).
 
-    The rows are (class, whether the centre of its most similar patch has that class, patches whose
-    centre has it, patches whose centre is labelled). The quotient of the last two is the rate of
-    a random patch. Patches with an ignored centre are neither chosen nor counted.
+    The rows are (class, whether the centre of its most similar patch has that class, whether the
+    centre of the patch in the middle of the image has it: their "Center"). Patches with an ignored
+    centre are not chosen, another near the middle takes their place.
     """
     grid = maps.shape[1:]
     rows, columns = (
@@ -48,9 +48,10 @@ def pointing_game(
     )
     centres = truth[rows][:, columns]
     labelled = centres != 255
+    y, x = ((np.arange(n) - (n - 1) / 2) ** 2 for n in grid)
+    middle = np.where(labelled, y[:, None] + x, np.inf).argmin()
     found = []
     for label in shown if labelled.any() else ():
         best = np.where(labelled, maps[label], -np.inf).argmax()
-        on_class = centres == label
-        found.append((label, on_class.flat[best], on_class.sum(), labelled.sum()))
-    return np.array(found, np.int64).reshape(-1, 4)
+        found.append((label, centres.flat[best] == label, centres.flat[middle] == label))
+    return np.array(found, np.int64).reshape(-1, 3)

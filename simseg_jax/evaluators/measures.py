@@ -46,7 +46,7 @@ def measures(records: Sequence[Record], classes: int, background: bool) -> dict[
     return {
         "miou": _ious([record.counts[0] for record in records], classes, background),
         "miou_given": _ious([record.given for record in records], classes, background),
-        "pointing": _points(records, classes, chance=False),
+        "pointing": _points(records, classes, 1),
     }
 
 
@@ -54,7 +54,7 @@ def without_model(
     records: Sequence[Record], classes: int, background: bool
 ) -> dict[str, Quotients]:
     """What `measures` would be for an empty mask, for the largest class of an image everywhere,
-    and for a random patch.
+    and for the patch in the middle of the image.
     """
     empty, largest = [], []
     for record in records:
@@ -66,7 +66,7 @@ def without_model(
     return {
         "miou": _ious(empty, classes, background),
         "miou_given": _ious(largest, classes, background),
-        "pointing": _points(records, classes, chance=True),
+        "pointing": _points(records, classes, 2),
     }
 
 
@@ -84,11 +84,10 @@ def _ious(counts: Sequence[Int[np.ndarray, "m 3"]], classes: int, background: bo
     return found
 
 
-def _points(records: Sequence[Record], classes: int, chance: bool) -> Quotients:
-    """The pointing game of a model, or of a random patch if `chance`."""
+def _points(records: Sequence[Record], classes: int, column: int) -> Quotients:
+    """The pointing game with the hits in this column of `Record.points`."""
     found = Quotients(np.zeros((len(records), classes)), np.zeros((len(records), classes)))
     for hits, trials, record in zip(*found, records, strict=True):
-        label, hit, on_class, patches = record.points.T
-        hits[label] = on_class / patches if chance else hit
-        trials[label] = 1
+        labels = record.points[:, 0]
+        hits[labels], trials[labels] = record.points[:, column], 1
     return found

@@ -14,7 +14,7 @@ from simseg_jax.runtime.files import digest, naming
 from simseg_jax.runtime.settings import first_difference, plain
 from simseg_jax.runtime.sharding import gather_bytes
 
-FORMAT = 3  # Version of the lines. Records in another format are computed again.
+FORMAT = 4  # Version of the lines. Records in another format are computed again.
 IMMATERIAL = ("limit", "batch_size", "threads")
 
 
@@ -58,7 +58,7 @@ class Record(NamedTuple):
         name, stamp, counts, scores, given, points = values
         arrays = [np.array(c, np.int64).reshape(-1, 3) for c in (*counts, given)]
         scores = [np.array(s, np.float64) for s in scores]
-        return cls(name, stamp, arrays[:-1], scores, arrays[-1], np.array(points).reshape(-1, 4))
+        return cls(name, stamp, arrays[:-1], scores, arrays[-1], np.array(points).reshape(-1, 3))
 
 
 def total_confusion(records: Iterable[Record], classes: int, number: int = 0) -> np.ndarray:

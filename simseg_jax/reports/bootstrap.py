@@ -16,7 +16,7 @@ from jaxtyping import Float
 from simseg_jax.evaluators.measures import MEASURES, Quotients
 
 TITLES = dict(zip(MEASURES, ("mIoU", "classes given", "pointing game"), strict=True))
-# What needs no model: an empty mask, the image's largest class everywhere, a random patch.
+# What needs no model: an empty mask, the image's largest class everywhere, its middle.
 NO_MODEL = "no model"
 
 

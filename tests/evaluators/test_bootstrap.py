@@ -30,8 +30,8 @@ def random_records(seed, count=30, better=0.0):
             pairs, pixels = np.unique(np.stack([truth, guess], 1), axis=0, return_counts=True)
             counts.append(np.concatenate([pairs, pixels[:, None]], axis=1))
         shown = np.unique(truth[truth > 0])
-        points = [(c, rng.random() < better, rng.integers(1, 9), 16) for c in shown]
-        arrays = counts[0], np.zeros(CLASSES), counts[1], np.array(points, int).reshape(-1, 4)
+        points = [(c, rng.random() < better, rng.random() < 0.3) for c in shown]
+        arrays = counts[0], np.zeros(CLASSES), counts[1], np.array(points, int).reshape(-1, 3)
         records.append(Record(f"{number}", "", [arrays[0]], [arrays[1]], *arrays[2:]))
     return records
 
@@ -60,15 +60,13 @@ def test_values_are_those_of_the_metrics(background):
 
 def test_what_needs_no_model():
     counts = np.array([[0, 0, 40], [0, 1, 20], [1, 1, 30], [2, 0, 10]])
-    points = np.array([[1, 0, 4, 16], [2, 1, 1, 16]])
+    points = np.array([[1, 0, 1], [2, 1, 0]])
     record = Record("0", "", [counts], [np.zeros(CLASSES)], counts, points)
     found = without_model([record], CLASSES, background=True)
     one = np.ones((1, 1))
     np.testing.assert_allclose(found["miou"].of_classes(one)[0], [0.6, 0, 0, np.nan])
     np.testing.assert_allclose(found["miou_given"].of_classes(one)[0], [0, 0.3, 0, np.nan])
-    np.testing.assert_allclose(
-        found["pointing"].of_classes(one)[0], [np.nan, 1 / 4, 1 / 16, np.nan]
-    )
+    np.testing.assert_allclose(found["pointing"].of_classes(one)[0], [np.nan, 1, 0, np.nan])
     found = without_model([record], CLASSES, background=False)
     np.testing.assert_allclose(found["miou"].of_classes(one)[0], [np.nan, 0, 0, np.nan])
 
@@ -94,7 +92,7 @@ def test_classes_of_few_images_do_not_move_the_interval():
     records = []
     for label in range(1, 31):
         counts = np.array([[0, 0, 90], [label, 0, 10]])
-        points = np.array([[label, 0, 1, 16]])
+        points = np.array([[label, 0, 0]])
         records.append(Record(str(label), "", [counts], [np.zeros(31)], counts, points))
     row = estimates({"a": measures(records, 31, True)}, draws=300)["a"]["miou"]
     assert row.value == pytest.approx(0.9 / 31)

@@ -41,14 +41,25 @@ def test_pointing_game_by_hand():
     truth[:2, 3:] = 1  # Centres of patches are at rows 1, 3 and columns 1, 4.
     truth[1, 1] = 2
     found = pointing_game(MAPS, truth, np.array([1, 2]))
-    np.testing.assert_array_equal(found, [[1, 1, 1, 4], [2, 1, 1, 4]])
-    truth[1, 1] = 255  # The best patch of class 2 is ignored, the second best shows class 1.
+    np.testing.assert_array_equal(found, [[1, 1, 0], [2, 1, 1]])
+    truth[1, 1] = 255  # The best patch of class 2 and the first in the middle are
+    # ignored, the second best shows class 1.
     truth[3, 1] = 2
     found = pointing_game(MAPS, truth, np.array([1, 2]))
-    np.testing.assert_array_equal(found, [[1, 1, 1, 3], [2, 0, 1, 3]])
+    np.testing.assert_array_equal(found, [[1, 1, 1], [2, 0, 0]])
     truth[:] = 255
     truth[0, 0] = 1  # Between the centres.
-    assert pointing_game(MAPS, truth, np.array([1])).shape == (0, 4)
+    assert pointing_game(MAPS, truth, np.array([1])).shape == (0, 3)
+
+
+def test_middle_of_the_image():
+    truth = np.kron([[1, 1, 1], [1, 2, 1], [1, 3, 1]], np.ones((8, 4))).astype(np.uint8)
+    maps = np.zeros((4, 3, 3), np.float32)
+    hits = pointing_game(maps, truth, np.array([1, 2, 3]))[:, 2]
+    np.testing.assert_array_equal(hits, [0, 1, 0])
+    truth[truth == 2] = 255  # A neighbour takes its place: the first one, above.
+    hits = pointing_game(maps, truth, np.array([1, 3]))[:, 2]
+    np.testing.assert_array_equal(hits, [1, 0])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ NAMES = ("background", "dog", "person", "cat")
 
 def record(number, counts, scores=(0.1, 0.2, 0.3, 0.4)):
     counts = np.array(counts)
-    points = np.array([[label, 1, 3, 16] for label in np.unique(counts[:, 0]) if label])
+    points = np.array([[label, 1, 0] for label in np.unique(counts[:, 0]) if label])
     return Record(f"image {number}", "1:2 3:4", [counts], [np.array(scores)], counts, points)
 
 
