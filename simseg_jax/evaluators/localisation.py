@@ -39,7 +39,7 @@ def pointing_game(
 
     The rows are (class, whether the centre of its most similar patch has that class, whether the
     centre of the patch in the middle of the image has it: their "Center"). Patches with an ignored
-    centre are not chosen, another near the middle takes their place.
+    centre are not chosen: the next similar one, or the next to the middle, takes their place.
     """
     grid = maps.shape[1:]
     rows, columns = (

@@ -46,7 +46,7 @@ def measures(records: Sequence[Record], classes: int, background: bool) -> dict[
     return {
         "miou": _ious([record.counts[0] for record in records], classes, background),
         "miou_given": _ious([record.given for record in records], classes, background),
-        "pointing": _points(records, classes, 1),
+        "pointing": _points(records, classes, column=1),
     }
 
 
@@ -66,7 +66,7 @@ def without_model(
     return {
         "miou": _ious(empty, classes, background),
         "miou_given": _ious(largest, classes, background),
-        "pointing": _points(records, classes, 2),
+        "pointing": _points(records, classes, column=2),
     }
 
 

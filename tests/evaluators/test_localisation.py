@@ -42,8 +42,8 @@ def test_pointing_game_by_hand():
     truth[1, 1] = 2
     found = pointing_game(MAPS, truth, np.array([1, 2]))
     np.testing.assert_array_equal(found, [[1, 1, 0], [2, 1, 1]])
-    truth[1, 1] = 255  # The best patch of class 2 and the first in the middle are
-    # ignored, the second best shows class 1.
+    # The best patch of class 2, also the first in the middle, is ignored; the next shows class 1.
+    truth[1, 1] = 255
     truth[3, 1] = 2
     found = pointing_game(MAPS, truth, np.array([1, 2]))
     np.testing.assert_array_equal(found, [[1, 1, 1], [2, 0, 0]])
