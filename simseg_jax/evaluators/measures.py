@@ -28,9 +28,16 @@ class Quotients(NamedTuple):
 
     def mean(self, weights: Float[np.ndarray, "*R n"]) -> Float[np.ndarray, "*R"]:
         """The mean over the classes with trials; NaN if none has any."""
-        values = self.of_classes(weights)
+        return _mean(self.of_classes(weights))
+
+    def mean_without_each(self) -> Float[np.ndarray, " n"]:
+        """The mean over all images but one: the first, the second and so on."""
         with np.errstate(invalid="ignore"):
-            return np.nansum(values, axis=-1) / np.isfinite(values).sum(axis=-1)
+            return _mean((self.hits.sum(0) - self.hits) / (self.trials.sum(0) - self.trials))
+
+    def without(self, image: int) -> "Quotients":
+        """The same for all images but this one."""
+        return Quotients(np.delete(self.hits, image, axis=0), np.delete(self.trials, image, axis=0))
 
     @property
     def once(self) -> Float[np.ndarray, " n"]:
@@ -68,6 +75,11 @@ def without_model(
         "miou_given": _ious(largest, classes, background),
         "pointing": _points(records, classes, column=2),
     }
+
+
+def _mean(values: Float[np.ndarray, "*R C"]) -> Float[np.ndarray, "*R"]:
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=-1) / np.isfinite(values).sum(axis=-1)
 
 
 def _ious(counts: Sequence[Int[np.ndarray, "m 3"]], classes: int, background: bool) -> Quotients:

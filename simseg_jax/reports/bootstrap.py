@@ -7,7 +7,7 @@ the bias: draws leave out classes that few images show, which changes a mean ove
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +51,31 @@ def estimates(
             key: values[first][key] - values[name][key] for key in MEASURES
         }
     return {row: {key: _estimate(v) for key, v in each.items()} for row, each in rows.items()}
+
+
+def without_one_image(
+    models: Mapping[str, Mapping[str, Quotients]], images: Sequence[str], draws: int
+) -> dict[str, dict[str, Estimate]]:
+    """The differences of `estimates` without the image that makes most of each, by its name.
+
+    It is the image without which the difference in mIoU shrinks most or turns round: where few
+    images show a class, one of them can decide. There is no row without a difference.
+    """
+    first, *others = models
+    rows = {}
+    for name in others:
+        (a, b) = (models[each]["miou"] for each in (first, name))
+        difference = a.mean(a.once) - b.mean(b.once)
+        if len(images) > 1 and abs(difference) > 0:
+            left = a.mean_without_each() - b.mean_without_each()
+            image = int(np.nanargmin(np.sign(difference) * left))
+            fewer = {
+                each: {key: measure.without(image) for key, measure in models[each].items()}
+                for each in (first, name)
+            }
+            row = f"{first} - {name}"
+            rows[f"{row}, without {images[image]}"] = estimates(fewer, draws)[row]
+    return rows
 
 
 def class_intervals(measure: Quotients, draws: int, seed: int = 0) -> Float[np.ndarray, "C 2"]:

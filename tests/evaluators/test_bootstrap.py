@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from simseg_jax.evaluators.earlier import Earlier
-from simseg_jax.evaluators.measures import Quotients, measures, without_model
+from simseg_jax.evaluators.measures import MEASURES, Quotients, measures, without_model
 from simseg_jax.evaluators.metrics import class_iou, mean_iou
 from simseg_jax.evaluators.records import Record, RecordStore, total_confusion
 from simseg_jax.reports.bootstrap import (
@@ -12,6 +12,7 @@ from simseg_jax.reports.bootstrap import (
     class_intervals,
     estimates,
     format_estimates,
+    without_one_image,
 )
 from simseg_jax.runtime.errors import UserError
 
@@ -113,6 +114,41 @@ def test_differences_are_paired():
     text = format_estimates(rows).splitlines()
     assert len({len(line) for line in text}) == 1
     assert f"+{difference.value:.3f} ({difference.low:.3f} to" in text[3]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_without_the_image_that_makes_most_of_a_difference(sign):
+    rng = np.random.default_rng(0)
+    trials = rng.uniform(1, 2, (20, 3))
+    trials[:, 2] = 0
+    trials[11, 2] = 1  # The only image of its class, which one model finds.
+    found = {name: Quotients(trials * rng.uniform(0, 0.5, (20, 3)), trials) for name in "ab"}
+    found["a"].hits[11, 2], found["b"].hits[11, 2] = 1, 0
+    models = {name: dict.fromkeys(MEASURES, found[name]) for name in "ab"[::sign]}
+    first, other = models
+    # Equal models have no image that makes them differ.
+    models["same"] = models[first]
+    images = [f"{i}.png" for i in range(20)]
+    ((row, estimate),) = without_one_image(models, images, draws=100).items()
+    assert row == f"{first} - {other}, without 11.png"
+    # Values of IoU without this image, by the definition.
+    rest = np.delete(np.arange(20), 11)
+    means = {n: np.mean(found[n].hits[rest, :2].sum(0) / trials[rest, :2].sum(0)) for n in "ab"}
+    for value, low, high in estimate.values():
+        assert value == pytest.approx(means[first] - means[other])
+        assert low < value < high
+    assert abs(value) < 0.2 < abs(found["a"].mean(np.ones(20)) - found["b"].mean(np.ones(20)))
+    # Without its only image nothing is left.
+    single = Quotients(trials[:1], trials[:1]), Quotients(0 * trials[:1], trials[:1])
+    models = {name: dict.fromkeys(MEASURES, one) for name, one in zip("ab", single, strict=True)}
+    assert without_one_image(models, images[:1], draws=9) == {}
+
+
+def test_the_mean_without_each_image():
+    records = random_records(3, count=7, better=0.4)
+    found = measures(records, CLASSES, True)["miou"].mean_without_each()
+    expected = [miou(records[:i] + records[i + 1 :]) for i in range(7)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_intervals_of_classes():
