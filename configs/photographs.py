@@ -11,9 +11,9 @@ their labels ("a photo of a tabby cat"). The first command takes every 50th out 
 sets of them: one of single photographs, one of collages. flickr8k/ as for configs/flickr8k.py;
 vocab.txt is BERT's uncased vocabulary (without data.vocab it is fetched from the hub).
 
-Hardware: 2 CPU cores, 110 to 230 pairs/s (one core 75 to 115). Hours: 0.3 to 1. Expected (seeds
-0 and 1): 0.056 and 0.063 mIoU on 100 VOC images (empty masks 0.034), 0.021 and 0.012 on 50 COCO
-images (0.011); on the collages 0.498 and 0.516 in the pointing game (chance 0.25).
+Hardware: 2 CPU cores, 110 to 230 pairs/s (one core 55 to 115). Hours: 0.3 to 1.3. Expected
+(seeds 0 and 1): 0.056 and 0.063 mIoU on 100 VOC images (empty masks 0.034), 0.021 and 0.012 on 50
+COCO images (0.011); on the collages 0.498 and 0.516 in the pointing game (chance 0.25).
 docs/photographs.md compares LoDA, mean and CLS.
 """
 
@@ -27,7 +27,7 @@ from simseg_jax.config import (
 
 
 def get_config() -> Config:
-    """ViT of 6 blocks, 60 pixels in 6 x 6 patches; BERT of 2 blocks; batch 128."""
+    """ViT of 6 blocks, 60 x 60 pixels as 36 patches; BERT of 2 blocks; batch 128."""
     config = default_config()
     config.steps = 2000
     config.batch_size = 128

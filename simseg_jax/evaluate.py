@@ -67,7 +67,7 @@ these classes, without refinement (given), and by how often the patch most simil
 on it (points). --bootstrap adds 95 % intervals over draws of the images, and compares with what
 needs no model: an empty mask, the image's largest class everywhere, the patch in its middle.
 --against compares with another evaluation of the same images, of another model or under other
-settings. The last rows leave out the image that makes most of a difference.
+settings. The last rows repeat each difference without the image that adds most to it.
 """
 WRITTEN = ("classes.csv", "worst.png", "best.png")  # For every segmentation test set.
 

@@ -56,10 +56,11 @@ def estimates(
 def without_one_image(
     models: Mapping[str, Mapping[str, Quotients]], images: Sequence[str], draws: int
 ) -> dict[str, dict[str, Estimate]]:
-    """The differences of `estimates` without the image that makes most of each, by its name.
+    """The differences of `estimates` without the image that adds most to each, by its name.
 
     It is the image without which the difference in mIoU shrinks most or turns round: where few
-    images show a class, one of them can decide. There is no row without a difference.
+    images show a class, one of them can decide. Models of equal mIoU, and a single image, give no
+    row.
     """
     first, *others = models
     rows = {}
