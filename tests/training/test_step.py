@@ -55,6 +55,7 @@ def test_the_gradient_is_that_of_the_whole_batch(plain, settings, tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), same_metrics, metrics)
 
 
+@pytest.mark.slow
 def test_groups_of_pairs_reach_the_loss(plain):
     """In micro-batches, chunks and on several devices as at once."""
     expected, metrics = gradients(groups=4)
@@ -67,6 +68,7 @@ def test_groups_of_pairs_reach_the_loss(plain):
     assert metrics["loss"] != plain[1]["loss"]
 
 
+@pytest.mark.slow
 def test_drawn_patches_do_not_depend_on_the_batch(plain):
     """In micro-batches and on several devices as at once."""
     model = dataclasses.replace(MODEL, image=dataclasses.replace(MODEL.image, keep=0.5))
