@@ -113,17 +113,6 @@ def launch_faulty(processes, at_step, number, config, workdir, *overrides, **opt
 
 
 @pytest.mark.slow
-def test_four_processes_train_like_one(alone, tmp_path):
-    expected, config = alone
-    arguments = (f"--config={config}", f"--workdir={tmp_path}", "--config.mesh.fsdp=2")
-    done = launch(4, "simseg_jax.main", *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "on 4 cpu device(s)" in done.stdout
-    assert done.stdout.count("Everything is in") == 1
-    assert_same_run(tmp_path, expected)
-
-
-@pytest.mark.slow
 def test_a_killed_process_is_started_again(alone, tmp_path):
     """Two processes train like one, although one of them is killed after step 3."""
     expected, config = alone
@@ -135,7 +124,9 @@ def test_a_killed_process_is_started_again(alone, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
-    """Two, one of which is killed; one, which is asked to stop; four until the end."""
+    """Two, one of which is killed; one, which is asked to stop; four until the end, which share
+    the parameters by twos. All of it equals an uninterrupted run of one process.
+    """
     expected, config = alone
     workdir = tmp_path / "run"
     killed = launch_faulty(2, 3, signal.SIGKILL, config, workdir)
@@ -146,8 +137,11 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert stopped.returncode == STOPPED, stopped.stderr[-3000:]
     assert "Stopped by a signal" in stopped.stdout
     assert 2 < completed_steps(checkpoints_folder(workdir))[-1] < 6
-    finished = launch(4, "simseg_jax.main", f"--config={config}", f"--workdir={workdir}")
+    arguments = (f"--config={config}", f"--workdir={workdir}", "--config.mesh.fsdp=2")
+    finished = launch(4, "simseg_jax.main", *arguments)
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "on 4 cpu device(s)" in finished.stdout
+    assert finished.stdout.count("Everything is in") == 1
     assert_same_run(workdir, expected)
 
 
