@@ -291,8 +291,8 @@ def evaluate(
                 name, records, material(evaluator.settings)
             )
             models[earlier.name] = evaluator.measures(paired)
-        shown = [record.name for record in records]
-        intervals = estimates(models, draws) | without_one_image(models, shown, draws)
+        images = [record.name for record in records]
+        intervals = estimates(models, draws) | without_one_image(models, images, draws)
     if jax.process_index() == 0:
         rows = class_table(records, names, found, draws)
         write_csv(folder / "classes.csv", rows)

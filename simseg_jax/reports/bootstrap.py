@@ -65,7 +65,7 @@ def without_one_image(
     first, *others = models
     rows = {}
     for name in others:
-        (a, b) = (models[each]["miou"] for each in (first, name))
+        a, b = (models[each]["miou"] for each in (first, name))
         difference = a.mean(a.once) - b.mean(b.once)
         if len(images) > 1 and abs(difference) > 0:
             left = a.mean_without_each() - b.mean_without_each()

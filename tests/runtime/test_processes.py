@@ -124,12 +124,13 @@ def test_a_killed_process_is_started_again(alone, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
-    """Two, one of which is killed; one, which is asked to stop; four until the end, which share
-    the parameters by twos. All of it equals an uninterrupted run of one process.
+    """Two, which share the parameters and one of which is killed; one, which is asked to stop; four
+    until the end, which share them by twos. All of it equals an uninterrupted run of one process.
     """
     expected, config = alone
     workdir = tmp_path / "run"
-    killed = launch_faulty(2, 3, signal.SIGKILL, config, workdir)
+    sharded = "--config.mesh.fsdp=2"
+    killed = launch_faulty(2, 3, signal.SIGKILL, config, workdir, sharded)
     assert killed.returncode not in (0, STOPPED)
     # Step 3 was reported but not saved.
     assert completed_steps(checkpoints_folder(workdir)) == [2]
@@ -137,7 +138,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert stopped.returncode == STOPPED, stopped.stderr[-3000:]
     assert "Stopped by a signal" in stopped.stdout
     assert 2 < completed_steps(checkpoints_folder(workdir))[-1] < 6
-    arguments = (f"--config={config}", f"--workdir={workdir}", "--config.mesh.fsdp=2")
+    arguments = (f"--config={config}", f"--workdir={workdir}", sharded)
     finished = launch(4, "simseg_jax.main", *arguments)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "on 4 cpu device(s)" in finished.stdout
